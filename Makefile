@@ -1,0 +1,51 @@
+# `make demo` trains a small translation model twice and compares; `make test` runs the tests. `make help` lists the rest.
+# Needed: make, Python 3.11 or newer. Everything else goes into the folder $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One worker a core (at most eight), one thread each: two workers with two threads each would fight over two cores.
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+JOBS ?= $(shell [ $(CORES) -gt 8 ] && echo 8 || echo $(CORES))
+PYTEST_ARGS ?=
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg \
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=10 $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-all lint format clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
+		|| grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## make the environment (the other commands do so when they need it)
+
+$(STAMP): pyproject.toml scripts/make_env.py
+	@command -v $(PYTHON) >/dev/null || { echo "error: python: no '$(PYTHON)' found; install Python 3.11 or newer," \
+		"or name one: make demo PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) scripts/make_env.py $(VENV) demo,test
+	@touch $@
+
+demo: $(STAMP) ## train en-de translation from scratch with LNGD, then with AdamW; BLEU, translations, a picture (15 minutes)
+	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
+
+test: $(STAMP) ## the test suite
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMP) ## the test suite and its larger grids
+	$(PYTEST)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(STAMP) ## let ruff format the code
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean: ## remove the environment, caches and what the demo wrote
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
