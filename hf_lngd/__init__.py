@@ -1,0 +1,47 @@
+"""hf_lngd: Layer-Wise Natural Gradient Descent for Hugging Face Transformers, switched on with one flag.
+
+`LNGD` and `LNGDConfig` need torch only; the names that need transformers are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .config import LNGDConfig
+from .optimizer import LNGD
+
+if TYPE_CHECKING:
+    from .integrations.stock import register, unregister
+    from .integrations.trainer import LNGDSeq2SeqTrainer, LNGDTrainer, create_lngd_optimizer
+    from .integrations.training_args import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments
+
+__version__ = "0.1.0"
+
+_INTEGRATIONS = {
+    "LNGDTrainer": "trainer",
+    "LNGDSeq2SeqTrainer": "trainer",
+    "create_lngd_optimizer": "trainer",
+    "LNGDTrainingArguments": "training_args",
+    "LNGDSeq2SeqTrainingArguments": "training_args",
+    "register": "stock",
+    "unregister": "stock",
+}
+
+__all__ = [
+    "LNGD",
+    "LNGDConfig",
+    "LNGDSeq2SeqTrainer",
+    "LNGDSeq2SeqTrainingArguments",
+    "LNGDTrainer",
+    "LNGDTrainingArguments",
+    "create_lngd_optimizer",
+    "register",
+    "unregister",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _INTEGRATIONS:
+        return getattr(import_module(f".integrations.{_INTEGRATIONS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

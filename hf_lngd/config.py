@@ -1,0 +1,365 @@
+"""`LNGDConfig`: every choice of the optimizer, checked when it is made, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FISHERS = ("expected", "sampled", "true", "empirical")
+DIRECTIONS = ("natural", "polar", "gram")
+RATES = ("adaptive", "rms", "trust", "none")
+DAMPINGS = ("relative", "paper")
+MOMENTUM_ON = ("gradient", "update")
+BIASES = ("factor", "fallback")
+EMBEDDINGS = ("fallback", "exact")
+GRAM_DTYPES = ("bfloat16", "full")
+ROOTS = ("auto", "eigh", "newton")
+
+# A factor this wide is never cut: the paper works with whole factors.
+_UNCUT = 1 << 20
+
+_FAST: dict[str, Any] = {
+    "fisher": "expected",
+    "direction": "gram",
+    "rate": "rms",
+    "rate_scale": 0.2,
+    "rate_mu": 1e-8,
+    "rate_rows": 8,
+    "damping": "relative",
+    "damping_rho": 1.0,
+    "damping_min": 1e-5,
+    "damping_max": 1e-2,
+    "momentum": 0.95,
+    "nesterov": True,
+    "momentum_on": "gradient",
+    "ema_decay": 0.95,
+    "factor_interval": 10,
+    "inverse_interval": 10,
+    "stagger": True,
+    "polar_interval": 4,
+    "gram_decay": 0.65,
+    "gram_dtype": "bfloat16",
+    "inverse_root": "auto",
+    "weight_decay": 0.1,
+    "bias": "fallback",
+    "max_factor_dim": "auto",
+    "embedding": "fallback",
+    "exclude": "",
+    "fallback_lr": None,
+    "fallback_lr_scale": 1.0,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "seed": 0,
+}
+
+_PAPER: dict[str, Any] = _FAST | {
+    "fisher": "sampled",
+    "direction": "natural",
+    "rate": "adaptive",
+    "rate_rows": 1,
+    "damping": "paper",
+    "momentum": 0.9,
+    "nesterov": False,
+    "momentum_on": "update",
+    "ema_decay": 0.95,
+    "factor_interval": 100,
+    "inverse_interval": 100,
+    "stagger": False,
+    "weight_decay": 0.004,
+    "bias": "factor",
+    "max_factor_dim": _UNCUT,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": _FAST,
+    "paper": _PAPER,
+    "lngd_sample": _PAPER | {"rate": "none"},
+    "lngd_lr": _PAPER | {"fisher": "true"},
+}
+
+# The value of a field that was not given: `__post_init__` puts the preset's in its place.
+_FROM_PRESET: Any = type("FromPreset", (), {"__repr__": lambda self: "<preset>"})()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LNGDConfig:
+    """The settings of :class:`hf_lngd.LNGD`. A field that is not given takes the preset's value.
+
+    Symbols are those of Liu et al., "A Layer-Wise Natural Gradient Optimizer for Training Deep Neural Networks",
+    NeurIPS 2024 (below: the paper), equation numbers are its.
+
+    Attributes:
+        preset: ``fast`` (what measures best), ``paper`` (Algorithm 1 as published), ``lngd_sample`` (the paper's
+            ablation without the adaptive rate), ``lngd_lr`` (its ablation without layer-wise sampling).
+        fisher: where g² of a layer comes from. ``expected``: φ'(s)², the mean over the layer's own predictive
+            distribution N(φ(s), I), no second pass. ``sampled``: one draw of it a position (the paper).
+            ``true``: labels drawn from the model, needs `LNGD.fisher_backward`. ``empirical``: the loss's gradients.
+        direction: ``natural`` Ψ⁻¹GΦ⁻¹; ``polar``: G orthogonalised in Φ-whitened coordinates; ``gram``: the same
+            with a running average of the whitened Gram matrix, recomputed every `polar_interval` steps.
+        rate: the layer's rate α_l. ``adaptive``: Eq. 12-13 over rows of the batch (keeps one row in `rate_rows`
+            of every layer's inputs and gradients, each step). ``rms``: `rate_scale` / RMS(D). ``trust``:
+            `rate_scale` / sqrt⟨ΨDΦ, D⟩. ``none``: 1.
+        rate_scale: κ of ``rms`` and ``trust``. 0.2 gives AdamW's update size.
+        rate_mu: μ of Eq. 13 (the paper gives no value).
+        rate_rows: ``adaptive`` looks at one row of the batch in this many; 1 is exact.
+        damping: ``relative`` λ = ρ · tr/dim; ``paper`` λ = clamp(tr/dim, ν1, ν2).
+        damping_rho: ρ of ``relative``.
+        damping_min: ν1 of ``paper``.
+        damping_max: ν2 of ``paper``.
+        momentum: τ.
+        nesterov: look one step ahead along the momentum.
+        momentum_on: ``update`` averages α_l D (Algorithm 1); ``gradient`` averages G before it is preconditioned.
+        ema_decay: ε of Eq. 14, the weight of the old factor.
+        factor_interval: T_FIM, steps between two looks at the factors.
+        inverse_interval: T_INV, steps between two inverses of a factor.
+        stagger: spread the inverses of the layers over the steps of an interval.
+        polar_interval: steps between two inverse roots of a layer's Gram matrix (``gram``).
+        gram_decay: weight of the old Gram matrix at such a step (``gram``).
+        gram_dtype: in which the root of the Gram matrix is kept and applied each step (``gram``): ``bfloat16``, as
+            torch.optim.Muon computes throughout, or ``full``. Float64 models are always ``full``.
+        inverse_root: how (·)^(-1/2) is computed: ``eigh`` (exact), ``newton`` (matrix products only, no host
+            synchronisation), ``auto``: eigh on the CPU, newton on accelerators.
+        weight_decay: decoupled, never on norms and biases.
+        bias: ``factor``: a last column of the layer's factor; ``fallback``: AdamW.
+        max_factor_dim: a wider Φ is cut into equal diagonal blocks no wider than this; ``auto``: min(fan-in,
+            fan-out) of the layer, but 64 at the least.
+        embedding: ``fallback``: AdamW; ``exact``: Φ of one-hot inputs, that is token frequency.
+        exclude: a regular expression; parameters whose name it matches (`re.search`) go to AdamW.
+        fallback_lr: AdamW's rate for what no layer owns; none: lr × `fallback_lr_scale`.
+        fallback_lr_scale: see `fallback_lr`.
+        betas: AdamW's, for what no layer owns.
+        eps: AdamW's, for what no layer owns.
+        seed: of the draws of ``sampled`` and ``true``; the user's random state is never touched.
+
+    Raises:
+        ValueError: names the field, the value and what is accepted.
+    """
+
+    preset: str = "fast"
+    fisher: str = _FROM_PRESET
+    direction: str = _FROM_PRESET
+    rate: str = _FROM_PRESET
+    rate_scale: float = _FROM_PRESET
+    rate_mu: float = _FROM_PRESET
+    rate_rows: int = _FROM_PRESET
+    damping: str = _FROM_PRESET
+    damping_rho: float = _FROM_PRESET
+    damping_min: float = _FROM_PRESET
+    damping_max: float = _FROM_PRESET
+    momentum: float = _FROM_PRESET
+    nesterov: bool = _FROM_PRESET
+    momentum_on: str = _FROM_PRESET
+    ema_decay: float = _FROM_PRESET
+    factor_interval: int = _FROM_PRESET
+    inverse_interval: int = _FROM_PRESET
+    stagger: bool = _FROM_PRESET
+    polar_interval: int = _FROM_PRESET
+    gram_decay: float = _FROM_PRESET
+    gram_dtype: str = _FROM_PRESET
+    inverse_root: str = _FROM_PRESET
+    weight_decay: float = _FROM_PRESET
+    bias: str = _FROM_PRESET
+    max_factor_dim: int | str = _FROM_PRESET
+    embedding: str = _FROM_PRESET
+    exclude: str = _FROM_PRESET
+    fallback_lr: float | None = _FROM_PRESET
+    fallback_lr_scale: float = _FROM_PRESET
+    betas: tuple[float, float] = _FROM_PRESET
+    eps: float = _FROM_PRESET
+    seed: int = _FROM_PRESET
+
+    def __post_init__(self) -> None:
+        _one_of("preset", self.preset, tuple(PRESETS))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is _FROM_PRESET:
+                object.__setattr__(self, name, value)
+        if isinstance(self.betas, list):  # JSON has no tuples
+            object.__setattr__(self, "betas", tuple(self.betas))
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
+        if self.damping_min > self.damping_max:
+            raise _invalid("damping_min", self.damping_min, f"at most damping_max = {self.damping_max}")
+
+    @classmethod
+    def from_optim_args(cls, text: str | None, **overrides: Any) -> LNGDConfig:
+        """Parse ``--optim_args``, e.g. ``"factor_interval=10,preset=fast,betas=0.9:0.98"``.
+
+        Args:
+            text: ``name=value`` items with commas between them; a comma inside a value (``exclude=a{1,2}``) is
+                written ``\\,``. ``none`` is accepted where None is.
+            **overrides: fields that stand above the preset and below `text`.
+
+        Raises:
+            ValueError: an item without ``=``, an unknown name (the closest are listed), a value of the wrong kind.
+        """
+        fields = dict(overrides)
+        fields.update(_parse_items(text or ""))
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values (tuples become lists), ready for JSON and for ``LNGDConfig(**d)``."""
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in dataclasses.fields(self)
+        }
+
+
+def _preset(cls: type[LNGDConfig], name: str, **fields: Any) -> LNGDConfig:
+    """The preset of this name, with `fields` changed. Raises ValueError for an unknown one."""
+    return cls(preset=name, **fields)
+
+
+# `preset` is a field of an instance and a constructor of the class. A classmethod is no data descriptor, so an
+# instance's own attribute hides it.
+LNGDConfig.preset = classmethod(_preset)  # type: ignore[assignment]
+
+
+def check_field_names(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a name that is no field of :class:`LNGDConfig`, with the closest ones."""
+    known = [field.name for field in dataclasses.fields(LNGDConfig)]
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"accepted: {', '.join(known)}"
+            raise ValueError(f"optim_args: unknown name '{name}'; {hint}")
+
+
+def _invalid(name: str, value: Any, accepted: str) -> ValueError:
+    return ValueError(f"{name}: got {value!r}, accepted: {accepted}")
+
+
+def _one_of(name: str, value: Any, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise _invalid(name, value, ", ".join(accepted))
+
+
+def _choice(accepted: tuple[str, ...]) -> Callable[[str, Any], None]:
+    return lambda name, value: _one_of(name, value, accepted)
+
+
+def _number(accepted: str, test: Callable[[float], bool]) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not test(value):
+            raise _invalid(name, value, f"a number {accepted}")
+
+    return check
+
+
+def _integer(least: int) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise _invalid(name, value, f"an integer, at least {least}")
+
+    return check
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise _invalid(name, value, "true or false")
+
+
+def _factor_dim(name: str, value: Any) -> None:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise _invalid(name, value, "auto or an integer, at least 1")
+
+
+def _regex(name: str, value: Any) -> None:
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise _invalid(name, value, f"a regular expression ({error})") from None
+
+
+def _betas(name: str, value: Any) -> None:
+    pair = isinstance(value, tuple) and len(value) == 2
+    if not pair or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in value):
+        raise _invalid(name, value, "two numbers in [0, 1), written 0.9:0.999 in optim_args")
+
+
+def _optional_rate(name: str, value: Any) -> None:
+    if value is not None:
+        _number("above 0, or none", lambda x: x > 0)(name, value)
+
+
+_POSITIVE = _number("above 0", lambda x: x > 0)
+_NOT_NEGATIVE = _number("at least 0", lambda x: x >= 0)
+_FRACTION = _number("in [0, 1)", lambda x: 0 <= x < 1)
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "fisher": _choice(FISHERS),
+    "direction": _choice(DIRECTIONS),
+    "rate": _choice(RATES),
+    "rate_scale": _POSITIVE,
+    "rate_mu": _NOT_NEGATIVE,
+    "rate_rows": _integer(1),
+    "damping": _choice(DAMPINGS),
+    "damping_rho": _POSITIVE,
+    "damping_min": _POSITIVE,
+    "damping_max": _POSITIVE,
+    "momentum": _FRACTION,
+    "nesterov": _flag,
+    "momentum_on": _choice(MOMENTUM_ON),
+    "ema_decay": _FRACTION,
+    "factor_interval": _integer(1),
+    "inverse_interval": _integer(1),
+    "stagger": _flag,
+    "polar_interval": _integer(1),
+    "gram_decay": _FRACTION,
+    "gram_dtype": _choice(GRAM_DTYPES),
+    "inverse_root": _choice(ROOTS),
+    "weight_decay": _NOT_NEGATIVE,
+    "bias": _choice(BIASES),
+    "max_factor_dim": _factor_dim,
+    "embedding": _choice(EMBEDDINGS),
+    "exclude": _regex,
+    "fallback_lr": _optional_rate,
+    "fallback_lr_scale": _POSITIVE,
+    "betas": _betas,
+    "eps": _POSITIVE,
+    "seed": _integer(0),
+}
+
+
+def _parse_items(text: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for item in re.split(r"(?<!\\),", text):
+        item = item.replace("\\,", ",").strip()
+        if not item:
+            if text.strip():
+                raise ValueError(f"optim_args: got an empty item in {text!r}, accepted: name=value,name=value")
+            continue
+        name, equals, value = item.partition("=")
+        name, value = name.strip(), value.strip()
+        if not equals:
+            raise ValueError(f"optim_args: got {item!r}, accepted: name=value")
+        if name in fields:
+            raise ValueError(f"optim_args: got '{name}' twice, accepted: each name once")
+        check_field_names({name: value})
+        fields[name] = _parse_value(name, value)
+    return fields
+
+
+def _parse_value(name: str, value: str) -> Any:
+    """The value of a field from its text; what cannot be converted is left for the field's own check to refuse."""
+    example = _FAST.get(name, "")
+    if name == "exclude" or (isinstance(example, str) and name != "max_factor_dim"):
+        return value
+    lowered = value.lower()
+    if isinstance(example, bool):
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(lowered, value)
+    try:
+        if name == "fallback_lr":
+            return None if lowered == "none" else float(value)
+        if name == "betas":
+            return tuple(float(beta) for beta in value.split(":"))
+        if name == "max_factor_dim":
+            return lowered if lowered == "auto" else int(value)
+        return type(example)(value)
+    except ValueError:
+        return value

@@ -1,0 +1,113 @@
+"""LNGD for embeddings: linear layers with one-hot inputs, whose Φ is diagonal, the frequency of each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LNGDConfig
+from .capture import in_backward
+from .factors import damping, rms_rate
+
+# A row's step is at most this multiple of the table's root mean square: a token seen once in many batches has next
+# to no frequency, and would divide its gradient by the damping alone.
+ROW_CAP = 4.0
+
+
+def embedding_direction(grad: Tensor, frequency: Tensor, lam: Tensor, scale: float) -> Tensor:
+    """D = (diag(f) + λ)⁻¹ G scaled to RMS κ, each row's RMS at most `ROW_CAP`·κ: grad [V, d], frequency [V]."""
+    direction = grad / (frequency + lam).unsqueeze(-1)
+    direction = direction * rms_rate(direction, scale)
+    row_rms = direction.square().mean(-1, keepdim=True).sqrt()
+    most = ROW_CAP * scale
+    return direction * (most / row_rms.clamp_min(most))
+
+
+class EmbeddingLayer:
+    """One embedding table under LNGD: token counts of each step, their running mean, momentum.
+
+    Args:
+        name: the parameter's name.
+        modules: the embeddings that share the table; `padding_idx` is not counted.
+        config: the optimizer's.
+    """
+
+    def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig) -> None:
+        self.name, self.module, self.config = name, modules[0], config
+        self.momentum: Tensor | None = None
+        self.frequency: Tensor | None = None
+        self.weight: Tensor | None = None
+        self._counts: Tensor | None = None
+        self.enabled = True
+        self._handles = [module.register_forward_pre_hook(self._count) for module in modules]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not self.enabled or not torch.is_grad_enabled() or in_backward() or not args:
+            return
+        ids = args[0].reshape(-1)
+        if self._counts is None:
+            self._counts = torch.zeros(self.module.num_embeddings, device=ids.device)
+        self._counts.index_add_(0, ids, torch.ones_like(ids, dtype=self._counts.dtype))
+
+    def _start(self) -> None:
+        if self.momentum is None:
+            like = self.module.weight.detach()
+            like = like.to(torch.promote_types(like.dtype, torch.float32))
+            self.momentum = torch.zeros_like(like)
+            self.frequency, self.weight = like.new_zeros(like.shape[0]), like.new_zeros(())
+
+    def _average(self) -> Tensor:
+        assert self.frequency is not None and self.weight is not None
+        if self._counts is not None:
+            counts, self._counts = self._counts, None
+            if self.module.padding_idx is not None:
+                counts[self.module.padding_idx] = 0
+            decay = self.config.ema_decay
+            self.frequency.mul_(decay).add_((counts / counts.sum().clamp_min(1)).to(self.frequency), alpha=1 - decay)
+            self.weight.mul_(decay).add_(1 - decay)
+        uniform = torch.full_like(self.frequency, 1.0 / self.frequency.shape[0])
+        return torch.where(self.weight > 0, self.frequency / self.weight.clamp_min(1e-30), uniform)
+
+    @torch.no_grad()
+    def step(self, group: dict[str, Any]) -> None:
+        """One step with the group's ``lr`` and ``weight_decay``, or none without a gradient."""
+        weight = self.module.weight
+        if weight.grad is None:
+            self._counts = None
+            return
+        self._start()
+        assert self.momentum is not None
+        c = self.config
+        frequency = self._average()
+        lam = damping(frequency.mean(), c.damping, c.damping_rho, c.damping_min, c.damping_max)
+        grad = weight.grad.to(self.momentum.dtype)
+        if c.momentum_on == "gradient":
+            self.momentum.lerp_(grad, 1 - c.momentum)
+            grad = grad.lerp(self.momentum, c.momentum) if c.nesterov else self.momentum
+        update = embedding_direction(grad, frequency, lam, c.rate_scale) * group["lr"]
+        if c.momentum_on == "update":
+            self.momentum.mul_(c.momentum).add_(update)
+            update = update.add(self.momentum, alpha=c.momentum) if c.nesterov else self.momentum
+        weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(weight.dtype))
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors for a checkpoint; empty before the first step."""
+        if self.momentum is None or self.frequency is None or self.weight is None:
+            return {}
+        return {"momentum": self.momentum, "frequency": self.frequency, "weight": self.weight}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`state`."""
+        if state:
+            self._start()
+            assert self.momentum is not None and self.frequency is not None and self.weight is not None
+            self.momentum.copy_(state["momentum"])
+            self.frequency.copy_(state["frequency"])
+            self.weight.copy_(state["weight"])

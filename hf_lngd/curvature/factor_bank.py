@@ -1,0 +1,129 @@
+"""Running factors Φ of many groups at once, and their inverses.
+
+Groups whose Φ has one layout (k blocks of size b) are kept in one batch. Everything symmetric is stored packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import LNGDConfig
+from .factors import add_damping, damping, running_average, trace
+from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """One group's Φ: its name, its columns, m where φ' = 1 (Φ = m·E[a aᵀ], of which E[a aᵀ] is kept), else 1."""
+
+    name: str
+    columns: int
+    scale: float
+
+
+class FactorBank:
+    """Φ of G groups with k blocks of size b.
+
+    Args:
+        specs: the groups.
+        blocks: (k, b).
+        kinds: which of ``inverse`` (Φ̂⁻¹) and ``root`` (Φ̂^(−1/2) of Φ scaled to mean eigenvalue 1) are kept.
+        offsets: step within an interval at which each group is inverted.
+        config: damping, intervals.
+        like: a tensor with the device and dtype of the factors.
+    """
+
+    def __init__(
+        self,
+        specs: list[FactorSpec],
+        blocks: tuple[int, int],
+        kinds: frozenset[str],
+        offsets: list[int],
+        config: LNGDConfig,
+        like: Tensor,
+    ) -> None:
+        self.specs = specs
+        self.index = {spec.name: i for i, spec in enumerate(specs)}
+        self.k, self.b = blocks
+        self.config = config
+        count = len(specs)
+        self.phi = like.new_zeros(count, self.k, *packed_shape(self.b))
+        self.weight = like.new_zeros(count)
+        eye = pack(torch.eye(self.b, dtype=like.dtype, device=like.device))
+        self.derived = {kind: eye.expand_as(self.phi).clone() for kind in sorted(kinds)}
+        self.damping = like.new_zeros(count)
+        self.condition = like.new_ones(count)
+        self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=like.device)
+        self._columns = like.new_tensor([float(spec.columns) for spec in specs])
+        self._scale = like.new_tensor([spec.scale for spec in specs])
+        self._due: dict[int, Tensor] = {}
+        for offset in sorted(set(offsets)):
+            members = [i for i, own in enumerate(offsets) if own == offset]
+            self._due[offset] = torch.tensor(members, device=like.device)
+        self.inverted = False
+
+    def update(self, new: dict[str, Tensor]) -> None:
+        """Eq. 14 with the factors of one step: name → Φ [k, b, b], undamped. Non-finite ones are left out."""
+        names = [name for name in new if name in self.index]
+        if not names:
+            return
+        rows = torch.tensor([self.index[name] for name in names], device=self.phi.device)
+        packed = pack(torch.stack([new[name].to(self.phi.dtype) for name in names]))
+        old_weight = self.weight[rows]
+        average, weight = running_average(self.phi[rows], packed, old_weight, self.config.ema_decay)
+        self.phi[rows], self.weight[rows] = average, weight
+        self.skipped += (~torch.isfinite(packed.flatten(1)).all(1)).sum()
+
+    def refresh(self, step: int) -> None:
+        """Invert the groups whose turn this step is; at the first call all of them. A failed one keeps the last."""
+        if not self.inverted:
+            self._refresh(torch.arange(len(self.specs), device=self.phi.device))
+            self.inverted = True
+        elif (due := self._due.get(step % self.config.inverse_interval)) is not None:
+            self._refresh(due)
+
+    def _refresh(self, rows: Tensor) -> None:
+        phi = self.dense(rows)
+        mean = trace(phi) / self._columns[rows]
+        c = self.config
+        lam = damping(mean, c.damping, c.damping_rho, c.damping_min, c.damping_max, self._scale[rows])
+        self.damping[rows] = lam * self._scale[rows]
+        if "inverse" in self.derived:
+            shift = lam[:, None].expand(-1, self.k)
+            self._keep("inverse", rows, *inverse(add_damping(phi, shift)))
+        if "root" in self.derived:
+            safe = mean.clamp_min(torch.finfo(mean.dtype).tiny)
+            shift = (lam / safe)[:, None].expand(-1, self.k)
+            self._keep("root", rows, *inverse_sqrt(phi / safe[:, None, None, None], shift, c.inverse_root))
+
+    def _keep(self, kind: str, rows: Tensor, value: Tensor, ok: Tensor, condition: Tensor) -> None:
+        good = ok.all(1)  # of all blocks of a group
+        store = self.derived[kind]
+        store[rows] = torch.where(good[:, None, None, None], pack(value), store[rows])
+        self.condition[rows] = torch.where(good, condition.amax(1), self.condition[rows])
+        self.failures += (~good).sum()
+
+    def dense(self, rows: Tensor) -> Tensor:
+        """Φ as kept, bias-corrected and undamped: [n, k, b, b]; the identity for a group not seen yet."""
+        weight = self.weight[rows]
+        seen = (weight > 0)[:, None, None, None]
+        average = unpack(self.phi[rows], self.b) / weight.clamp_min(torch.finfo(weight.dtype).tiny)[:, None, None, None]
+        return torch.where(seen, average, torch.eye(self.b, dtype=average.dtype, device=average.device))
+
+    def get(self, kind: str, rows: Tensor) -> Tensor:
+        """``inverse`` or ``root`` of these groups, dense: [n, k, b, b]."""
+        return unpack(self.derived[kind][rows], self.b)
+
+    def scale(self, rows: Tensor) -> Tensor:
+        """[n]: what Φ as kept is multiplied by to become the paper's."""
+        return self._scale[rows]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state with the groups in the first dimension."""
+        return {"phi": self.phi, "weight": self.weight, "damping": self.damping, "condition": self.condition} | {
+            kind: value for kind, value in self.derived.items()
+        }

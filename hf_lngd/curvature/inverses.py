@@ -1,0 +1,148 @@
+"""Inverses and inverse roots of symmetric matrices in batches, and their storage in half the memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Polar Express (Amsel, Persson, Musco, Gower 2025): the minimax quintic of each step for singular values in
+# [1e-3, 1]; the last one repeats. Applied to the Gram matrix here, so eigenvalues in [1e-6, 1].
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+    (1.875, -1.25, 0.375),
+)
+
+
+def packed_shape(n: int) -> tuple[int, int]:
+    """Shape in which :func:`pack` keeps a symmetric n × n matrix."""
+    half = -(-n // 2)
+    return 2 * half + 1, half
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """Symmetric [..., n, n] → rectangular full packed form, exact, half the memory (odd n: one zero row more).
+
+    With A = [[A₁₁, A₂₁ᵀ], [A₂₁, A₂₂]] the rectangle holds the lower triangle of the left half columns, one row
+    down, and the upper triangle of A₂₂ in the place that this leaves (Gustavson et al. 2010, LAPACK's RFP).
+    """
+    n = matrix.shape[-1]
+    if n % 2:
+        matrix = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
+    half = matrix.shape[-1] // 2
+    packed = torch.nn.functional.pad(matrix[..., :half], (0, 0, 1, 0))
+    upper = _upper(half, matrix.device)
+    packed[..., :half, :] = torch.where(upper, matrix[..., half:, half:], packed[..., :half, :])
+    return packed
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """The symmetric [..., n, n] that :func:`pack` was given."""
+    half = packed.shape[-1]
+    full = packed.new_empty(*packed.shape[:-2], 2 * half, 2 * half)
+    upper = _upper(half, packed.device)
+    first, second, below = packed[..., 1 : half + 1, :], packed[..., :half, :], packed[..., half + 1 :, :]
+    full[..., :half, :half] = torch.where(upper, first.mT, first)
+    full[..., half:, half:] = torch.where(upper, second, second.mT)
+    full[..., half:, :half] = below
+    full[..., :half, half:] = below.mT
+    return full[..., :n, :n]
+
+
+def _upper(n: int, device: torch.device) -> Tensor:
+    """[n, n], True on and above the diagonal."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).triu()
+
+
+def inverse(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse of positive definite matrices by Cholesky.
+
+    A matrix that fails in its own precision is tried again in float64: on the CPU those that need it, on an
+    accelerator all of them at once, since to ask which would wait for the device.
+
+    Args:
+        matrix: [..., n, n], symmetric.
+
+    Returns:
+        inverse [..., n, n], ok [...] (False: the inverse is not to be used), condition estimate [...] (of the
+        diagonal of the Cholesky factor, a lower bound).
+    """
+    on_cpu = matrix.device.type == "cpu"
+    result, ok, condition = _cholesky_inverse(matrix if on_cpu else matrix.double(), matrix.dtype)
+    if on_cpu and matrix.dtype != torch.float64 and not bool(ok.all()):
+        again, again_ok, again_condition = _cholesky_inverse(matrix[~ok].double(), matrix.dtype)
+        result[~ok], condition[~ok] = again, again_condition
+        ok = ok.clone()
+        ok[~ok] = again_ok
+    return result, ok, condition
+
+
+def _cholesky_inverse(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    finite = (info == 0) & torch.isfinite(factor.flatten(-2)).all(-1)
+    # cholesky_inverse raises for the whole batch if one factor is unusable
+    factor = torch.where(finite[..., None, None], factor, torch.eye(factor.shape[-1]).to(factor))
+    result = torch.cholesky_inverse(factor).to(dtype)
+    ok = finite & torch.isfinite(result.flatten(-2)).all(-1)
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().to(dtype)
+    return result, ok, condition
+
+
+def inverse_sqrt(matrix: Tensor, shift: Tensor | float, method: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
+    """(A + shift·I)^(-1/2) of positive semi-definite matrices.
+
+    Args:
+        matrix: [..., n, n], symmetric; small negative eigenvalues (rounding) count as zero.
+        shift: a number, or a tensor of the leading shape.
+        method: ``eigh``, ``newton``, or ``auto`` (eigh on the CPU, newton elsewhere).
+
+    Returns:
+        root, ok, condition (of A + shift·I), as :func:`inverse`. `newton` does not know the condition: NaN.
+    """
+    lam = torch.as_tensor(shift, dtype=matrix.dtype, device=matrix.device).expand(matrix.shape[:-2])
+    matrix = (matrix + matrix.mT) * 0.5
+    if method == "newton" or (method == "auto" and matrix.device.type != "cpu"):
+        return _newton_inverse_sqrt(matrix, lam)
+    return _eigh_inverse_sqrt(matrix, lam)
+
+
+def _eigh_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    finite = torch.isfinite(matrix.flatten(-2)).all(-1) & torch.isfinite(lam)
+    # LAPACK refuses the whole batch for one bad matrix
+    safe = torch.where(finite[..., None, None], matrix, torch.eye(matrix.shape[-1]).to(matrix))
+    try:
+        values, vectors = torch.linalg.eigh(safe)
+    except torch.linalg.LinAlgError:
+        try:
+            values, vectors = (x.to(matrix.dtype) for x in torch.linalg.eigh(safe.double()))
+        except torch.linalg.LinAlgError:
+            return safe, torch.zeros_like(finite), torch.full_like(lam, torch.nan)
+    values = values.clamp_min(0) + lam.unsqueeze(-1)
+    root = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+    ok = finite & torch.isfinite(root.flatten(-2)).all(-1)
+    return root, ok, values[..., -1] / values[..., 0]
+
+
+def _newton_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(lam.unsqueeze(-1))
+    # both bound the largest eigenvalue; 1.01 keeps rounding from lifting it above 1, where the quintics diverge
+    bound = torch.minimum(shifted.abs().sum(-1).amax(-1), shifted.norm(dim=(-2, -1))) * 1.01
+    residual = shifted / bound[..., None, None]
+    root = torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix)
+    for a, b, c in _POLAR_EXPRESS:
+        quintic = b * residual + c * (residual @ residual)
+        quintic.diagonal(dim1=-2, dim2=-1).add_(a)
+        root = root @ quintic
+        residual = quintic @ residual @ quintic
+        residual = (residual + residual.mT) * 0.5
+    root = (root + root.mT) * (0.5 * bound.rsqrt()[..., None, None])
+    ok = torch.isfinite(root.flatten(-2)).all(-1)
+    return root, ok, torch.full_like(lam, torch.nan)

@@ -1,0 +1,234 @@
+"""One step of many layers of the same shape at once: momentum, direction, rate.
+
+A bank holds the layers with one weight shape, one layout of Φ and one device; their momenta are one tensor, so that
+each operation below is one call for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import LNGDConfig
+from .factor_bank import FactorBank
+from .factors import (
+    adaptive_rate,
+    apply_right,
+    natural_direction,
+    normalized,
+    orthogonalize,
+    psi_inverse,
+    rms_rate,
+    running_average,
+    trust_rate,
+)
+from .inverses import inverse_sqrt, pack, packed_shape, unpack
+from .layers import Layer
+from .sums import RowSamples
+
+# Added to the Gram matrix of mean eigenvalue 1 before its root is taken: what the polar factor does to directions
+# that carry less than a thousandth of the mean is noise.
+GRAM_SHIFT = 1e-3
+
+
+def gram_side(m: int, columns: int) -> str:
+    """Where the Gram matrix of an m × d layer stands: on its smaller side."""
+    return "right" if columns <= m else "left"
+
+
+class LayerBank:
+    """State and step of L layers with one shape.
+
+    Args:
+        layers: the layers.
+        factors: the bank that holds their Φ.
+        rows: [L], each layer's group in `factors`.
+        estimate_psi: Ψ is estimated (the layers feed an activation, or g² is drawn), else it is 1/m throughout.
+        offset: number of layers in the banks before: staggers the recomputed roots over all banks.
+        config: the optimizer's.
+        like: a tensor with the device and dtype of the state.
+    """
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        factors: FactorBank,
+        rows: Tensor,
+        estimate_psi: bool,
+        offset: int,
+        config: LNGDConfig,
+        like: Tensor,
+    ) -> None:
+        self.layers, self.factors, self.rows, self.config, self.offset = layers, factors, rows, config, offset
+        first = layers[0]
+        self.m, self.columns = first.out_features, first.columns
+        count = len(layers)
+        self.momentum = like.new_zeros(count, self.m, self.columns)
+        self.psi = like.new_zeros(count, self.m) if estimate_psi else None
+        self.psi_weight = like.new_zeros(count) if estimate_psi else None
+        self.rate = like.new_zeros(count)
+        self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.side = gram_side(self.m, self.columns)
+        self.gram: Tensor | None = None
+        self.polar: Tensor | None = None
+        self.started = False
+        if config.direction == "gram":
+            n = self.columns if self.side == "right" else self.m
+            self.gram = like.new_zeros(count, *packed_shape(n))
+            half = config.gram_dtype == "bfloat16" and like.dtype == torch.float32
+            dtype = torch.bfloat16 if half else like.dtype
+            self.polar = torch.eye(n, dtype=dtype, device=like.device).repeat(count, 1, 1)
+            self._n = n
+
+    # Ψ
+
+    def update_psi(self, new: dict[str, Tensor]) -> None:
+        """Eq. 14 for Ψ: layer → [m], trace 1."""
+        if self.psi is None or self.psi_weight is None:
+            return
+        index = [i for i, layer in enumerate(self.layers) if layer.name in new]
+        if index:
+            fresh = torch.stack([new[self.layers[i].name].to(self.psi.dtype) for i in index])
+            self.psi[index], self.psi_weight[index] = running_average(
+                self.psi[index], fresh, self.psi_weight[index], self.config.ema_decay
+            )
+
+    def dense_psi(self, index: Tensor | slice) -> Tensor:
+        """Ψ, bias-corrected and undamped: [n, m]; 1/m where it is not estimated or not seen yet."""
+        count = self.momentum[index].shape[0]
+        uniform = self.momentum.new_full((count, self.m), 1.0 / self.m)
+        if self.psi is None or self.psi_weight is None:
+            return uniform
+        weight = self.psi_weight[index][:, None]
+        return torch.where(weight > 0, self.psi[index] / weight.clamp_min(torch.finfo(weight.dtype).tiny), uniform)
+
+    # The step
+
+    def update(self, present: list[int], lr: float | Tensor, step: int, samples: dict[str, RowSamples],
+               row_scale: Tensor | float) -> Sequence[Tensor]:  # fmt: skip
+        """What is to be subtracted from the layers `present` (those with a gradient): a [m, columns] each.
+
+        Args:
+            present: indices of layers.
+            lr: α of Algorithm 1.
+            samples: rows for Eq. 12-13, by layer.
+            row_scale: T × rows seen / rows kept, which makes Σ q² over the rows kept DᵀFD.
+        """
+        whole = len(present) == len(self.layers)
+        index: slice | Tensor = slice(None) if whole else torch.tensor(present, device=self.momentum.device)
+        average = self.config.momentum_on == "gradient"
+        grad = self._averaged_gradient(present, index) if average else self._gradient(present)
+        direction = self.direction(grad, present, index, step)
+        rate = self._rate(direction, grad, present, index, samples, row_scale)
+        self.rate[index] = rate
+        update = direction.mul_((rate * lr)[:, None, None])
+        if not average:
+            update = self._averaged_update(update, index)
+        return update.unbind(0)
+
+    def direction(self, grad: Tensor, present: list[int], index: slice | Tensor, step: int) -> Tensor:
+        """D of these layers: grad [n, m, d] → [n, m, d]. May recompute the roots of ``gram`` that are due."""
+        c, rows = self.config, self.rows[index]
+        if c.direction == "natural":
+            psi_inv = psi_inverse(self.dense_psi(index), c.damping, c.damping_rho, c.damping_min, c.damping_max)
+            psi_inv = psi_inv / self.factors.scale(rows)[:, None]  # Φ̂⁻¹ is kept of E[a aᵀ], see `FactorSpec`
+            return natural_direction(grad, self.factors.get("inverse", rows), psi_inv)
+        if c.direction == "polar":
+            root = self.factors.get("root", rows)
+            return apply_right(orthogonalize(apply_right(grad, root)), root)
+        self._refresh_polar(grad, present, step)
+        assert self.polar is not None
+        polar = self.polar[index]
+        grad = grad.to(polar.dtype)
+        if self.side == "left":
+            grad = apply_right(grad, self.factors.get("inverse", rows).to(polar.dtype))
+        return (grad @ polar if self.side == "right" else polar @ grad).to(self.momentum.dtype)
+
+    def _refresh_polar(self, grad: Tensor, present: list[int], step: int) -> None:
+        """``gram``: average the whitened Gram matrix of the layers whose turn it is, take its inverse root."""
+        assert self.gram is not None and self.polar is not None
+        r = self.config.polar_interval
+        turn = [row for row, i in enumerate(present) if not self.started or (i + self.offset - step) % r == 0]
+        self.started = True
+        if not turn:
+            return
+        due = torch.tensor(turn, device=grad.device)
+        chosen = torch.tensor([present[row] for row in turn], device=grad.device)
+        low, full = self.polar.dtype, self.gram.dtype
+        x, rows = grad[due].to(low), self.rows[chosen]
+        whitener = self.factors.get("root" if self.side == "right" else "inverse", rows).to(low)
+        white = apply_right(x, whitener)
+        fresh = (white.mT @ white if self.side == "right" else white @ x.mT).to(full)
+        size = fresh.diagonal(dim1=-2, dim2=-1).sum(-1)
+        old = unpack(self.gram[chosen], self._n)
+        decay = torch.where(old.diagonal(dim1=-2, dim2=-1).sum(-1) > 0, self.config.gram_decay, 0.0)[:, None, None]
+        gram = old * decay + fresh / size[:, None, None] * (1 - decay)
+        polar, ok, _ = inverse_sqrt(normalized(gram), GRAM_SHIFT, self.config.inverse_root)
+        ok = ok & torch.isfinite(size) & (size > 0)
+        polar = polar.to(low)
+        if self.side == "right":
+            polar = apply_right(apply_right(polar, whitener).mT, whitener)
+        keep = ok[:, None, None]
+        self.gram[chosen] = torch.where(keep, pack(gram), self.gram[chosen])
+        self.polar[chosen] = torch.where(keep, polar, self.polar[chosen])
+        self.failures += (~ok).sum()
+
+    # Its parts
+
+    def _gradient(self, present: list[int]) -> Tensor:
+        layers = [self.layers[i] for i in present]
+        grad = torch.stack([_gradient_of(layer.weight) for layer in layers]).to(self.momentum.dtype)
+        if layers[0].bias is None:
+            return grad
+        bias = torch.stack([_gradient_of(layer.bias) for layer in layers]).to(grad.dtype)
+        return torch.cat((grad, bias.unsqueeze(-1)), -1)
+
+    def _averaged_gradient(self, present: list[int], index: slice | Tensor) -> Tensor:
+        """M ← τM + (1 − τ)G; returns M, or with Nesterov τM + (1 − τ)G once more."""
+        grad = self._gradient(present)
+        tau = self.config.momentum
+        if isinstance(index, slice):
+            momentum = self.momentum.lerp_(grad, 1 - tau)
+        else:
+            momentum = self.momentum[index].lerp_(grad, 1 - tau)
+            self.momentum[index] = momentum
+        return grad.lerp_(momentum, tau) if self.config.nesterov else momentum
+
+    def _averaged_update(self, update: Tensor, index: slice | Tensor) -> Tensor:
+        """M ← τM + αα_l D (Algorithm 1); returns M, or with Nesterov τM + αα_l D."""
+        tau = self.config.momentum
+        momentum = self.momentum[index].mul(tau).add_(update)
+        self.momentum[index] = momentum
+        return update.add_(momentum, alpha=tau) if self.config.nesterov else momentum
+
+    def _rate(self, direction: Tensor, grad: Tensor, present: list[int], index: slice | Tensor,
+              samples: dict[str, RowSamples], row_scale: Tensor | float) -> Tensor:  # fmt: skip
+        c = self.config
+        if c.rate == "rms":
+            return rms_rate(direction, c.rate_scale)
+        if c.rate == "none":
+            return direction.new_ones(len(present))
+        if c.rate == "trust":
+            rows = self.rows[index]
+            phi = self.factors.dense(rows) * self.factors.scale(rows)[:, None, None, None]
+            return trust_rate(direction, phi, self.dense_psi(index), c.rate_scale)
+        squares = [
+            samples[self.layers[i].name].sum_of_squares(direction[row])
+            if self.layers[i].name in samples
+            else direction.new_zeros(())
+            for row, i in enumerate(present)
+        ]
+        slope = (direction * grad).sum((-2, -1))
+        return adaptive_rate(slope, torch.stack(squares) * row_scale, c.rate_mu)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, with the layers in the first dimension."""
+        named = {"momentum": self.momentum, "psi": self.psi, "psi_weight": self.psi_weight, "rate": self.rate}
+        return {k: v for k, v in {**named, "gram": self.gram, "polar": self.polar}.items() if v is not None}
+
+
+def _gradient_of(parameter: Tensor | None) -> Tensor:
+    assert parameter is not None
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,0 +1,280 @@
+"""`LNGD`: Layer-Wise Natural Gradient Descent as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import serialization
+from .config import LNGDConfig, check_field_names
+from .curvature.capture import Capture
+from .curvature.embeddings import EmbeddingLayer
+from .curvature.fisher import FisherSource
+from .fallback import Fallback
+from .preconditioner import Preconditioner
+from .routing import FALLBACK_OWNER, LNGD_OWNER, Route, format_routes, route
+
+
+class LNGD(torch.optim.Optimizer):
+    """Layer-Wise Natural Gradient Descent (Liu et al., NeurIPS 2024), with AdamW for what it does not own.
+
+    A step, for the layers' gradients G (Algorithm 1 of the paper; names are `LNGDConfig`'s fields)::
+
+        every factor_interval steps:    Φ, Ψ ← running averages of this step's factors     (Eq. 4, 5, 14)
+        every inverse_interval steps:   inverses of the damped factors
+        each step:                      D = direction(M or G; Φ, Ψ)
+                                        W ← W − lr · α_l · D, with momentum and decoupled weight decay
+
+    Args:
+        model: the model that will be trained; its layers are watched by hooks during factor steps.
+        config: the settings; none: those of the preset ``fast``.
+        lr: α of the paper; with ``rate="rms"`` (the default) it means what it means for AdamW.
+        **fields: fields of `LNGDConfig`, on top of `config`.
+
+    The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and
+    ``fallback_no_decay``, those that are not empty. Schedulers act on all of them alike.
+
+    Raises:
+        ValueError: a bad value (field, value and what is accepted are named), or nothing to train.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: LNGDConfig | None = None, *, lr: float | Tensor = 1e-3, **fields: Any
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module (not its parameters)")
+        if not float(lr) >= 0:
+            raise ValueError(f"lr: got {lr!r}, accepted: a number at least 0")
+        check_field_names(fields)
+        if config is None:
+            config = LNGDConfig(**fields)
+        elif fields:
+            config = LNGDConfig(**{**config.to_dict(), **fields})
+        self.config = config
+        self._routing = route(model, config)
+        self._parameters = dict(model.named_parameters())
+        self._fallback = Fallback(config.betas, config.eps)
+        super().__init__(self._make_groups(lr), {"lr": lr, "weight_decay": 0.0})
+        self._embeddings = [EmbeddingLayer(name, modules, config) for name, modules in self._routing.embeddings]
+        self._capture = Capture(
+            model,
+            self._routing.layers,
+            FisherSource(config.fisher, config.seed),
+            config.max_factor_dim,
+            rate_rows=config.rate_rows if config.rate == "adaptive" else 0,
+            share_by_width=config.damping == "paper",
+        )
+        self._preconditioner: Preconditioner | None = None
+        self._steps = 0
+        self._factor_seconds = 0.0
+        self._capture.arm(self._is_factor_step())
+
+    def _make_groups(self, lr: float | Tensor) -> list[dict[str, Any]]:
+        c = self.config
+        fallback_lr = lr * c.fallback_lr_scale if c.fallback_lr is None else c.fallback_lr
+        groups: dict[str, dict[str, Any]] = {}
+        for r in self._routing.routes:
+            if r.owner == LNGD_OWNER:
+                name = {"embedding": "embedding", "linear": "lngd"}.get(r.reason, "lngd_bias")
+            elif r.owner == FALLBACK_OWNER:
+                name = "fallback" if r.decays else "fallback_no_decay"
+            else:
+                continue
+            own_lr = lr if name in ("lngd", "lngd_bias") else fallback_lr
+            decay = c.weight_decay if r.decays else 0.0
+            group = groups.setdefault(name, {"params": [], "name": name, "lr": own_lr, "weight_decay": decay})
+            group["params"].append(self._parameters[r.parameter])
+        if not groups:
+            raise ValueError("model: got no parameter that requires a gradient, accepted: at least one")
+        return list(groups.values())
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step. Parameters without a gradient rest.
+
+        Raises:
+            RuntimeError: a factor step saw no forward pass, or (``fisher="true"``) no `fisher_backward`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if any(layer.weight.grad is not None for layer in self._routing.layers):
+            start = time.perf_counter()
+            inside_hooks = self._capture.seconds
+            self._update_factors()
+            self._factor_seconds += time.perf_counter() - start + inside_hooks
+            self._capture.seconds = 0.0
+            self._update_layers()
+        for group in self.param_groups:
+            if group["name"] == "embedding":
+                for embedding in self._embeddings:
+                    embedding.step(group)
+            elif group["name"] not in ("lngd", "lngd_bias"):
+                self._fallback.step(group)
+        self._steps += 1
+        self._capture.arm(self._is_factor_step())
+        return loss
+
+    def _is_factor_step(self) -> bool:
+        return self._steps % self.config.factor_interval == 0 or self._preconditioner is None
+
+    def _update_factors(self) -> None:
+        if self._is_factor_step():
+            sums = self._capture.finish()
+            self._check_capture(bool(sums))
+            if self._preconditioner is None:
+                self._preconditioner = Preconditioner(self._capture.layers, self._capture.topology, self.config)
+            self._preconditioner.update_factors(sums, self._capture.source.scale(self._capture.terms))
+        assert self._preconditioner is not None
+        self._preconditioner.refresh(self._steps)
+
+    def _check_capture(self, seen: bool) -> None:
+        source = self._capture.source
+        if self.config.fisher == "true" and source.waiting:
+            raise RuntimeError(
+                "fisher: 'true' needs optimizer.fisher_backward(logits) after each forward of a factor step "
+                "(optimizer.needs_fisher_pass is True in one), or accepted: expected, sampled, empirical"
+            )
+        if not seen and self._preconditioner is None:
+            raise RuntimeError(
+                "LNGD.step(): the layers have gradients, but no forward pass of the model was seen. Call the model "
+                "that was given to LNGD (a wrapper around it is fine), with gradients enabled, after LNGD was made "
+                "and without optimizer.eval()."
+            )
+
+    def _update_layers(self) -> None:
+        groups = {group["name"]: group for group in self.param_groups}
+        lr, decay = groups["lngd"]["lr"], groups["lngd"]["weight_decay"]
+        row_scale = self._row_scale()
+        assert self._preconditioner is not None
+        for bank in self._preconditioner.layer_banks:
+            present = [i for i, layer in enumerate(bank.layers) if layer.weight.grad is not None]
+            if not present:
+                continue
+            updates = bank.update(present, lr, self._steps, self._capture.rows, row_scale)
+            layers = [bank.layers[i] for i in present]
+            weights: list[Tensor] = [layer.weight for layer in layers]
+            if decay:
+                torch._foreach_mul_(weights, 1 - lr * decay)
+            width = layers[0].in_features
+            torch._foreach_sub_(
+                weights, tuple(update[:, :width].to(w.dtype) for update, w in zip(updates, weights, strict=True))
+            )
+            for layer, update in zip(layers, updates, strict=True):
+                if layer.bias is not None:
+                    layer.bias.sub_(update[:, width].to(layer.bias.dtype))
+
+    def _row_scale(self) -> Tensor | float:
+        """T × rows seen / rows kept: makes Σ q² over the rows kept DᵀFD of Eq. 13."""
+        seen = self._capture.rows_seen
+        kept = -(-seen // self.config.rate_rows)
+        return self._capture.terms * (seen / kept) if kept else 0.0
+
+    # What a training loop may call
+
+    def train(self) -> None:
+        """Watch forward passes (the default); `Trainer` calls this before each micro-batch."""
+        self._watch(True)
+
+    def eval(self) -> None:
+        """Look away, whatever the model does; `Trainer` calls this around evaluation."""
+        self._watch(False)
+
+    def _watch(self, enabled: bool) -> None:
+        self._capture.enabled = enabled
+        for embedding in self._embeddings:
+            embedding.enabled = enabled
+
+    def set_batch(self, inputs: Mapping[str, Any]) -> None:
+        """Name the batch of the next forward, where the model does not see all of it (labels taken out before).
+
+        ``labels`` [B, T] (−100: ignored), ``attention_mask`` [B, S] and ``decoder_attention_mask`` [B, T] are used.
+        """
+        self._capture.set_batch(inputs)
+
+    @property
+    def needs_fisher_pass(self) -> bool:
+        """True in a factor step with ``fisher="true"``: call :meth:`fisher_backward` after the forward."""
+        return self.config.fisher == "true" and self._is_factor_step()
+
+    def fisher_backward(self, logits: Tensor, mask: Tensor | None = None) -> None:
+        """``fisher="true"``: the second backward pass, with labels drawn from softmax(logits). ``.grad`` is untouched.
+
+        Args:
+            logits: [..., classes], of the forward just made, before its graph is freed by ``loss.backward()``.
+            mask: [...], True (or a label other than −100 made so) where a position counts.
+        """
+        self._capture.settle()
+        with torch.enable_grad():
+            self._capture.source.backward(logits, mask)
+
+    def close(self) -> None:
+        """Remove every hook from the model. The optimizer cannot step afterwards without `RuntimeError`."""
+        self._capture.disarm()
+        for embedding in self._embeddings:
+            embedding.close()
+
+    # What it tells
+
+    def routing(self) -> list[Route]:
+        """Each parameter's owner and the reason."""
+        return list(self._routing.routes)
+
+    def routing_table(self) -> str:
+        """The routing as a printable table."""
+        return format_routes(self._routing.routes)
+
+    def factors(self, name: str) -> dict[str, Tensor]:
+        """Φ [d, d] and Ψ [m] of a layer by module name: running averages, start-up bias corrected, undamped.
+
+        Raises:
+            KeyError: no such layer (the names are listed), or no factor step so far.
+        """
+        if name not in self._capture.layers:
+            raise KeyError(f"no LNGD layer '{name}'; there are: {', '.join(self._capture.layers) or 'none'}")
+        if self._preconditioner is None:
+            raise KeyError(f"layer '{name}' has no factors before the first step")
+        return self._preconditioner.factors(name)
+
+    def memory_usage(self) -> dict[str, int]:
+        """Bytes of state: ``momentum``, ``factors``, ``inverses``, ``fallback``, ``total``."""
+        return serialization.memory_usage(self)
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers for a log; waits for the device, so for logging steps only. Seconds are reset by the call."""
+        result = {} if self._preconditioner is None else self._preconditioner.diagnostics()
+        result["factor_seconds"], self._factor_seconds = self._factor_seconds, 0.0
+        return result
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict with one more key, ``lngd``: all of LNGD's state, loadable with ``weights_only=True``."""
+        state = super().state_dict()
+        state["lngd"] = serialization.state_of(self)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore bit for bit, dtypes kept.
+
+        Raises:
+            ValueError: another optimizer's state, another version, another model or config; says what differs.
+                Nothing is changed then.
+        """
+        state = dict(state_dict)
+        own = serialization.check(self, state.pop("lngd", None))
+        super().load_state_dict(state)  # type: ignore[arg-type]
+        serialization.load(self, own)
+        self._capture.arm(self._is_factor_step())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Parameters added later are AdamW's: no layer of the model is known to own them."""
+        param_group.setdefault("name", "added")
+        super().add_param_group(param_group)

@@ -1,0 +1,134 @@
+"""The banks of a model: which factors and layers are computed together, made once the topology is known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import LNGDConfig
+from .curvature.factor_bank import FactorBank, FactorSpec
+from .curvature.layer_bank import LayerBank, gram_side
+from .curvature.layers import Layer, factor_blocks
+from .curvature.sums import GroupSums
+from .curvature.topology import Group, Topology
+
+# A bank's momentum has at most so many elements: bounds the step's temporaries, which are as large.
+_BANK_ELEMENTS = 1 << 24
+
+
+class Preconditioner:
+    """All factors and layers of a model, in banks of one shape.
+
+    Args:
+        layers: the owned layers by name.
+        topology: who shares Φ with whom; frozen.
+        config: the optimizer's.
+    """
+
+    def __init__(self, layers: dict[str, Layer], topology: Topology, config: LNGDConfig) -> None:
+        self.layers, self.config = layers, config
+        self.factor_banks: list[FactorBank] = []
+        self.layer_banks: list[LayerBank] = []
+        self._bank_of_group: dict[str, FactorBank] = {}
+        self._make_factor_banks(topology.groups)
+        self._make_layer_banks(topology)
+        self.bank_of_layer = {layer.name: (bank, i) for bank in self.layer_banks for i, layer in enumerate(bank.layers)}
+
+    def _make_factor_banks(self, groups: list[Group]) -> None:
+        interval = self.config.inverse_interval if self.config.stagger else 1
+        keyed: dict[tuple, list[tuple[FactorSpec, int]]] = {}
+        for number, group in enumerate(groups):
+            members = [self.layers[name] for name in group.members]
+            kinds = frozenset(needed_kind(layer, self.config) for layer in members)
+            like = state_like(members[0])
+            key = (factor_blocks(members, self.config.max_factor_dim), kinds, like.device, like.dtype)
+            offset = number * interval // len(groups)
+            keyed.setdefault(key, []).append((self._spec(group), offset))
+        for (blocks, kinds, device, dtype), entries in keyed.items():
+            specs, offsets = [spec for spec, _ in entries], [offset for _, offset in entries]
+            like = torch.empty(0, device=device, dtype=dtype)
+            bank = FactorBank(specs, blocks, kinds, offsets, self.config, like)
+            self.factor_banks.append(bank)
+            self._bank_of_group.update({spec.name: bank for spec in specs})
+
+    def _spec(self, group: Group) -> FactorSpec:
+        first = self.layers[group.name]
+        plain = group.activation is None and self.config.fisher == "expected"
+        return FactorSpec(group.name, first.columns, float(first.out_features) if plain else 1.0)
+
+    def _make_layer_banks(self, topology: Topology) -> None:
+        keyed: dict[tuple, list[Layer]] = {}
+        for layer in self.layers.values():
+            group = topology.of_layer[layer.name]
+            bank = self._bank_of_group[group.name]
+            estimated = group.activation is not None or self.config.fisher != "expected"
+            key = (layer.out_features, layer.columns, layer.bias_name is None, id(bank), estimated)
+            keyed.setdefault(key, []).append(layer)
+        before = 0
+        for (m, columns, _, _, estimated), members in keyed.items():
+            most = max(1, _BANK_ELEMENTS // (m * columns))
+            for start in range(0, len(members), most):
+                chunk = members[start : start + most]
+                names = [topology.of_layer[layer.name].name for layer in chunk]
+                factors = self._bank_of_group[names[0]]
+                like = state_like(chunk[0])
+                rows = torch.tensor([factors.index[name] for name in names], device=like.device)
+                self.layer_banks.append(LayerBank(chunk, factors, rows, estimated, before, self.config, like))
+                before += len(chunk)
+
+    def update_factors(self, sums: dict[str, GroupSums], scale: Tensor | float | None) -> None:
+        """Take one step's sums into the running averages (Eq. 4, 5, 14)."""
+        phi: dict[str, Tensor] = {}
+        psi: dict[str, Tensor] = {}
+        for name, group in sums.items():
+            if group.s is None:
+                continue
+            phi[name], own = group.factors(scale)
+            if own is not None:
+                psi[name] = own
+        for factor_bank in self.factor_banks:
+            factor_bank.update(phi)
+        for layer_bank in self.layer_banks:
+            layer_bank.update_psi(psi)
+
+    def refresh(self, step: int) -> None:
+        """Invert what is due at this step."""
+        for bank in self.factor_banks:
+            bank.refresh(step)
+
+    def factors(self, name: str) -> dict[str, Tensor]:
+        """Φ [columns, columns] and Ψ [m] of a layer, as the paper defines them, undamped."""
+        bank, i = self.bank_of_layer[name]
+        row = bank.rows[i : i + 1]
+        phi = torch.block_diag(*(bank.factors.dense(row)[0] * bank.factors.scale(row)))
+        columns = self.layers[name].columns
+        return {"phi": phi[:columns, :columns].clone(), "psi": bank.dense_psi(torch.tensor([i]))[0].clone()}
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers for a log; waits for the device once."""
+        numbers = {
+            "layer_rate_mean": torch.cat([bank.rate.flatten().float() for bank in self.layer_banks]).mean(),
+            "damping_mean": torch.cat([bank.damping.flatten().float() for bank in self.factor_banks]).mean(),
+            "condition_max": torch.cat([bank.condition.flatten().float() for bank in self.factor_banks]).amax(),
+            "failed_inverses": sum(bank.failures for bank in self.factor_banks)
+            + sum(bank.failures for bank in self.layer_banks),
+            "skipped_factors": sum(bank.skipped for bank in self.factor_banks),
+        }
+        values = torch.stack([torch.as_tensor(value).double().cpu() for value in numbers.values()])
+        return dict(zip(numbers, values.tolist(), strict=True))
+
+
+def needed_kind(layer: Layer, config: LNGDConfig) -> str:
+    """``inverse`` (Φ̂⁻¹) or ``root`` (Φ̂^(−1/2)): what the layer's direction takes of its Φ."""
+    if config.direction == "natural":
+        return "inverse"
+    if config.direction == "polar":
+        return "root"
+    # with the Gram matrix on the left, both roots stand side by side and only their product is needed
+    return "root" if gram_side(layer.out_features, layer.columns) == "right" else "inverse"
+
+
+def state_like(layer: Layer) -> Tensor:
+    """An empty tensor with the device of a layer's state and its dtype: at least float32."""
+    weight = layer.weight
+    return torch.empty(0, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))

@@ -1,0 +1,160 @@
+"""Which parameter goes to LNGD and which to the fallback, and why."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import LNGDConfig
+from .curvature.layers import Layer, is_linear
+
+LNGD_OWNER = "lngd"
+FALLBACK_OWNER = "fallback"
+FROZEN_OWNER = "frozen"
+
+
+@dataclass(frozen=True)
+class Route:
+    """One parameter's owner.
+
+    Attributes:
+        parameter: its first name in the model.
+        owner: ``lngd``, ``fallback`` (AdamW) or ``frozen``.
+        layer: the module it belongs to.
+        reason: why: linear, bias in the factor, embedding, norm, bias, position, excluded, unsupported module, …
+        decays: weight decay applies.
+    """
+
+    parameter: str
+    owner: str
+    layer: str
+    reason: str
+    shape: tuple[int, ...]
+    numel: int
+    decays: bool
+
+
+@dataclass
+class Routing:
+    """The outcome: routes of all parameters, the layers LNGD owns, the embeddings it owns."""
+
+    routes: list[Route]
+    layers: list[Layer]
+    embeddings: list[tuple[str, list[nn.Embedding]]]
+
+
+def route(model: nn.Module, config: LNGDConfig) -> Routing:
+    """Give each parameter of the model an owner, in the order of `model.named_parameters()`.
+
+    Tied parameters have one route, under their first name; a weight that is both an embedding and a head is an
+    embedding. Parameters that do not require a gradient are ``frozen``.
+    """
+    homes = _homes(model)
+    exclude = re.compile(config.exclude) if config.exclude else None
+    routing = Routing([], [], [])
+    layer_of: dict[int, Layer] = {}
+    for name, parameter in model.named_parameters():
+        modules = homes[id(parameter)]
+        owner, reason, decays = _decide(name, parameter, modules, config, exclude)
+        if owner == LNGD_OWNER and reason == "embedding":
+            routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
+        elif owner == LNGD_OWNER:
+            _place(name, parameter, modules, layer_of, routing)
+        routing.routes.append(
+            Route(name, owner, modules[0][0], reason, tuple(parameter.shape), parameter.numel(), decays)
+        )
+    return routing
+
+
+Homes = list[tuple[str, nn.Module, str]]
+
+
+def _homes(model: nn.Module) -> dict[int, Homes]:
+    """Every place of every parameter: id → [(module name, module, attribute)]."""
+    homes: dict[int, Homes] = {}
+    for name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                homes.setdefault(id(parameter), []).append((name, module, attribute))
+    return homes
+
+
+def _decide(
+    name: str, parameter: nn.Parameter, modules: Homes, config: LNGDConfig, exclude: re.Pattern[str] | None
+) -> tuple[str, str, bool]:
+    """(owner, reason, weight decay)."""
+    if not parameter.requires_grad:
+        return FROZEN_OWNER, "frozen", False
+    module_name, module, attribute = modules[0]
+    plain = parameter.dim() < 2
+    if any("norm" in type(m).__name__.lower() for _, m, _ in modules):
+        return FALLBACK_OWNER, "norm", False
+    if exclude is not None and exclude.search(name):
+        return FALLBACK_OWNER, "excluded", not plain
+    if any(isinstance(m, nn.Embedding) for _, m, _ in modules):
+        position = any("position" in f"{type(m).__name__}.{n}".lower() for n, m, _ in modules)
+        if config.embedding == "exact" and not position:
+            return LNGD_OWNER, "embedding", True
+        return FALLBACK_OWNER, "position" if position else "embedding", True
+    owned = [is_linear(m) and not _inside_attention(m, n, modules) for n, m, _ in modules]
+    if all(owned):
+        if attribute == "weight":
+            return LNGD_OWNER, "linear", True
+        if attribute == "bias" and config.bias == "factor" and len(modules) == 1:
+            weight = module._parameters["weight"]
+            if weight is not None and weight.requires_grad and _weight_is_owned(module_name, exclude):
+                return LNGD_OWNER, "bias in the factor", False
+    if attribute == "bias" or plain:
+        return FALLBACK_OWNER, "bias" if attribute == "bias" else "vector", False
+    if "position" in name.lower():
+        return FALLBACK_OWNER, "position", True
+    return FALLBACK_OWNER, f"unsupported module {type(module).__name__}", True
+
+
+def _inside_attention(module: nn.Module, name: str, modules: Homes) -> bool:
+    # torch's MultiheadAttention reads its output projection's weight and never calls it, so no hook would fire
+    return type(module).__name__ == "NonDynamicallyQuantizableLinear"
+
+
+def _weight_is_owned(module_name: str, exclude: re.Pattern[str] | None) -> bool:
+    weight = f"{module_name}.weight" if module_name else "weight"
+    return exclude is None or not exclude.search(weight)
+
+
+def _place(name: str, parameter: nn.Parameter, modules: Homes, layer_of: dict[int, Layer], routing: Routing) -> None:
+    module_name, module, attribute = modules[0]
+    layer = layer_of.get(id(module))
+    if layer is None:
+        layer = Layer(module_name, name, None, 0, 0)
+        routing.layers.append(layer)
+    if attribute == "weight":
+        layer.weight_name = name
+        layer.out_features, layer.in_features = parameter.shape
+        layer.modules = [(n, m) for n, m, _ in modules]
+        for _, m, _ in modules:
+            layer_of[id(m)] = layer
+    else:
+        layer.bias_name = name
+
+
+def format_routes(routes: list[Route]) -> str:
+    """The routing as a table, one line a kind of owner and reason, shares of all parameters, names abbreviated."""
+    total = sum(r.numel for r in routes) or 1
+    kinds: dict[tuple[str, str], list[Route]] = {}
+    for r in routes:
+        kinds.setdefault((r.owner, r.reason), []).append(r)
+    rows = [("owner", "reason", "tensors", "parameters", "share", "for example")]
+    for (owner, reason), members in sorted(kinds.items(), key=lambda item: (item[0][0] != LNGD_OWNER, item[0])):
+        count = sum(r.numel for r in members)
+        rows.append(
+            (owner, reason, str(len(members)), f"{count:,}", f"{100 * count / total:.1f} %", members[0].parameter)
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    right = (False, False, True, True, True, False)
+    lines = [
+        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
