@@ -16,7 +16,7 @@ RATES = ("adaptive", "rms", "trust", "none")
 DAMPINGS = ("relative", "paper")
 MOMENTUM_ON = ("gradient", "update")
 BIASES = ("factor", "fallback")
-EMBEDDINGS = ("fallback", "exact")
+EMBEDDINGS = ("fallback", "exact", "rotated")
 GRAM_DTYPES = ("bfloat16", "full")
 ROOTS = ("auto", "eigh", "newton")
 
@@ -34,21 +34,23 @@ _FAST: dict[str, Any] = {
     "damping_rho": 1.0,
     "damping_min": 1e-5,
     "damping_max": 1e-2,
-    "momentum": 0.95,
+    "momentum": 0.9,
     "nesterov": True,
     "momentum_on": "gradient",
     "ema_decay": 0.95,
-    "factor_interval": 10,
-    "inverse_interval": 10,
+    "factor_interval": 20,
+    "inverse_interval": 20,
     "stagger": True,
-    "polar_interval": 4,
-    "gram_decay": 0.65,
+    "early_factors": True,
+    "polar_interval": 8,
+    "gram_decay": 0.9,
     "gram_dtype": "bfloat16",
+    "row_decay": 0.95,
     "inverse_root": "auto",
     "weight_decay": 0.1,
     "bias": "fallback",
     "max_factor_dim": "auto",
-    "embedding": "fallback",
+    "embedding": "rotated",
     "exclude": "",
     "fallback_lr": None,
     "fallback_lr_scale": 1.0,
@@ -70,9 +72,11 @@ _PAPER: dict[str, Any] = _FAST | {
     "factor_interval": 100,
     "inverse_interval": 100,
     "stagger": False,
+    "early_factors": False,
     "weight_decay": 0.004,
     "bias": "factor",
     "max_factor_dim": _UNCUT,
+    "embedding": "fallback",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -118,17 +122,22 @@ class LNGDConfig:
         factor_interval: T_FIM, steps between two looks at the factors.
         inverse_interval: T_INV, steps between two inverses of a factor.
         stagger: spread the inverses of the layers over the steps of an interval.
+        early_factors: before the first interval is over, also look and invert at steps 1, 2, 4, 8, …: the factors
+            of the very first step are those of an untrained model.
         polar_interval: steps between two inverse roots of a layer's Gram matrix (``gram``).
-        gram_decay: weight of the old Gram matrix at such a step (``gram``).
+        gram_decay: weight of the old Gram matrix, a step; its power after an interval of several (``gram``).
         gram_dtype: in which the root of the Gram matrix is kept and applied each step (``gram``): ``bfloat16``, as
             torch.optim.Muon computes throughout, or ``full``. Float64 models are always ``full``.
+        row_decay: weight of the old mean in a running mean square of each row of D, by whose root the row is divided
+            (NorMuon's row scale: a Ψ estimated from updates); 0: rows are left as they are (``polar``, ``gram``).
         inverse_root: how (·)^(-1/2) is computed: ``eigh`` (exact), ``newton`` (matrix products only, no host
             synchronisation), ``auto``: eigh on the CPU, newton on accelerators.
         weight_decay: decoupled, never on norms and biases.
         bias: ``factor``: a last column of the layer's factor; ``fallback``: AdamW.
         max_factor_dim: a wider Φ is cut into equal diagonal blocks no wider than this; ``auto``: min(fan-in,
             fan-out) of the layer, but 64 at the least.
-        embedding: ``fallback``: AdamW; ``exact``: Φ of one-hot inputs, that is token frequency.
+        embedding: ``fallback``: AdamW; ``rotated``: AdamW in the eigenbasis of the table's gradients, the d × d side;
+            ``exact``: Φ of one-hot inputs, that is token frequency. All at the fallback's rate.
         exclude: a regular expression; parameters whose name it matches (`re.search`) go to AdamW.
         fallback_lr: AdamW's rate for what no layer owns; none: lr × `fallback_lr_scale`.
         fallback_lr_scale: see `fallback_lr`.
@@ -158,9 +167,11 @@ class LNGDConfig:
     factor_interval: int = _FROM_PRESET
     inverse_interval: int = _FROM_PRESET
     stagger: bool = _FROM_PRESET
+    early_factors: bool = _FROM_PRESET
     polar_interval: int = _FROM_PRESET
     gram_decay: float = _FROM_PRESET
     gram_dtype: str = _FROM_PRESET
+    row_decay: float = _FROM_PRESET
     inverse_root: str = _FROM_PRESET
     weight_decay: float = _FROM_PRESET
     bias: str = _FROM_PRESET
@@ -217,6 +228,12 @@ def _preset(cls: type[LNGDConfig], name: str, **fields: Any) -> LNGDConfig:
 # `preset` is a field of an instance and a constructor of the class. A classmethod is no data descriptor, so an
 # instance's own attribute hides it.
 LNGDConfig.preset = classmethod(_preset)  # type: ignore[assignment]
+
+
+def is_due(step: int, interval: int, config: LNGDConfig) -> bool:
+    """Whether work of this interval falls on a step: each multiple, and with `early_factors` powers of two before."""
+    early = config.early_factors and 0 < step < interval and step & (step - 1) == 0
+    return step % interval == 0 or early
 
 
 def check_field_names(fields: Mapping[str, Any]) -> None:
@@ -309,9 +326,11 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "factor_interval": _integer(1),
     "inverse_interval": _integer(1),
     "stagger": _flag,
+    "early_factors": _flag,
     "polar_interval": _integer(1),
     "gram_decay": _FRACTION,
     "gram_dtype": _choice(GRAM_DTYPES),
+    "row_decay": _FRACTION,
     "inverse_root": _choice(ROOTS),
     "weight_decay": _NOT_NEGATIVE,
     "bias": _choice(BIASES),

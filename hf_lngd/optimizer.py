@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from . import serialization
-from .config import LNGDConfig, check_field_names
+from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
 from .curvature.embeddings import EmbeddingLayer
 from .curvature.fisher import FisherSource
+from .curvature.rotated import RotatedTable
 from .fallback import Fallback
 from .preconditioner import Preconditioner
-from .routing import FALLBACK_OWNER, LNGD_OWNER, Route, format_routes, route
+from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route, format_routes, route
 
 
 class LNGD(torch.optim.Optimizer):
@@ -59,7 +60,10 @@ class LNGD(torch.optim.Optimizer):
         self._parameters = dict(model.named_parameters())
         self._fallback = Fallback(config.betas, config.eps)
         super().__init__(self._make_groups(lr), {"lr": lr, "weight_decay": 0.0})
-        self._embeddings = [EmbeddingLayer(name, modules, config) for name, modules in self._routing.embeddings]
+        kind: Any = RotatedTable if config.embedding == "rotated" else EmbeddingLayer
+        self._embeddings: list[EmbeddingLayer | RotatedTable] = [
+            kind(name, modules, config) for name, modules in self._routing.embeddings
+        ]
         self._capture = Capture(
             model,
             self._routing.layers,
@@ -78,8 +82,10 @@ class LNGD(torch.optim.Optimizer):
         fallback_lr = lr * c.fallback_lr_scale if c.fallback_lr is None else c.fallback_lr
         groups: dict[str, dict[str, Any]] = {}
         for r in self._routing.routes:
-            if r.owner == LNGD_OWNER:
-                name = {"embedding": "embedding", "linear": "lngd"}.get(r.reason, "lngd_bias")
+            if r.reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
+                name = "embedding"
+            elif r.owner == LNGD_OWNER:
+                name = "lngd" if r.decays else "lngd_bias"
             elif r.owner == FALLBACK_OWNER:
                 name = "fallback" if r.decays else "fallback_no_decay"
             else:
@@ -115,7 +121,7 @@ class LNGD(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["name"] == "embedding":
                 for embedding in self._embeddings:
-                    embedding.step(group)
+                    embedding.step(group, self._is_factor_step())
             elif group["name"] not in ("lngd", "lngd_bias"):
                 self._fallback.step(group)
         self._steps += 1
@@ -123,7 +129,7 @@ class LNGD(torch.optim.Optimizer):
         return loss
 
     def _is_factor_step(self) -> bool:
-        return self._steps % self.config.factor_interval == 0 or self._preconditioner is None
+        return is_due(self._steps, self.config.factor_interval, self.config) or self._preconditioner is None
 
     def _update_factors(self) -> None:
         if self._is_factor_step():
@@ -244,7 +250,7 @@ class LNGD(torch.optim.Optimizer):
         return self._preconditioner.factors(name)
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes of state: ``momentum``, ``factors``, ``inverses``, ``fallback``, ``total``."""
+        """Bytes of state: ``momentum``, ``factors``, ``inverses``, ``embeddings``, ``fallback``, ``total``."""
         return serialization.memory_usage(self)
 
     def diagnostics(self) -> dict[str, float]:

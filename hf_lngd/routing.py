@@ -14,6 +14,13 @@ LNGD_OWNER = "lngd"
 FALLBACK_OWNER = "fallback"
 FROZEN_OWNER = "frozen"
 
+EMBEDDING = "embedding"
+EXACT_EMBEDDING = "embedding, exact"
+ROTATED_EMBEDDING = "embedding, rotated"
+
+# An eigenbasis costs about 10·d³ operations a factor step.
+WIDEST_ROTATION = 2048
+
 
 @dataclass(frozen=True)
 class Route:
@@ -38,7 +45,7 @@ class Route:
 
 @dataclass
 class Routing:
-    """The outcome: routes of all parameters, the layers LNGD owns, the embeddings it owns."""
+    """The outcome: routes of all parameters, the layers LNGD owns, the embeddings with a rule of their own."""
 
     routes: list[Route]
     layers: list[Layer]
@@ -58,7 +65,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
     for name, parameter in model.named_parameters():
         modules = homes[id(parameter)]
         owner, reason, decays = _decide(name, parameter, modules, config, exclude)
-        if owner == LNGD_OWNER and reason == "embedding":
+        if reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
         elif owner == LNGD_OWNER:
             _place(name, parameter, modules, layer_of, routing)
@@ -95,9 +102,12 @@ def _decide(
         return FALLBACK_OWNER, "excluded", not plain
     if any(isinstance(m, nn.Embedding) for _, m, _ in modules):
         position = any("position" in f"{type(m).__name__}.{n}".lower() for n, m, _ in modules)
-        if config.embedding == "exact" and not position:
-            return LNGD_OWNER, "embedding", True
-        return FALLBACK_OWNER, "position" if position else "embedding", True
+        if position or config.embedding == "fallback":
+            return FALLBACK_OWNER, "position" if position else EMBEDDING, True
+        if config.embedding == "exact":
+            return LNGD_OWNER, EXACT_EMBEDDING, True
+        narrow = parameter.shape[-1] <= WIDEST_ROTATION
+        return FALLBACK_OWNER, ROTATED_EMBEDDING if narrow else f"{EMBEDDING}, too wide to rotate", True
     owned = [is_linear(m) and not _inside_attention(m, n, modules) for n, m, _ in modules]
     if all(owned):
         if attribute == "weight":

@@ -163,7 +163,7 @@ def _fallback_states(optimizer: LNGD) -> dict[str, dict[str, Tensor]]:
 
 def memory_usage(optimizer: LNGD) -> dict[str, int]:
     """Bytes of state by kind, as `LNGD.memory_usage` promises."""
-    usage = {"momentum": 0, "factors": 0, "inverses": 0, "fallback": 0}
+    usage = {"momentum": 0, "factors": 0, "inverses": 0, "embeddings": 0, "fallback": 0}
     kind_of = {"momentum": "momentum", "phi": "factors", "psi": "factors", "gram": "factors"}
     kind_of |= {"inverse": "inverses", "root": "inverses", "polar": "inverses"}
     made = optimizer._preconditioner
@@ -173,7 +173,7 @@ def memory_usage(optimizer: LNGD) -> dict[str, int]:
                 for key, tensor in tensors.items():
                     usage[kind_of.get(key, "factors")] += _bytes(tensor)
     for embedding in optimizer._embeddings:
-        usage["momentum"] += sum(_bytes(t) for t in embedding.state().values())
+        usage["embeddings"] += sum(_bytes(t) for t in embedding.state().values())
     usage["fallback"] = sum(_bytes(t) for m in optimizer._fallback.moments.values() for t in m.values())
     usage["total"] = sum(usage.values())
     return usage

@@ -76,7 +76,7 @@ class EmbeddingLayer:
         return torch.where(self.weight > 0, self.frequency / self.weight.clamp_min(1e-30), uniform)
 
     @torch.no_grad()
-    def step(self, group: dict[str, Any]) -> None:
+    def step(self, group: dict[str, Any], turn: bool = False) -> None:
         """One step with the group's ``lr`` and ``weight_decay``, or none without a gradient."""
         weight = self.module.weight
         if weight.grad is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import LNGDConfig
+from ..config import LNGDConfig, is_due
 from .factors import add_damping, damping, running_average, trace
 from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack
 
@@ -79,8 +79,10 @@ class FactorBank:
         self.skipped += (~torch.isfinite(packed.flatten(1)).all(1)).sum()
 
     def refresh(self, step: int) -> None:
-        """Invert the groups whose turn this step is; at the first call all of them. A failed one keeps the last."""
-        if not self.inverted:
+        """Invert the groups whose turn this step is, all of them at the first call and at early factor steps. A
+        failed one keeps the last."""
+        early = 0 < step < self.config.inverse_interval and is_due(step, self.config.inverse_interval, self.config)
+        if not self.inverted or early:
             self._refresh(torch.arange(len(self.specs), device=self.phi.device))
             self.inverted = True
         elif (due := self._due.get(step % self.config.inverse_interval)) is not None:

@@ -108,9 +108,14 @@ def inverse_sqrt(matrix: Tensor, shift: Tensor | float, method: str = "auto") ->
     """
     lam = torch.as_tensor(shift, dtype=matrix.dtype, device=matrix.device).expand(matrix.shape[:-2])
     matrix = (matrix + matrix.mT) * 0.5
-    if method == "newton" or (method == "auto" and matrix.device.type != "cpu"):
+    if uses_newton(method, matrix.device):
         return _newton_inverse_sqrt(matrix, lam)
     return _eigh_inverse_sqrt(matrix, lam)
+
+
+def uses_newton(method: str, device: torch.device) -> bool:
+    """Whether `method` means Newton's iteration on this device."""
+    return method == "newton" or (method == "auto" and device.type != "cpu")
 
 
 def _eigh_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:

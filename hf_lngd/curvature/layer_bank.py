@@ -24,7 +24,7 @@ from .factors import (
     running_average,
     trust_rate,
 )
-from .inverses import inverse_sqrt, pack, packed_shape, unpack
+from .inverses import inverse_sqrt, pack, packed_shape, unpack, uses_newton
 from .layers import Layer
 from .sums import RowSamples
 
@@ -36,6 +36,16 @@ GRAM_SHIFT = 1e-3
 def gram_side(m: int, columns: int) -> str:
     """Where the Gram matrix of an m × d layer stands: on its smaller side."""
     return "right" if columns <= m else "left"
+
+
+# The interval between two roots grows by one each so many steps (`early_factors`).
+POLAR_RAMP = 8
+
+
+def polar_interval(step: int, config: LNGDConfig) -> int:
+    """Steps between two inverse roots of a Gram matrix, at this step: gradients of an untrained model change fast."""
+    ramp = step // POLAR_RAMP if config.early_factors else config.polar_interval
+    return max(1, min(config.polar_interval, ramp))
 
 
 class LayerBank:
@@ -69,6 +79,7 @@ class LayerBank:
         self.psi = like.new_zeros(count, self.m) if estimate_psi else None
         self.psi_weight = like.new_zeros(count) if estimate_psi else None
         self.rate = like.new_zeros(count)
+        self.row_square = like.new_zeros(count, self.m) if config.row_decay and config.direction != "natural" else None
         self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
         self.side = gram_side(self.m, self.columns)
         self.gram: Tensor | None = None
@@ -120,7 +131,7 @@ class LayerBank:
         index: slice | Tensor = slice(None) if whole else torch.tensor(present, device=self.momentum.device)
         average = self.config.momentum_on == "gradient"
         grad = self._averaged_gradient(present, index) if average else self._gradient(present)
-        direction = self.direction(grad, present, index, step)
+        direction = self._scale_rows(self.direction(grad, present, index, step), index)
         rate = self._rate(direction, grad, present, index, samples, row_scale)
         self.rate[index] = rate
         update = direction.mul_((rate * lr)[:, None, None])
@@ -146,28 +157,41 @@ class LayerBank:
             grad = apply_right(grad, self.factors.get("inverse", rows).to(polar.dtype))
         return (grad @ polar if self.side == "right" else polar @ grad).to(self.momentum.dtype)
 
+    def _scale_rows(self, direction: Tensor, index: slice | Tensor) -> Tensor:
+        """Rows of D over the root of their running mean square (Li et al. 2025, NorMuon); its start-up bias cancels
+        in the layer's rate."""
+        if self.row_square is None:
+            return direction
+        fresh = direction.square().mean(-1)
+        average = self.row_square[index].lerp(fresh, 1 - self.config.row_decay)
+        self.row_square[index] = average
+        return direction.mul_((average + torch.finfo(average.dtype).tiny).rsqrt().unsqueeze(-1))
+
     def _refresh_polar(self, grad: Tensor, present: list[int], step: int) -> None:
         """``gram``: average the whitened Gram matrix of the layers whose turn it is, take its inverse root."""
         assert self.gram is not None and self.polar is not None
-        r = self.config.polar_interval
+        r = polar_interval(step, self.config)
         turn = [row for row, i in enumerate(present) if not self.started or (i + self.offset - step) % r == 0]
         self.started = True
         if not turn:
             return
         due = torch.tensor(turn, device=grad.device)
         chosen = torch.tensor([present[row] for row in turn], device=grad.device)
-        low, full = self.polar.dtype, self.gram.dtype
+        # eigh passes over the small negative eigenvalues that half precision brings, Newton's iteration does not
+        full = self.gram.dtype
+        low = full if uses_newton(self.config.inverse_root, grad.device) else self.polar.dtype
         x, rows = grad[due].to(low), self.rows[chosen]
         whitener = self.factors.get("root" if self.side == "right" else "inverse", rows).to(low)
         white = apply_right(x, whitener)
         fresh = (white.mT @ white if self.side == "right" else white @ x.mT).to(full)
         size = fresh.diagonal(dim1=-2, dim2=-1).sum(-1)
         old = unpack(self.gram[chosen], self._n)
-        decay = torch.where(old.diagonal(dim1=-2, dim2=-1).sum(-1) > 0, self.config.gram_decay, 0.0)[:, None, None]
+        decay = torch.where(old.diagonal(dim1=-2, dim2=-1).sum(-1) > 0, self.config.gram_decay**r, 0.0)[:, None, None]
         gram = old * decay + fresh / size[:, None, None] * (1 - decay)
         polar, ok, _ = inverse_sqrt(normalized(gram), GRAM_SHIFT, self.config.inverse_root)
         ok = ok & torch.isfinite(size) & (size > 0)
-        polar = polar.to(low)
+        low = self.polar.dtype
+        polar, whitener = polar.to(low), whitener.to(low)
         if self.side == "right":
             polar = apply_right(apply_right(polar, whitener).mT, whitener)
         keep = ok[:, None, None]
@@ -226,7 +250,11 @@ class LayerBank:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with the layers in the first dimension."""
         named = {"momentum": self.momentum, "psi": self.psi, "psi_weight": self.psi_weight, "rate": self.rate}
-        return {k: v for k, v in {**named, "gram": self.gram, "polar": self.polar}.items() if v is not None}
+        return {
+            k: v
+            for k, v in {**named, "gram": self.gram, "polar": self.polar, "row_square": self.row_square}.items()
+            if v is not None
+        }
 
 
 def _gradient_of(parameter: Tensor | None) -> Tensor:

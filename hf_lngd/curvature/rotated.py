@@ -1,0 +1,98 @@
+"""AdamW in the eigenbasis of a table's gradients: for embeddings, whose other side is too long for a factor.
+
+A tied table is also the head, a linear layer. Its curvature on the side of the features is that of the head's inputs,
+d × d; rotated into its eigenvectors, Adam's diagonal stands for the rest (one side of SOAP, Vyas et al. 2024; the
+eigenbasis is that of the gradient's Gram matrix, looked at in factor steps only).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LNGDConfig
+from .inverses import pack, packed_shape, unpack
+
+_STATE = ("step", "mean", "square", "gram", "basis")
+
+
+class RotatedTable:
+    """One table [V, d] under AdamW with both moments kept in coordinates Q: G → G Q, update → D Qᵀ.
+
+    Args:
+        name: the parameter's name.
+        modules: the embeddings that share the table.
+        config: the optimizer's.
+    """
+
+    def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig) -> None:
+        self.name, self.module, self.config = name, modules[0], config
+        self.enabled = True
+        self.tensors: dict[str, Tensor] = {}
+
+    def close(self) -> None:
+        """Nothing to remove: no hooks."""
+
+    def _start(self) -> dict[str, Tensor]:
+        if not self.tensors:
+            weight = self.module.weight.detach()
+            like = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            d = like.shape[-1]
+            self.tensors = {
+                "step": like.new_zeros((), dtype=torch.float32),
+                "mean": torch.zeros_like(like),
+                "square": torch.zeros_like(like),
+                "gram": like.new_zeros(packed_shape(d)),
+                "basis": torch.eye(d, dtype=like.dtype, device=like.device),
+            }
+        return self.tensors
+
+    def _turn(self, grad: Tensor) -> None:
+        """A new basis; the mean is turned into it, the square is kept as SOAP does (the basis moves slowly)."""
+        s, d = self.tensors, grad.shape[-1]
+        fresh = grad.mT @ grad
+        size = fresh.diagonal().sum()
+        decay = torch.where(s["step"] > 0, self.config.ema_decay, 0.0).to(grad.dtype)
+        ok = torch.isfinite(size) & (size > 0)
+        fresh = fresh / torch.where(ok, size, torch.ones_like(size))
+        gram = torch.where(ok, unpack(s["gram"], d).lerp(fresh, 1 - decay), unpack(s["gram"], d))
+        basis = torch.linalg.eigh(gram).eigenvectors
+        s["mean"] = s["mean"] @ (s["basis"].mT @ basis)
+        s["gram"], s["basis"] = pack(gram), basis
+
+    @torch.no_grad()
+    def step(self, group: dict[str, Any], turn: bool) -> None:
+        """One step with the group's ``lr`` and ``weight_decay``, or none without a gradient; `turn`: a new basis."""
+        weight = self.module.weight
+        if weight.grad is None:
+            return
+        s, c = self._start(), self.config
+        grad = weight.grad.to(s["mean"].dtype)
+        if turn:
+            self._turn(grad)
+        low = torch.bfloat16 if c.gram_dtype == "bfloat16" and grad.dtype == torch.float32 else grad.dtype
+        basis = s["basis"].to(low)
+        rotated = (grad.to(low) @ basis).to(grad.dtype)
+        s["step"] += 1
+        beta1, beta2 = c.betas
+        s["mean"].lerp_(rotated, 1 - beta1)
+        s["square"].mul_(beta2).addcmul_(rotated, rotated, value=1 - beta2)
+        root = (s["square"] / (1 - beta2 ** s["step"])).sqrt_().add_(c.eps)
+        direction = s["mean"].div(root).to(low) @ basis.mT
+        lr = group["lr"]
+        weight.mul_(1 - lr * group["weight_decay"])
+        weight.sub_((direction.to(grad.dtype) * (lr / (1 - beta1 ** s["step"]))).to(weight.dtype))
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors for a checkpoint; empty before the first step."""
+        return dict(self.tensors)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`state`."""
+        self.tensors = {}
+        if state:
+            own = self._start()
+            for key in _STATE:
+                own[key].copy_(state[key])

@@ -1,0 +1,96 @@
+"""`register()`: ``optim="lngd"`` in an unmodified Trainer script.
+
+transformers has no public way to add a name to `--optim`: this adds a member to its enum of names and a handler to its
+table of optimizers, both private, for the versions that it was tested with. Call it before arguments are parsed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import training_args
+
+from ..optimizer import LNGD
+from .trainer import create_lngd_optimizer
+from .training_args import LNGD_NAME, lngd_settings
+
+MEMBER = "LNGD"
+TESTED = ((5, 23), (6, 0))  # from, up to (not included)
+
+
+class LNGDFactory:
+    """What the handler returns: the Trainer makes one and calls it with the whole model."""
+
+    def __call__(self, model: Any, args: Any) -> LNGD:
+        """LNGD for the model, as the arguments ask for it; tells which parameter went where."""
+        optimizer = create_lngd_optimizer(model, args)
+        if args.process_index == 0:
+            print(optimizer.routing_table(), flush=True)
+        return optimizer
+
+
+def register() -> None:
+    """Make a stock `Trainer` accept ``optim="lngd"``, with `optim_args` as in `LNGDTrainingArguments`.
+
+    A second call changes nothing. What a stock Trainer lacks against `LNGDTrainer`: the exact loss under accumulation,
+    diagnostics in the log, ``fisher="true"``.
+
+    Raises:
+        RuntimeError: a version of transformers that this was not tested with.
+    """
+    _check_version()
+    names, handlers = training_args.OptimizerNames, _handlers()
+    if LNGD_NAME not in names._value2member_map_:
+        _add_member(names, MEMBER, LNGD_NAME)
+    handlers[names(LNGD_NAME)] = _handler
+
+
+def unregister() -> None:
+    """Undo :func:`register`. A second call changes nothing."""
+    _check_version()
+    names, handlers = training_args.OptimizerNames, _handlers()
+    handlers.pop(LNGD_NAME, None)  # a member of the enum is equal to its name
+    if MEMBER in names._member_map_:
+        del names._member_map_[MEMBER]
+        del names._value2member_map_[LNGD_NAME]
+        names._member_names_.remove(MEMBER)
+        if MEMBER in names.__dict__:
+            type.__delattr__(names, MEMBER)
+
+
+def _handler(context: Any) -> tuple[type[LNGDFactory], dict[str, Any]]:
+    config, _ = lngd_settings(context.args)
+    if config.fisher == "true":
+        raise ValueError(
+            "optim_args: fisher: got 'true' in a stock Trainer, which makes no second backward pass, accepted: "
+            "expected, sampled, empirical; or use hf_lngd.LNGDTrainer"
+        )
+    return LNGDFactory, {"args": context.args}
+
+
+def _handlers() -> dict[Any, Any]:
+    from transformers import trainer_optimizer
+
+    return trainer_optimizer._OPTIMIZER_HANDLERS
+
+
+def _add_member(names: Any, name: str, value: str) -> None:
+    member = str.__new__(names, value)
+    member._name_, member._value_, member.__objclass__ = name, value, names
+    member._sort_order_ = len(names._member_names_)
+    names._member_names_.append(name)
+    names._member_map_[name] = member
+    names._value2member_map_[value] = member
+    type.__setattr__(names, name, member)
+
+
+def _check_version() -> None:
+    version = transformers.__version__
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if not TESTED[0] <= numbers < TESTED[1]:
+        first, last = (".".join(map(str, bound)) for bound in TESTED)
+        raise RuntimeError(
+            f"register: got transformers {version}, accepted: {first} up to {last}; hf_lngd.LNGDTrainer needs no "
+            "registration"
+        )

@@ -1,0 +1,167 @@
+"""`LNGDTrainer` and `LNGDSeq2SeqTrainer`: transformers' trainers with ``--optim lngd``, exact loss, exact resume."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+
+from ..config import LNGDConfig
+from ..optimizer import LNGD
+from .checkpoints import load_weights, restores_by_name
+from .diagnostics import lngd_of, log_entries
+from .loss import IGNORED_LABEL, SummedCrossEntropy, ignores_num_items, with_decoder_inputs
+from .training_args import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
+
+
+def create_lngd_optimizer(
+    model: nn.Module,
+    args: TrainingArguments | None = None,
+    *,
+    config: LNGDConfig | None = None,
+    lr: float | None = None,
+    **fields: Any,
+) -> LNGD:
+    """LNGD for a model, as training arguments ask for it or by name.
+
+    Args:
+        model: the bare model, before any wrapper.
+        args: training arguments whose `optim_args`, `learning_rate`, `weight_decay` and `adam_*` are used.
+        config: the settings, in place of those of `args`.
+        lr: in place of the rate of `args`; 1e-3 if neither is given.
+        **fields: fields of `LNGDConfig`, on top of the rest.
+
+    Raises:
+        ValueError: a bad setting; names field, value and what is accepted.
+        RuntimeError: a way of running that LNGD does not support; names the command to use.
+    """
+    if args is not None:
+        refuse_unsupported(args)
+        from_args, from_lr = lngd_settings(args)
+        config, lr = config or from_args, from_lr if lr is None else lr
+    return LNGD(model, config, lr=1e-3 if lr is None else lr, **fields)
+
+
+def refuse_unsupported(args: TrainingArguments) -> None:
+    """Raise RuntimeError where LNGD would be wrong: replicas of DataParallel, several processes, sharded parameters."""
+    command = shlex.join(["python", *sys.argv]) if sys.argv and sys.argv[0] else "python your_script.py"
+    if args.n_gpu > 1:
+        raise RuntimeError(
+            f"LNGD: got {args.n_gpu} GPUs in one process (DataParallel), whose replicas LNGD cannot watch, accepted: "
+            f"one GPU. Use: CUDA_VISIBLE_DEVICES=0 {command}"
+        )
+    sharded = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else None
+    if sharded:
+        raise RuntimeError(f"LNGD: got {sharded}, accepted: one process, whole parameters. Use: {command}")
+    if args.world_size > 1:
+        raise RuntimeError(
+            f"LNGD: got {args.world_size} processes, whose factors would differ and with them the weights, accepted: "
+            f"one. Use: {command}"
+        )
+
+
+class LNGDTrainerMixin:
+    """What both trainers add to transformers' own; goes before a trainer class among the bases.
+
+    - `create_optimizer` makes LNGD where the arguments ask for it, and prints once which parameter went where.
+    - The loss is normalised exactly under accumulation (see `loss`), whatever the optimizer.
+    - Resuming loads every weight (see `checkpoints`).
+    - Training logs carry LNGD's diagnostics.
+    """
+
+    _default_args: Any = LNGDTrainingArguments
+
+    def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+        if args is None:
+            args = self._default_args(output_dir="tmp_trainer")
+        if is_lngd(args):
+            refuse_unsupported(args)
+        self._routing_is_told = False
+        self.card_writer: Callable[[], Any] | None = None
+        super().__init__(model, args, *rest, **kwargs)  # type: ignore[call-arg]
+        me: Any = self
+        if me.compute_loss_func is None and ignores_num_items(me.model):
+            me.compute_loss_func = SummedCrossEntropy(me.label_smoother)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """LNGD if the arguments ask for it, else what transformers makes of them."""
+        me: Any = self
+        if me.optimizer is None and is_lngd(me.args):
+            me.optimizer = create_lngd_optimizer(me.model if model is None else model, me.args)
+        lngd = lngd_of(me.optimizer)
+        if lngd is not None and not self._routing_is_told:
+            self._routing_is_told = True
+            if me.is_world_process_zero():
+                print(lngd.routing_table(), flush=True)
+        return super().create_optimizer(model)  # type: ignore[misc]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        """As the Trainer's, and gives LNGD what it cannot see: the labels, and a second pass where it needs one."""
+        me: Any = self
+        labels_leave = me.label_smoother is not None or me.compute_loss_func is not None
+        batch = with_decoder_inputs(me.model, inputs) if labels_leave else inputs
+        batch = dict(batch)  # the Trainer takes the labels out of what it is given
+        lngd = lngd_of(me.optimizer) if model.training else None
+        if lngd is not None:
+            lngd.set_batch(batch)
+        labels = batch.get("labels")
+        loss, outputs = super().compute_loss(  # type: ignore[misc]
+            model, batch, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if lngd is not None and lngd.needs_fisher_pass:
+            self._fisher_pass(lngd, outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def _fisher_pass(self, lngd: LNGD, outputs: Any, labels: Any) -> None:
+        logits = outputs.get("logits") if isinstance(outputs, dict) else None
+        if logits is None:
+            raise ValueError("optim_args: fisher: got 'true' for a model without logits, accepted: expected, sampled")
+        fits = isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]
+        lngd.fisher_backward(logits, labels != IGNORED_LABEL if fits else None)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, unless `card_writer` was set: that writes the card, when the model is pushed too."""
+        if self.card_writer is None:
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        elif self.is_world_process_zero():  # type: ignore[attr-defined]
+            self.card_writer()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; training logs carry LNGD's diagnostics."""
+        me: Any = self
+        lngd = lngd_of(me.optimizer)
+        if lngd is not None and me.is_in_train and "loss" in logs:
+            logs.update(log_entries(lngd))
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        me: Any = self
+        target = me.model if model is None else model
+        if me.is_fsdp_enabled or me.is_deepspeed_enabled or not restores_by_name(target, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        else:
+            load_weights(target, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        me: Any = self
+        folder = me.state.best_model_checkpoint
+        if me.is_fsdp_enabled or me.is_deepspeed_enabled or not restores_by_name(me.model, folder):
+            super()._load_best_model()  # type: ignore[misc]
+        else:
+            load_weights(me.model, folder)
+
+
+class LNGDTrainer(LNGDTrainerMixin, Trainer):
+    """transformers' `Trainer` with LNGD; all its arguments are the same. `args` are `LNGDTrainingArguments`."""
+
+
+class LNGDSeq2SeqTrainer(LNGDTrainerMixin, Seq2SeqTrainer):
+    """transformers' `Seq2SeqTrainer` with LNGD; all its arguments are the same."""
+
+    _default_args = LNGDSeq2SeqTrainingArguments

@@ -1,0 +1,148 @@
+"""`LNGDTrainingArguments` and `LNGDSeq2SeqTrainingArguments`: transformers' own, with ``--optim lngd``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from ..config import LNGDConfig
+
+LNGD_NAME = "lngd"
+
+# What the parent class is shown in place of "lngd" while it checks itself: an optimizer it makes no demands on.
+_STAND_IN = OptimizerNames.ADAMW_TORCH.value
+
+_COMMA = re.compile(r"(?<!\\),")
+
+_OPTIM_HELP = (
+    "The optimizer: lngd (layer-wise natural gradient, AdamW for what no layer owns) or any name that transformers' "
+    "own --optim accepts."
+)
+_OPTIM_ARGS_HELP = (
+    "Settings of the optimizer as name=value,name=value. For lngd: lr and the fields of hf_lngd.LNGDConfig, e.g. "
+    "'factor_interval=10,preset=fast' (presets: fast, paper, lngd_sample, lngd_lr). They win over --learning_rate, "
+    "--weight_decay and --adam_*, and these over the preset."
+)
+
+
+def is_lngd(args: TrainingArguments) -> bool:
+    """True if these arguments ask for LNGD."""
+    return _name(args.optim) == LNGD_NAME
+
+
+def lngd_settings(args: TrainingArguments) -> tuple[LNGDConfig, float]:
+    """The config and the learning rate that training arguments ask for.
+
+    Precedence: `optim_args`, then `learning_rate`, a `weight_decay` other than 0 and those of `adam_beta1`,
+    `adam_beta2`, `adam_epsilon` that differ from transformers' defaults, then the preset.
+
+    Raises:
+        ValueError: names the field, the value and what is accepted.
+    """
+    if not 0 <= args.learning_rate < float("inf"):
+        raise ValueError(f"learning_rate: got {args.learning_rate!r}, accepted: a number, at least 0")
+    lr, text = _take_lr(args.optim_args)
+    config = LNGDConfig.from_optim_args(text, **_overrides(args))
+    return config, args.learning_rate if lr is None else lr
+
+
+def _overrides(args: TrainingArguments) -> dict[str, Any]:
+    """The fields of LNGDConfig that transformers' own arguments set."""
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    overrides: dict[str, Any] = {}
+    if args.weight_decay:
+        overrides["weight_decay"] = args.weight_decay
+    betas = (args.adam_beta1, args.adam_beta2)
+    if betas != (defaults["adam_beta1"], defaults["adam_beta2"]):
+        overrides["betas"] = betas
+    if args.adam_epsilon != defaults["adam_epsilon"]:
+        overrides["eps"] = args.adam_epsilon
+    return overrides
+
+
+def _take_lr(text: str | None) -> tuple[float | None, str | None]:
+    """Split ``lr=…`` off `optim_args`: the rate is no field of the config."""
+    if not text:
+        return None, text
+    items = _COMMA.split(text)
+    rates = [item for item in items if item.partition("=")[0].strip() == "lr"]
+    if not rates:
+        return None, text
+    value = rates[0].partition("=")[2].strip()
+    try:
+        lr = float(value)
+    except ValueError:
+        lr = -1.0
+    if len(rates) > 1 or not 0 <= lr < float("inf"):
+        raise ValueError(f"optim_args: lr: got {', '.join(rates)!r}, accepted: one number, at least 0")
+    return lr, ",".join(item for item in items if item not in rates)
+
+
+def _name(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))
+
+
+def _check_optim(optim: str) -> None:
+    accepted = [LNGD_NAME, *(name.value for name in OptimizerNames if name.value != LNGD_NAME)]
+    if optim not in accepted:
+        close = difflib.get_close_matches(optim, accepted, n=3, cutoff=0.6)
+        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+        raise ValueError(f"optim: got {optim!r}{hint}, accepted: {', '.join(accepted)}")
+
+
+def _check_items(text: str | None) -> None:
+    """The syntax that transformers expects of `optim_args`, which it would check when training starts only."""
+    for item in (text or "").replace(" ", "").split(",") if text else []:
+        if item.count("=") != 1 or item.startswith("="):
+            raise ValueError(f"optim_args: got {item!r} in {text!r}, accepted: name=value,name=value")
+
+
+@dataclass
+class LNGDArgumentsMixin:
+    """Adds ``lngd`` to the values of `optim`; goes before a class of training arguments among the bases.
+
+    Raises:
+        ValueError: on construction, for an unknown optimizer or settings that it does not accept: names the field,
+            the value and what is accepted.
+    """
+
+    optim: str = field(default=LNGD_NAME, metadata={"help": _OPTIM_HELP})
+    optim_args: str | None = field(default=None, metadata={"help": _OPTIM_ARGS_HELP})
+
+    def __post_init__(self) -> None:
+        name = _name(self.optim)
+        _check_optim(name)
+        if name != LNGD_NAME:
+            _check_items(self.optim_args)
+            super().__post_init__()  # type: ignore[misc]
+            return
+        lngd_settings(self)
+        self.optim = _STAND_IN
+        super().__post_init__()  # type: ignore[misc]
+        self.optim = LNGD_NAME
+
+    def set_optimizer(self, name: str = LNGD_NAME, *args: Any, **kwargs: Any) -> Any:
+        """As `TrainingArguments.set_optimizer`, where ``lngd`` is a name too."""
+        _check_optim(_name(name))
+        is_lngd_name = _name(name) == LNGD_NAME
+        super().set_optimizer(_STAND_IN if is_lngd_name else name, *args, **kwargs)  # type: ignore[misc]
+        if is_lngd_name:
+            self.optim = LNGD_NAME
+            lngd_settings(self)
+        return self
+
+
+@dataclass
+class LNGDTrainingArguments(LNGDArgumentsMixin, TrainingArguments):
+    """transformers' `TrainingArguments` whose `optim` may be, and is by default, ``lngd``."""
+
+
+@dataclass
+class LNGDSeq2SeqTrainingArguments(LNGDArgumentsMixin, Seq2SeqTrainingArguments):
+    """transformers' `Seq2SeqTrainingArguments` whose `optim` may be, and is by default, ``lngd``."""
