@@ -1,0 +1,105 @@
+"""`hf_lngd.register()`: an unmodified Trainer script accepts `optim="lngd"`; it can be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+from transformers.training_args import OptimizerNames
+
+import hf_lngd
+from hf_lngd import LNGD, LNGDTrainer, LNGDTrainingArguments
+from hf_lngd.integrations import stock as stock_module
+from hf_lngd.integrations.diagnostics import lngd_of
+from tests.hf_helpers import hf_images, hf_vit
+
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "max_steps": 2,
+    "disable_tqdm": True,
+    "learning_rate": 0.01,
+}
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    hf_lngd.register()
+    yield
+    hf_lngd.unregister()
+
+
+def stock(folder: Path, model: Any, **values: Any) -> Trainer:
+    args = TrainingArguments(str(folder), **{**SETTINGS, **values})
+    return Trainer(model, args, train_dataset=hf_images(16))
+
+
+def test_a_stock_trainer_trains_with_it(registered: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--output_dir", str(tmp_path), "--optim", "lngd", "--optim_args", "factor_interval=3", "--use_cpu"]
+    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(argv)
+    assert args.optim == "lngd" and args.to_dict()["optim"] == "lngd"
+    trainer = stock(tmp_path, hf_vit(), optim="lngd", optim_args="factor_interval=3", weight_decay=0.2)
+    trainer.train()
+    optimizer = lngd_of(trainer.optimizer)
+    assert isinstance(optimizer, LNGD)
+    assert (optimizer.config.factor_interval, optimizer.config.weight_decay) == (3, 0.2)
+    assert capsys.readouterr().out.count(optimizer.routing_table()) == 1
+
+
+def test_it_steps_as_our_trainer_does(registered: None, tmp_path: Path) -> None:
+    found = stock(tmp_path, hf_vit(), optim="lngd")
+    found.train()
+    ours = LNGDTrainer(hf_vit(), LNGDTrainingArguments(str(tmp_path), **SETTINGS), train_dataset=hf_images(16))
+    ours.train()
+    for (name, value), other in zip(found.model.state_dict().items(), ours.model.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_it_is_idempotent_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    names, handlers = list(OptimizerNames), dict(_OPTIMIZER_HANDLERS)
+    for _ in range(2):
+        hf_lngd.register()
+    assert [*names, OptimizerNames("lngd")] == list(OptimizerNames)
+    assert OptimizerNames.LNGD is OptimizerNames["LNGD"] is OptimizerNames("lngd")  # type: ignore[attr-defined]
+    assert len(OptimizerNames) == len(names) + 1 and "lngd" in repr(OptimizerNames.LNGD)  # type: ignore[attr-defined]
+    for _ in range(2):
+        hf_lngd.unregister()
+    assert list(OptimizerNames) == names and _OPTIMIZER_HANDLERS == handlers
+    assert not hasattr(OptimizerNames, "LNGD")
+    with pytest.raises(ValueError, match="lngd is not a valid OptimizerNames"):
+        TrainingArguments(str(tmp_path), optim="lngd", use_cpu=True)
+
+
+def test_our_classes_work_beside_it(registered: None, tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), optim="lngd", use_cpu=True)
+    assert isinstance(LNGDTrainer(hf_vit(), args).create_optimizer(), LNGD)
+    assert LNGDTrainingArguments(str(tmp_path), use_cpu=True).optim == "lngd"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("factor_intervall=3", "did you mean factor_interval"),
+        ("damping_rho=-1", "damping_rho: got -1.0"),
+        ("preset=lngd_lr", "fisher: got 'true' in a stock Trainer"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(registered: None, text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        stock(tmp_path, hf_vit(), optim="lngd", optim_args=text).train()
+
+
+def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("5.22.0", "6.0.0"):
+        monkeypatch.setattr(stock_module.transformers, "__version__", version)
+        with pytest.raises(RuntimeError, match=f"register: got transformers {version}, accepted: 5.23 up to 6.0"):
+            hf_lngd.register()
+    monkeypatch.setattr(stock_module.transformers, "__version__", "5.24.0.dev0")
+    hf_lngd.register()
+    hf_lngd.unregister()

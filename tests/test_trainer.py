@@ -1,0 +1,277 @@
+"""The trainers: one gradient however a batch is split, every optimizer, logs, routing, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import ConvNextConfig, ConvNextForImageClassification, DataCollatorForSeq2Seq, TrainingArguments
+
+from hf_lngd import LNGD, LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
+from hf_lngd import create_lngd_optimizer
+from hf_lngd.integrations.diagnostics import lngd_of
+from hf_lngd.integrations.loss import SummedCrossEntropy, ignores_num_items
+from hf_lngd.integrations.trainer import refuse_unsupported
+from tests.hf_helpers import HF_FAMILIES, hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYOUTS = [(8, 1), (4, 2), (2, 4)]
+
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_steps": 2,
+    "disable_tqdm": True,
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "constant",
+    "train_sampling_strategy": "sequential",
+    "learning_rate": 0.1,
+}
+
+
+def seq2seq_trainer(folder: Path, family: str = "marian", double: bool = False, **values: Any) -> LNGDSeq2SeqTrainer:
+    tokenizer = hf_tokenizer()
+    model = hf_seq2seq_model(family, tokenizer)
+    args = LNGDSeq2SeqTrainingArguments(str(folder), **{**SETTINGS, **values})
+    return LNGDSeq2SeqTrainer(
+        model.double() if double else model,
+        args,
+        train_dataset=hf_encoded(tokenizer, hf_pairs(16)),
+        eval_dataset=hf_encoded(tokenizer, hf_pairs(8, seed=1)),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        processing_class=tokenizer,
+    )
+
+
+def convnext() -> ConvNextForImageClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "num_channels": 3, "patch_size": 2}
+    return ConvNextForImageClassification(ConvNextConfig(**sizes, num_labels=3, drop_path_rate=0.0))
+
+
+def image_trainer(folder: Path, model: Any, **values: Any) -> LNGDTrainer:
+    args = LNGDTrainingArguments(str(folder), **{**SETTINGS, **values})
+    images = hf_images(16, dtype=model.dtype)
+    return LNGDTrainer(model, args, train_dataset=images, eval_dataset=hf_images(8, seed=1))
+
+
+def weights_after(trainer: Any) -> dict[str, torch.Tensor]:
+    trainer.train()
+    return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+
+
+def layout(batch: int, accumulated: int) -> dict[str, int]:
+    return {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+
+
+def assert_same(found: list[dict[str, torch.Tensor]], **tolerance: float) -> None:
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("family", list(HF_FAMILIES))
+def test_one_step_whatever_the_layout_of_the_batch(family: str, smoothing: float, tmp_path: Path) -> None:
+    found = [
+        weights_after(
+            seq2seq_trainer(tmp_path, family, True, optim="sgd", label_smoothing_factor=smoothing, **layout(*sizes))
+        )
+        for sizes in LAYOUTS
+    ]
+    assert_same(found, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", ["preset=fast", "fisher=empirical", "preset=paper,fisher=expected"])
+def test_lngd_steps_alike_whatever_the_layout(settings: str, tmp_path: Path) -> None:
+    text = f"factor_interval=1,lr=0.001,{settings}"
+    found = [
+        weights_after(seq2seq_trainer(tmp_path, double=True, optim_args=text, **layout(*sizes))) for sizes in LAYOUTS
+    ]
+    assert_same(found, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("make", [convnext, hf_vit])
+def test_images_step_alike_whatever_the_layout(make: Any, tmp_path: Path) -> None:
+    found = [weights_after(image_trainer(tmp_path, make().double(), optim="sgd", **layout(*s))) for s in LAYOUTS]
+    assert_same(found, rtol=1e-6, atol=1e-9)
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from tests.test_trainer import seq2seq_trainer
+values = {"optim": "sgd", "ddp_backend": "gloo", "per_device_train_batch_size": int(sys.argv[2])}
+trainer = seq2seq_trainer(sys.argv[1], double=True, **values)
+trainer.train()
+if trainer.is_world_process_zero():
+    torch.save(trainer.model.state_dict(), sys.argv[1] + "/weights.pt")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_step_as_one(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path), "4"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = torch.load(tmp_path / "weights.pt")
+    one = weights_after(seq2seq_trainer(tmp_path, double=True, optim="sgd", per_device_train_batch_size=8))
+    assert_same([one, two], rtol=1e-6, atol=1e-9)
+
+
+def test_whose_loss_is_replaced(tmp_path: Path) -> None:
+    tokenizer = hf_tokenizer()
+    for family in HF_FAMILIES:
+        assert ignores_num_items(hf_seq2seq_model(family, tokenizer)), family
+    assert ignores_num_items(convnext())
+    assert not ignores_num_items(hf_vit())  # divides by the number itself
+    assert not ignores_num_items(hf_vit(problem_type="multi_label_classification"))
+    assert not ignores_num_items(torch.nn.Linear(2, 2))
+    assert isinstance(seq2seq_trainer(tmp_path).compute_loss_func, SummedCrossEntropy)
+    assert image_trainer(tmp_path, hf_vit()).compute_loss_func is None
+
+
+def test_a_loss_of_the_user_stays(tmp_path: Path) -> None:
+    def own(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        return outputs["logits"].square().mean()
+
+    args = LNGDTrainingArguments(str(tmp_path), **SETTINGS)
+    trainer = LNGDTrainer(convnext(), args, train_dataset=hf_images(8), compute_loss_func=own)
+    assert trainer.compute_loss_func is own
+
+
+def test_the_loss_is_the_models_own_on_one_batch(tmp_path: Path) -> None:
+    for family in HF_FAMILIES:
+        trainer = seq2seq_trainer(tmp_path, family)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        batch.pop("decoder_input_ids", None)
+        count = (batch["labels"] != -100).sum()
+        trainer.model.eval()
+        with torch.no_grad():
+            expected = trainer.model(**batch).loss
+            found = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+        torch.testing.assert_close(found, expected)
+        assert "labels" in batch
+
+
+def test_labels_that_are_no_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match="labels: got torch.float32 .* accepted: class numbers"):
+        SummedCrossEntropy()({"logits": torch.zeros(2, 3)}, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad"])
+def test_other_optimizers_train(optim: str, tmp_path: Path) -> None:
+    trainer = image_trainer(tmp_path, hf_vit(), optim=optim, learning_rate=1e-3)
+    before = trainer.model.classifier.weight.detach().clone()
+    trainer.train()
+    assert lngd_of(trainer.optimizer) is None
+    assert not torch.equal(before, trainer.model.classifier.weight)
+    assert not any(key.startswith("lngd_") for entry in trainer.state.log_history for key in entry)
+
+
+def test_stock_arguments_keep_their_optimizer_and_none_means_lngd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stock = LNGDTrainer(hf_vit(), TrainingArguments(str(tmp_path), use_cpu=True))
+    assert isinstance(stock.create_optimizer(), torch.optim.AdamW)
+    assert isinstance(LNGDTrainer(hf_vit()).create_optimizer(), LNGD)
+    own = LNGD(model := hf_vit(), lr=0.5)
+    args = LNGDTrainingArguments(str(tmp_path), use_cpu=True)
+    assert LNGDTrainer(model, args, optimizers=(own, None)).create_optimizer() is own
+
+
+def test_create_lngd_optimizer(tmp_path: Path) -> None:
+    args = LNGDTrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.02, optim_args="factor_interval=7")
+    optimizer = create_lngd_optimizer(hf_vit(), args)
+    assert optimizer.config.factor_interval == 7 and optimizer.param_groups[0]["lr"] == 0.02
+    optimizer = create_lngd_optimizer(hf_vit(), args, lr=0.03, factor_interval=3)
+    assert optimizer.config.factor_interval == 3 and optimizer.param_groups[0]["lr"] == 0.03
+    assert create_lngd_optimizer(hf_vit(), preset="paper").config.preset == "paper"
+
+
+def test_diagnostics_reach_training_logs_alone_and_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = seq2seq_trainer(
+        tmp_path, eval_strategy="steps", eval_steps=1, report_to="tensorboard", per_device_train_batch_size=4
+    )
+    trainer.train()
+    keys = {"lngd_layer_rate_mean", "lngd_damping_mean", "lngd_condition_max", "lngd_failed_inverses"}
+    keys |= {"lngd_factor_seconds"}
+    for entry in trainer.state.log_history:
+        assert keys <= set(entry) if "loss" in entry else not keys & set(entry)
+    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {f"train/{key}" for key in keys} <= set(tags)
+
+
+def test_the_routing_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = image_trainer(tmp_path, hf_vit())
+    trainer.train()
+    trainer.train()
+    table = lngd_of(trainer.optimizer).routing_table()
+    assert capsys.readouterr().out.count(table) == 1
+
+
+def test_fisher_true_gets_its_second_pass(tmp_path: Path) -> None:
+    trainer = seq2seq_trainer(tmp_path, optim_args="preset=lngd_lr,factor_interval=1", **layout(4, 2))
+    trainer.train()
+    factors = lngd_of(trainer.optimizer).factors("model.encoder.layers.0.fc1")
+    assert factors["phi"].abs().sum() > 0
+
+
+def test_decoder_inputs_are_made_as_the_collator_makes_them(tmp_path: Path) -> None:
+    for family in HF_FAMILIES:
+        trainer = seq2seq_trainer(tmp_path, family)
+        model, tokenizer = trainer.model, trainer.processing_class
+        rows = [trainer.train_dataset[i] for i in range(4)]
+        bare = DataCollatorForSeq2Seq(tokenizer)(rows)
+        made = DataCollatorForSeq2Seq(tokenizer, model=model)(rows)
+        with torch.no_grad():
+            found = trainer.compute_loss(model, bare, num_items_in_batch=10)
+            expected = trainer.compute_loss(model, made, num_items_in_batch=10)
+        assert torch.equal(found, expected), family
+
+
+def test_data_parallel_is_refused_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--optim", "lngd"])
+    args = LNGDTrainingArguments(str(tmp_path), use_cpu=True)
+    assert args.n_gpu == 0
+    args._n_gpu = 2
+    with pytest.raises(RuntimeError, match=r"DataParallel.*Use: CUDA_VISIBLE_DEVICES=0 python train.py --optim lngd"):
+        LNGDTrainer(hf_vit(), args)
+
+
+@pytest.mark.parametrize(
+    ("given", "word"), [({"world_size": 2}, "2 processes"), ({"fsdp": [1]}, "FSDP"), ({"deepspeed": "x"}, "DeepSpeed")]
+)
+def test_ways_of_running_that_would_be_wrong_are_refused(given: dict[str, Any], word: str) -> None:
+    args = SimpleNamespace(**{"n_gpu": 1, "fsdp": None, "deepspeed": None, "world_size": 1, **given})
+    with pytest.raises(RuntimeError, match=f"LNGD: got {word}.*accepted: one"):
+        refuse_unsupported(args)
+
+
+def test_a_run_is_saved_with_its_arguments(tmp_path: Path) -> None:
+    trainer = image_trainer(tmp_path, hf_vit(), save_strategy="steps", save_steps=2)
+    trainer.train()
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["global_step"] == 2
+    args = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert args.optim == "lngd"

@@ -1,0 +1,105 @@
+"""`--optim lngd --optim_args …` from the command line, JSON, Python; precedence; errors on construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import HfArgumentParser
+from transformers.training_args import OptimizerNames
+
+from hf_lngd import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments
+from hf_lngd.integrations.training_args import is_lngd, lngd_settings
+
+CLASSES = [LNGDTrainingArguments, LNGDSeq2SeqTrainingArguments]
+TEXT = "factor_interval=10,preset=fast"
+
+
+def same(args: Any) -> None:
+    assert is_lngd(args) and args.optim == "lngd" and args.optim_args == TEXT
+    config, lr = lngd_settings(args)
+    assert (config.preset, config.factor_interval, lr) == ("fast", 10, 0.01)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_way_in(cls: Any, tmp_path: Path) -> None:
+    values = {"output_dir": "out", "optim": "lngd", "optim_args": TEXT, "learning_rate": 0.01}
+    argv = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    (parsed,) = HfArgumentParser(cls).parse_args_into_dataclasses(argv)
+    same(parsed)
+    same(cls(**values))
+    file = tmp_path / "args.json"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    (from_json,) = HfArgumentParser(cls).parse_json_file(str(file))
+    same(from_json)
+    same(dataclasses.replace(parsed, seed=3))
+    same(pickle.loads(pickle.dumps(parsed)))
+    as_dict = parsed.to_dict()
+    assert json.loads(json.dumps(as_dict))["optim"] == "lngd"
+    same(cls("out").set_optimizer("lngd", learning_rate=0.01, args=TEXT))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_lngd_is_the_default_of_these_classes_and_helped(cls: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cls("out").optim == "lngd"
+    text = " ".join(HfArgumentParser(cls).format_help().split())
+    assert "layer-wise natural gradient" in text and "factor_interval=10,preset=fast" in text
+
+
+@pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
+def test_every_other_name_is_accepted_as_before(name: str) -> None:
+    args = LNGDTrainingArguments("out", optim=name)
+    assert args.optim is OptimizerNames(name)
+    assert args.to_dict()["optim"] == name
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"optim": "lngdd"}, ("optim: got 'lngdd'", "did you mean lngd", "accepted: lngd, adamw_torch")),
+        ({"optim_args": "factor_intervall=3"}, ("optim_args", "factor_intervall", "factor_interval")),
+        ({"optim_args": "factor_interval=zero"}, ("factor_interval: got 'zero'", "accepted: an integer, at least 1")),
+        ({"optim_args": "preset=fastest"}, ("preset: got 'fastest'", "accepted", "fast", "paper")),
+        ({"optim_args": "factor_interval"}, ("optim_args: got 'factor_interval'", "accepted: name=value")),
+        ({"optim_args": "seed=1,,eps=2"}, ("optim_args", "accepted: name=value")),
+        ({"optim_args": "lr=fast"}, ("optim_args: lr: got 'lr=fast'", "accepted")),
+        ({"learning_rate": -1.0}, ("learning_rate: got -1.0", "accepted")),
+        ({"weight_decay": -1.0}, ("weight_decay: got -1.0", "accepted")),
+        ({"adam_beta2": 1.0}, ("betas: got (0.9, 1.0)", "accepted")),
+        ({"optim": "sgd", "optim_args": "momentum"}, ("optim_args: got 'momentum'", "accepted: name=value")),
+        ({"optim": "sgd", "optim_args": "a=b=c"}, ("optim_args: got 'a=b=c'", "accepted: name=value")),
+    ],
+)
+def test_a_wrong_value_is_refused_on_construction(given: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError) as caught:
+        LNGDTrainingArguments("out", **given)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_precedence() -> None:
+    def settings(**values: Any) -> tuple[Any, float]:
+        return lngd_settings(LNGDTrainingArguments("out", **values))
+
+    preset, lr = settings()
+    assert lr == LNGDTrainingArguments("out").learning_rate
+    assert settings(weight_decay=0.0)[0] == preset
+    flags = {"weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "learning_rate": 0.02}
+    config, lr = settings(**flags)
+    assert (config.weight_decay, config.betas, config.eps, lr) == (0.3, (0.8, 0.95), 1e-6, 0.02)
+    config, lr = settings(**flags, optim_args="weight_decay=0.2,betas=0.7:0.9,eps=1e-7,lr=0.05,preset=paper")
+    assert (config.weight_decay, config.betas, config.eps, lr) == (0.2, (0.7, 0.9), 1e-7, 0.05)
+    assert config.preset == "paper"
+    config, _ = settings(optim_args="preset=paper")
+    assert config.weight_decay == 0.004
+    config, _ = settings(optim_args="weight_decay=0")
+    assert config.weight_decay == 0
+
+
+def test_a_comma_within_a_value() -> None:
+    config, lr = lngd_settings(LNGDTrainingArguments("out", optim_args=r"exclude=fc{1\,2},lr=0.5"))
+    assert (config.exclude, lr) == ("fc{1,2}", 0.5)
