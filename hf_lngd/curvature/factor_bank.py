@@ -6,6 +6,7 @@ Groups whose Φ has one layout (k blocks of size b) are kept in one batch. Every
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from torch import Tensor
 from ..config import LNGDConfig, is_due
 from .factors import add_damping, damping, running_average, trace
 from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack
+
+
+@lru_cache(maxsize=4096)
+def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices on a device. Cached: to copy a list there waits for the device, and the same ones come again."""
+    return torch.tensor(rows, device=device)
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class FactorBank:
         names = [name for name in new if name in self.index]
         if not names:
             return
-        rows = torch.tensor([self.index[name] for name in names], device=self.phi.device)
+        rows = index_tensor(tuple(self.index[name] for name in names), self.phi.device)
         packed = pack(torch.stack([new[name].to(self.phi.dtype) for name in names]))
         old_weight = self.weight[rows]
         average, weight = running_average(self.phi[rows], packed, old_weight, self.config.ema_decay)

@@ -87,7 +87,7 @@ def _cholesky_inverse(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     factor, info = torch.linalg.cholesky_ex(matrix)
     finite = (info == 0) & torch.isfinite(factor.flatten(-2)).all(-1)
     # cholesky_inverse raises for the whole batch if one factor is unusable
-    factor = torch.where(finite[..., None, None], factor, torch.eye(factor.shape[-1]).to(factor))
+    factor = torch.where(finite[..., None, None], factor, _eye_like(factor))
     result = torch.cholesky_inverse(factor).to(dtype)
     ok = finite & torch.isfinite(result.flatten(-2)).all(-1)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
@@ -106,7 +106,8 @@ def inverse_sqrt(matrix: Tensor, shift: Tensor | float, method: str = "auto") ->
     Returns:
         root, ok, condition (of A + shift·I), as :func:`inverse`. `newton` does not know the condition: NaN.
     """
-    lam = torch.as_tensor(shift, dtype=matrix.dtype, device=matrix.device).expand(matrix.shape[:-2])
+    lam = shift if isinstance(shift, Tensor) else matrix.new_full((), shift)
+    lam = lam.to(matrix.dtype).expand(matrix.shape[:-2])
     matrix = (matrix + matrix.mT) * 0.5
     if uses_newton(method, matrix.device):
         return _newton_inverse_sqrt(matrix, lam)
@@ -118,10 +119,14 @@ def uses_newton(method: str, device: torch.device) -> bool:
     return method == "newton" or (method == "auto" and device.type != "cpu")
 
 
+def _eye_like(matrix: Tensor) -> Tensor:
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
 def _eigh_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     finite = torch.isfinite(matrix.flatten(-2)).all(-1) & torch.isfinite(lam)
     # LAPACK refuses the whole batch for one bad matrix
-    safe = torch.where(finite[..., None, None], matrix, torch.eye(matrix.shape[-1]).to(matrix))
+    safe = torch.where(finite[..., None, None], matrix, _eye_like(matrix))
     try:
         values, vectors = torch.linalg.eigh(safe)
     except torch.linalg.LinAlgError:
@@ -141,7 +146,7 @@ def _newton_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, T
     # both bound the largest eigenvalue; 1.01 keeps rounding from lifting it above 1, where the quintics diverge
     bound = torch.minimum(shifted.abs().sum(-1).amax(-1), shifted.norm(dim=(-2, -1))) * 1.01
     residual = shifted / bound[..., None, None]
-    root = torch.eye(matrix.shape[-1]).to(matrix).expand_as(matrix)
+    root = _eye_like(matrix).expand_as(matrix)
     for a, b, c in _POLAR_EXPRESS:
         quintic = b * residual + c * (residual @ residual)
         quintic.diagonal(dim1=-2, dim2=-1).add_(a)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import LNGDConfig
-from .factor_bank import FactorBank
+from .factor_bank import FactorBank, index_tensor
 from .factors import (
     adaptive_rate,
     apply_right,
@@ -128,7 +128,7 @@ class LayerBank:
             row_scale: T × rows seen / rows kept, which makes Σ q² over the rows kept DᵀFD.
         """
         whole = len(present) == len(self.layers)
-        index: slice | Tensor = slice(None) if whole else torch.tensor(present, device=self.momentum.device)
+        index: slice | Tensor = slice(None) if whole else index_tensor(tuple(present), self.momentum.device)
         average = self.config.momentum_on == "gradient"
         grad = self._averaged_gradient(present, index) if average else self._gradient(present)
         direction = self._scale_rows(self.direction(grad, present, index, step), index)
@@ -175,8 +175,8 @@ class LayerBank:
         self.started = True
         if not turn:
             return
-        due = torch.tensor(turn, device=grad.device)
-        chosen = torch.tensor([present[row] for row in turn], device=grad.device)
+        due = index_tensor(tuple(turn), grad.device)
+        chosen = index_tensor(tuple(present[row] for row in turn), grad.device)
         # eigh passes over the small negative eigenvalues that half precision brings, Newton's iteration does not
         full = self.gram.dtype
         low = full if uses_newton(self.config.inverse_root, grad.device) else self.polar.dtype

@@ -28,7 +28,7 @@ class GroupSums:
             mask: [N], 1 where the position counts, or None.
         """
         weight = None if mask is None else mask.to(a.dtype)
-        count = a.new_tensor(a.shape[0]) if weight is None else weight.sum()
+        count = a.new_full((), a.shape[0]) if weight is None else weight.sum()
         if g2 is not None:
             g2 = g2.to(a.dtype) if weight is None else g2.to(a.dtype) * weight[:, None]
             v = output_statistic(a, g2)
