@@ -34,7 +34,7 @@ _FAST: dict[str, Any] = {
     "damping_rho": 1.0,
     "damping_min": 1e-5,
     "damping_max": 1e-2,
-    "momentum": 0.9,
+    "momentum": 0.8,
     "nesterov": True,
     "momentum_on": "gradient",
     "ema_decay": 0.95,
@@ -42,7 +42,7 @@ _FAST: dict[str, Any] = {
     "inverse_interval": 20,
     "stagger": True,
     "early_factors": True,
-    "polar_interval": 8,
+    "polar_interval": "auto",
     "gram_decay": 0.9,
     "gram_dtype": "bfloat16",
     "row_decay": 0.95,
@@ -124,7 +124,8 @@ class LNGDConfig:
         stagger: spread the inverses of the layers over the steps of an interval.
         early_factors: before the first interval is over, also look and invert at steps 1, 2, 4, 8, …: the factors
             of the very first step are those of an untrained model.
-        polar_interval: steps between two inverse roots of a layer's Gram matrix (``gram``).
+        polar_interval: steps between two inverse roots of a layer's Gram matrix (``gram``); ``auto``: 4 up to a width
+            of 128, 8 above, since a root costs as the cube of it.
         gram_decay: weight of the old Gram matrix, a step; its power after an interval of several (``gram``).
         gram_dtype: in which the root of the Gram matrix is kept and applied each step (``gram``): ``bfloat16``, as
             torch.optim.Muon computes throughout, or ``full``. Float64 models are always ``full``.
@@ -168,7 +169,7 @@ class LNGDConfig:
     inverse_interval: int = _FROM_PRESET
     stagger: bool = _FROM_PRESET
     early_factors: bool = _FROM_PRESET
-    polar_interval: int = _FROM_PRESET
+    polar_interval: int | str = _FROM_PRESET
     gram_decay: float = _FROM_PRESET
     gram_dtype: str = _FROM_PRESET
     row_decay: float = _FROM_PRESET
@@ -281,7 +282,7 @@ def _flag(name: str, value: Any) -> None:
         raise _invalid(name, value, "true or false")
 
 
-def _factor_dim(name: str, value: Any) -> None:
+def _auto_or_integer(name: str, value: Any) -> None:
     if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise _invalid(name, value, "auto or an integer, at least 1")
 
@@ -327,14 +328,14 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "inverse_interval": _integer(1),
     "stagger": _flag,
     "early_factors": _flag,
-    "polar_interval": _integer(1),
+    "polar_interval": _auto_or_integer,
     "gram_decay": _FRACTION,
     "gram_dtype": _choice(GRAM_DTYPES),
     "row_decay": _FRACTION,
     "inverse_root": _choice(ROOTS),
     "weight_decay": _NOT_NEGATIVE,
     "bias": _choice(BIASES),
-    "max_factor_dim": _factor_dim,
+    "max_factor_dim": _auto_or_integer,
     "embedding": _choice(EMBEDDINGS),
     "exclude": _regex,
     "fallback_lr": _optional_rate,
@@ -367,7 +368,7 @@ def _parse_items(text: str) -> dict[str, Any]:
 def _parse_value(name: str, value: str) -> Any:
     """The value of a field from its text; what cannot be converted is left for the field's own check to refuse."""
     example = _FAST.get(name, "")
-    if name == "exclude" or (isinstance(example, str) and name != "max_factor_dim"):
+    if name == "exclude" or (isinstance(example, str) and name not in ("max_factor_dim", "polar_interval")):
         return value
     lowered = value.lower()
     if isinstance(example, bool):
@@ -377,7 +378,7 @@ def _parse_value(name: str, value: str) -> Any:
             return None if lowered == "none" else float(value)
         if name == "betas":
             return tuple(float(beta) for beta in value.split(":"))
-        if name == "max_factor_dim":
+        if name in ("max_factor_dim", "polar_interval"):
             return lowered if lowered == "auto" else int(value)
         return type(example)(value)
     except ValueError:

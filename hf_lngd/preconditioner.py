@@ -100,7 +100,7 @@ class Preconditioner:
         """Φ [columns, columns] and Ψ [m] of a layer, as the paper defines them, undamped."""
         bank, i = self.bank_of_layer[name]
         row = bank.rows[i : i + 1]
-        phi = torch.block_diag(*(bank.factors.dense(row)[0] * bank.factors.scale(row)))
+        phi = torch.block_diag(*(bank.factors.dense(row)[0] * bank.scale))
         columns = self.layers[name].columns
         return {"phi": phi[:columns, :columns].clone(), "psi": bank.dense_psi(torch.tensor([i]))[0].clone()}
 

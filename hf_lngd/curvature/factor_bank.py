@@ -24,7 +24,7 @@ def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """One group's Φ: its name, its columns, m where φ' = 1 (Φ = m·E[a aᵀ], of which E[a aᵀ] is kept), else 1."""
+    """One group's Φ: its name, its columns, and for λ the first member's m where φ' = 1 (E[a aᵀ] is kept), else 1."""
 
     name: str
     columns: int
@@ -37,7 +37,8 @@ class FactorBank:
     Args:
         specs: the groups.
         blocks: (k, b).
-        kinds: which of ``inverse`` (Φ̂⁻¹) and ``root`` (Φ̂^(−1/2) of Φ scaled to mean eigenvalue 1) are kept.
+        kinds: which of ``inverse`` (Φ̂⁻¹) and ``root`` (Φ̂^(−1/2)) are kept; of Φ scaled to mean eigenvalue 1 unless the
+            direction is ``natural``.
         offsets: step within an interval at which each group is inverted.
         config: damping, intervals.
         like: a tensor with the device and dtype of the factors.
@@ -101,13 +102,14 @@ class FactorBank:
         c = self.config
         lam = damping(mean, c.damping, c.damping_rho, c.damping_min, c.damping_max, self._scale[rows])
         self.damping[rows] = lam * self._scale[rows]
+        if c.direction != "natural":  # whitening is of Φ scaled to mean eigenvalue 1
+            safe = mean.clamp_min(torch.finfo(mean.dtype).tiny)
+            phi, lam = phi / safe[:, None, None, None], lam / safe
+        shift = lam[:, None].expand(-1, self.k)
         if "inverse" in self.derived:
-            shift = lam[:, None].expand(-1, self.k)
             self._keep("inverse", rows, *inverse(add_damping(phi, shift)))
         if "root" in self.derived:
-            safe = mean.clamp_min(torch.finfo(mean.dtype).tiny)
-            shift = (lam / safe)[:, None].expand(-1, self.k)
-            self._keep("root", rows, *inverse_sqrt(phi / safe[:, None, None, None], shift, c.inverse_root))
+            self._keep("root", rows, *inverse_sqrt(phi, shift, c.inverse_root))
 
     def _keep(self, kind: str, rows: Tensor, value: Tensor, ok: Tensor, condition: Tensor) -> None:
         good = ok.all(1)  # of all blocks of a group
@@ -126,10 +128,6 @@ class FactorBank:
     def get(self, kind: str, rows: Tensor) -> Tensor:
         """``inverse`` or ``root`` of these groups, dense: [n, k, b, b]."""
         return unpack(self.derived[kind][rows], self.b)
-
-    def scale(self, rows: Tensor) -> Tensor:
-        """[n]: what Φ as kept is multiplied by to become the paper's."""
-        return self._scale[rows]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state with the groups in the first dimension."""

@@ -42,10 +42,12 @@ def gram_side(m: int, columns: int) -> str:
 POLAR_RAMP = 8
 
 
-def polar_interval(step: int, config: LNGDConfig) -> int:
-    """Steps between two inverse roots of a Gram matrix, at this step: gradients of an untrained model change fast."""
-    ramp = step // POLAR_RAMP if config.early_factors else config.polar_interval
-    return max(1, min(config.polar_interval, ramp))
+def polar_interval(step: int, n: int, config: LNGDConfig) -> int:
+    """Steps between two inverse roots of an n × n Gram matrix, at this step: an untrained model changes fast."""
+    settled = config.polar_interval
+    if isinstance(settled, str):
+        settled = 4 if n <= 128 else 8
+    return max(1, min(settled, step // POLAR_RAMP)) if config.early_factors else settled
 
 
 class LayerBank:
@@ -74,6 +76,8 @@ class LayerBank:
         self.layers, self.factors, self.rows, self.config, self.offset = layers, factors, rows, config, offset
         first = layers[0]
         self.m, self.columns = first.out_features, first.columns
+        # Φ = m·E[a aᵀ] where φ' = 1, and what layers share is E[a aᵀ]
+        self.scale = 1.0 if estimate_psi else float(self.m)
         count = len(layers)
         self.momentum = like.new_zeros(count, self.m, self.columns)
         self.psi = like.new_zeros(count, self.m) if estimate_psi else None
@@ -144,7 +148,7 @@ class LayerBank:
         c, rows = self.config, self.rows[index]
         if c.direction == "natural":
             psi_inv = psi_inverse(self.dense_psi(index), c.damping, c.damping_rho, c.damping_min, c.damping_max)
-            psi_inv = psi_inv / self.factors.scale(rows)[:, None]  # Φ̂⁻¹ is kept of E[a aᵀ], see `FactorSpec`
+            psi_inv = psi_inv / self.scale  # what is inverted is E[a aᵀ], see `scale`
             return natural_direction(grad, self.factors.get("inverse", rows), psi_inv)
         if c.direction == "polar":
             root = self.factors.get("root", rows)
@@ -170,7 +174,7 @@ class LayerBank:
     def _refresh_polar(self, grad: Tensor, present: list[int], step: int) -> None:
         """``gram``: average the whitened Gram matrix of the layers whose turn it is, take its inverse root."""
         assert self.gram is not None and self.polar is not None
-        r = polar_interval(step, self.config)
+        r = polar_interval(step, self._n, self.config)
         turn = [row for row, i in enumerate(present) if not self.started or (i + self.offset - step) % r == 0]
         self.started = True
         if not turn:
@@ -186,7 +190,8 @@ class LayerBank:
         fresh = (white.mT @ white if self.side == "right" else white @ x.mT).to(full)
         size = fresh.diagonal(dim1=-2, dim2=-1).sum(-1)
         old = unpack(self.gram[chosen], self._n)
-        decay = torch.where(old.diagonal(dim1=-2, dim2=-1).sum(-1) > 0, self.config.gram_decay**r, 0.0)[:, None, None]
+        started = old.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+        decay = started[:, None, None].to(full) * self.config.gram_decay**r
         gram = old * decay + fresh / size[:, None, None] * (1 - decay)
         polar, ok, _ = inverse_sqrt(normalized(gram), GRAM_SHIFT, self.config.inverse_root)
         ok = ok & torch.isfinite(size) & (size > 0)
@@ -236,7 +241,7 @@ class LayerBank:
             return direction.new_ones(len(present))
         if c.rate == "trust":
             rows = self.rows[index]
-            phi = self.factors.dense(rows) * self.factors.scale(rows)[:, None, None, None]
+            phi = self.factors.dense(rows) * self.scale
             return trust_rate(direction, phi, self.dense_psi(index), c.rate_scale)
         squares = [
             samples[self.layers[i].name].sum_of_squares(direction[row])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .factors import block_layout
 
@@ -89,13 +90,21 @@ def is_elementwise(module: nn.Module) -> bool:
 
 
 def activation_derivative(activation: nn.Module, s: Tensor) -> Tensor:
-    """φ'(s), entry by entry: s [..., m] → [N, m] in at least float32. The module's own hooks do not run."""
-    with torch.enable_grad():
-        leaf = s.detach().to(torch.promote_types(s.dtype, torch.float32)).requires_grad_()
-        # a copy for the module: an in-place activation may not change a leaf, nor the caller's tensor
-        value = activation.forward(leaf.clone())
-        (derivative,) = torch.autograd.grad(value.sum(), leaf)
-    return derivative.reshape(-1, s.shape[-1])
+    """φ'(s), entry by entry: s [..., m] → [N, m] in at least float32. The module's own hooks do not run.
+
+    Forward mode: reverse mode saves tensors, which non-reentrant checkpointing counts when this runs within it.
+    Reentrant checkpointing, which does not, switches forward mode off: then reverse mode it is.
+    """
+    # a copy for the module: an in-place activation may not change the caller's tensor
+    value = s.detach().to(torch.promote_types(s.dtype, torch.float32), copy=True)
+    with torch.no_grad(), forward_ad.dual_level():
+        output = activation.forward(forward_ad.make_dual(value, torch.ones_like(value)))
+        derivative = forward_ad.unpack_dual(output).tangent
+    if derivative is None:
+        with torch.enable_grad():
+            leaf = s.detach().to(value.dtype).requires_grad_()
+            (derivative,) = torch.autograd.grad(activation.forward(leaf.clone()).sum(), leaf)
+    return derivative.detach().reshape(-1, s.shape[-1])
 
 
 def call_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -54,7 +54,7 @@ class RotatedTable:
         s, d = self.tensors, grad.shape[-1]
         fresh = grad.mT @ grad
         size = fresh.diagonal().sum()
-        decay = torch.where(s["step"] > 0, self.config.ema_decay, 0.0).to(grad.dtype)
+        decay = (s["step"] > 0).to(grad.dtype) * self.config.ema_decay
         ok = torch.isfinite(size) & (size > 0)
         fresh = fresh / torch.where(ok, size, torch.ones_like(size))
         gram = torch.where(ok, unpack(s["gram"], d).lerp(fresh, 1 - decay), unpack(s["gram"], d))

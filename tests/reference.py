@@ -1,0 +1,128 @@
+"""Dense float64 versions of the maths, written from the paper and design, one layer and one position at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def dense_fisher(a: Tensor, g2: Tensor) -> Tensor:
+    """E[(a aᵀ) ⊗ diag(g²)] over positions: a [N, d], g2 [N, m] → [d·m, d·m], index (input, output)."""
+    total = torch.zeros(a.shape[1] * g2.shape[1], a.shape[1] * g2.shape[1], dtype=torch.float64)
+    for row, square in zip(a.double(), g2.double(), strict=True):
+        total += torch.kron(torch.outer(row, row), torch.diag(square))
+    return total / len(a)
+
+
+def factors(a: Tensor, g2: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 4 and 5 by explicit sums: Φ [d, d], Ψ [m]."""
+    a, g2 = a.double(), g2.double()
+    phi = torch.zeros(a.shape[1], a.shape[1], dtype=torch.float64)
+    numerator, denominator = torch.zeros(g2.shape[1], dtype=torch.float64), 0.0
+    for row, square in zip(a, g2, strict=True):
+        phi += torch.outer(row, row) * square.sum()
+        numerator += row.dot(row) * square
+        denominator += float(row.dot(row) * square.sum())
+    return phi / len(a), numerator / denominator
+
+
+def blockwise(matrix: Tensor, k: int, b: int) -> Tensor:
+    """The block-diagonal part of a d × d matrix cut into k blocks of b columns, the last one shorter."""
+    result = torch.zeros_like(matrix)
+    for i in range(k):
+        part = slice(i * b, min((i + 1) * b, len(matrix)))
+        result[part, part] = matrix[part, part]
+    return result
+
+
+def damping_of(mean: float, kind: str, rho: float, least: float, most: float) -> float:
+    """λ from tr/dim."""
+    return rho * mean if kind == "relative" else min(max(mean, least), most)
+
+
+def power(matrix: Tensor, exponent: float) -> Tensor:
+    """A symmetric matrix to a power."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return vectors @ torch.diag(values.clamp_min(0) ** exponent) @ vectors.T
+
+
+class NaiveLayer:
+    """One layer under LNGD, as plainly as possible: a factor estimate and a gradient a step."""
+
+    def __init__(self, weight: Tensor, config) -> None:  # noqa: ANN001
+        self.w, self.c = weight.double().clone(), config
+        m, d = weight.shape
+        self.phi, self.psi, self.seen = torch.zeros(d, d).double(), torch.zeros(m).double(), 0.0
+        self.momentum = torch.zeros(m, d).double()
+        self.gram: Tensor | None = None
+        self.rows = torch.zeros(m).double()
+        self.t = 0
+
+    def observe(self, a: Tensor, g2: Tensor) -> None:
+        """Eq. 14 on undamped factors, with the sum of weights kept."""
+        phi, psi = factors(a, g2)
+        e = self.c.ema_decay
+        self.phi, self.psi, self.seen = (
+            e * self.phi + (1 - e) * phi,
+            e * self.psi + (1 - e) * psi,
+            e * self.seen + 1 - e,
+        )
+
+    def step(self, grad: Tensor, lr: float, decay: float = 0.0) -> None:
+        """Algorithm 1 and its variants, recomputing everything."""
+        c, g = self.c, grad.double()
+        if c.momentum_on == "gradient":
+            self.momentum = c.momentum * self.momentum + (1 - c.momentum) * g
+            g = c.momentum * self.momentum + (1 - c.momentum) * g if c.nesterov else self.momentum
+        direction = self.direction(g)
+        if c.row_decay and c.direction != "natural":
+            self.rows = c.row_decay * self.rows + (1 - c.row_decay) * direction.square().mean(1)
+            direction = direction / self.rows.sqrt()[:, None]
+        update = lr * self.rate(direction) * direction
+        if c.momentum_on == "update":
+            self.momentum = c.momentum * self.momentum + update
+            update = update + c.momentum * self.momentum if c.nesterov else self.momentum
+        self.w = self.w * (1 - lr * decay) - update
+        self.t += 1
+
+    def rate(self, direction: Tensor) -> float:
+        """α_l."""
+        if self.c.rate == "none":
+            return 1.0
+        if self.c.rate == "rms":
+            return self.c.rate_scale / float(direction.square().mean().sqrt())
+        phi, psi = self.phi / self.seen, self.psi / self.seen
+        form = sum(float(psi[i] * direction[i] @ phi @ direction[i]) for i in range(len(psi)))
+        return self.c.rate_scale / math.sqrt(form)
+
+    def direction(self, g: Tensor) -> Tensor:
+        """D."""
+        c, (m, d) = self.c, g.shape
+        phi, psi = self.phi / self.seen, self.psi / self.seen
+        lam = damping_of(float(phi.trace()) / d, c.damping, c.damping_rho, c.damping_min, c.damping_max)
+        damped = phi + lam * torch.eye(d).double()
+        if c.direction == "natural":
+            lam_psi = damping_of(float(psi.mean()), c.damping, c.damping_rho, c.damping_min, c.damping_max)
+            return torch.diag(1 / (psi + lam_psi)) @ g @ power(damped, -1)
+        white = power(damped / (phi.trace() / d), -0.5)
+        x = g @ white
+        if c.direction == "polar":
+            return newton_schulz(x) @ white
+        gram = x.T @ x if d <= m else x @ x.T
+        gram = gram / gram.trace()
+        self.gram = gram if self.gram is None else c.gram_decay * self.gram + (1 - c.gram_decay) * gram
+        n = len(self.gram)
+        root = power(self.gram * n / self.gram.trace() + 1e-3 * torch.eye(n).double(), -0.5)
+        return x @ root @ white if d <= m else root @ x @ white
+
+
+def newton_schulz(x: Tensor) -> Tensor:
+    """Muon's five quintic iterations."""
+    tall = x.shape[0] > x.shape[1]
+    x = (x.T if tall else x) / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x

@@ -1,0 +1,65 @@
+"""How a batch is split, and how far it is padded, changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_helpers import core_batch, core_distance, core_marian, core_step, core_weights
+from torch.nn import functional as F
+
+from hf_lngd import LNGD
+
+CONFIGS = [
+    {},
+    {"gram_dtype": "full", "bias": "factor", "max_factor_dim": 10},
+    {"direction": "natural", "rate": "adaptive", "rate_rows": 2},
+    {"direction": "natural", "fisher": "empirical"},
+    {"direction": "polar"},
+    {"direction": "natural", "rate": "trust"},
+    {"preset": "paper", "fisher": "expected", "factor_interval": 2, "inverse_interval": 2},
+    {"embedding": "exact"},
+]
+
+
+def run(fields: dict[str, object], parts: int | list[int], pad: int = 0) -> tuple[dict, LNGD]:
+    model = core_marian()
+    optimizer = LNGD(model, lr=1e-2, **fields)
+    for seed in range(5):
+        batch = core_batch(seed)
+        if pad:
+            batch = {
+                name: F.pad(value, (0, pad), value=-100 if name == "labels" else 0) for name, value in batch.items()
+            }
+        core_step(model, optimizer, batch, parts)
+    return core_weights(model), optimizer
+
+
+@pytest.mark.parametrize("fields", CONFIGS, ids=str)
+def test_micro_batches_are_one_batch(fields: dict[str, object]) -> None:
+    whole, optimizer = run(fields, 1)
+    for parts in (4, [1, 5, 2]):
+        split, other = run(fields, parts)
+        assert core_distance(split, whole) < 1e-6
+        for name in optimizer._capture.layers:
+            phi, again = optimizer.factors(name), other.factors(name)
+            assert (phi["phi"] - again["phi"]).norm() < 1e-6 * phi["phi"].norm(), name
+            assert (phi["psi"] - again["psi"]).norm() < 1e-6, name
+
+
+# Exact embeddings count what is looked up: the last word of a sentence is, once padding follows it.
+@pytest.mark.parametrize("fields", CONFIGS[:-1], ids=str)
+def test_padding_is_nothing(fields: dict[str, object]) -> None:
+    plain, _ = run(fields, 1)
+    padded, _ = run(fields, 1, pad=3)
+    assert core_distance(padded, plain) < 1e-6
+
+
+def test_loss_scale_is_nothing_to_factors_of_the_forward_pass() -> None:
+    factors = []
+    for scale in (1.0, 1024.0):
+        model = core_marian()
+        optimizer = LNGD(model, lr=0.0)
+        (model(**core_batch()).loss * scale).backward()
+        optimizer.step()
+        factors.append(optimizer.factors("model.encoder.layers.0.fc1")["phi"])
+    assert torch.equal(*factors)

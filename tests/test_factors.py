@@ -1,0 +1,141 @@
+"""Captured factors against the dense layer-wise Fisher, over a table of layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import blockwise, dense_fisher, factors
+from torch import Tensor, nn
+
+from hf_lngd import LNGD
+from hf_lngd.curvature.factors import block_layout, from_blocks, to_blocks
+
+ACTIVATIONS = {
+    "none": None,
+    "relu": nn.ReLU(),
+    "relu_inplace": nn.ReLU(inplace=True),
+    "gelu": nn.GELU(),
+    "silu": nn.SiLU(),
+    "tanh": nn.Tanh(),
+}
+
+
+class OneLayer(nn.Module):
+    """Linear, maybe an activation."""
+
+    def __init__(self, d: int, m: int, bias: bool, activation: nn.Module | None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d, m, bias=bias)
+        self.act = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.linear(x)
+        return s if self.act is None else self.act(s)
+
+
+class Gated(nn.Module):
+    """act(W₀x) · W₁x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1, self.act = nn.Linear(5, 4, bias=False), nn.Linear(5, 4, bias=False), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.wi_0(x)) * self.wi_1(x)
+
+
+def capture(model: nn.Module, x: Tensor, **fields: object) -> LNGD:
+    optimizer = LNGD(model, lr=0.0, **fields)
+    model(x).square().mean().backward()
+    optimizer.step()
+    return optimizer
+
+
+def expected(model: OneLayer, x: Tensor, bias_in_factor: bool) -> tuple[Tensor, Tensor]:
+    """Inputs and g² of every position."""
+    a = x.reshape(-1, x.shape[-1]).double()
+    s = (a @ model.linear.weight.double().T + (0 if model.linear.bias is None else model.linear.bias)).detach()
+    g2 = torch.ones_like(s)
+    if model.act is not None:
+        derivative = torch.func.vmap(torch.func.vmap(torch.func.grad(lambda z: type(model.act)()(z))))
+        g2 = derivative(s).square()
+    return (torch.cat((a, torch.ones(len(a), 1).double()), 1) if bias_in_factor else a), g2
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (3, 4, 5), (2, 3, 2, 5)], ids=["2d", "3d", "4d"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", ["none", "factor", "fallback"])
+def test_factors_are_those_of_the_dense_fisher(shape: tuple[int, ...], activation: str, bias: str) -> None:
+    torch.manual_seed(0)
+    model = OneLayer(5, 4, bias != "none", ACTIVATIONS[activation]).double()
+    x = torch.randn(*shape, dtype=torch.float64)
+    optimizer = capture(model, x, bias="factor" if bias == "factor" else "fallback")
+    found = optimizer.factors("linear")
+    a, g2 = expected(model, x, bias == "factor")
+    phi, psi = factors(a, g2)
+    torch.testing.assert_close(found["phi"], phi, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found["psi"], psi, rtol=1e-10, atol=1e-12)
+    fisher = dense_fisher(a, g2)
+    torch.testing.assert_close(found["psi"].sum(), torch.tensor(1.0).double())
+    torch.testing.assert_close(torch.kron(found["phi"], torch.diag(found["psi"])).trace(), fisher.trace())
+    assert torch.linalg.eigvalsh(found["phi"]).min() > -1e-12
+
+
+def test_gate_is_differentiated_and_its_partner_is_not() -> None:
+    torch.manual_seed(0)
+    model, x = Gated().double(), torch.randn(7, 5, dtype=torch.float64)
+    optimizer = capture(model, x)
+    s = (x @ model.wi_0.weight.T).detach()
+    sigma = torch.sigmoid(s)
+    derivative = sigma * (1 + s * (1 - sigma))
+    torch.testing.assert_close(optimizer.factors("wi_0")["phi"], factors(x, derivative.square())[0])
+    torch.testing.assert_close(optimizer.factors("wi_1")["phi"], factors(x, torch.ones_like(s))[0])
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 7, 8, 100])
+@pytest.mark.parametrize("bias", ["factor", "fallback"])
+def test_a_wide_factor_is_cut_into_equal_blocks(limit: int, bias: str) -> None:
+    torch.manual_seed(0)
+    model, x = OneLayer(7, 4, True, None).double(), torch.randn(9, 7, dtype=torch.float64)
+    optimizer = capture(model, x, max_factor_dim=limit, bias=bias)
+    a, g2 = expected(model, x, bias == "factor")
+    k, b = block_layout(a.shape[1], limit)
+    assert b <= limit
+    torch.testing.assert_close(optimizer.factors("linear")["phi"], blockwise(factors(a, g2)[0], k, b))
+
+
+@settings(max_examples=50, deadline=None)
+@given(columns=st.integers(1, 40), limit=st.integers(1, 50), rows=st.integers(1, 4))
+def test_blocks_lose_nothing(columns: int, limit: int, rows: int) -> None:
+    k, b = block_layout(columns, limit)
+    assert b <= limit and k * b >= columns
+    x = torch.randn(2, rows, columns)
+    assert torch.equal(from_blocks(to_blocks(x, k, b), columns), x)
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 12), d=st.integers(1, 6), m=st.integers(1, 5), seed=st.integers(0, 999))
+def test_invariants_hold_for_any_layer(n: int, d: int, m: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = OneLayer(d, m, True, nn.GELU()).double(), torch.randn(n, d, dtype=torch.float64)
+    optimizer = capture(model, x, bias="factor")
+    found = optimizer.factors("linear")
+    a, g2 = expected(model, x, True)
+    torch.testing.assert_close(found["psi"].sum(), torch.tensor(1.0).double())
+    torch.testing.assert_close(found["phi"].trace(), (a.square().sum(1) * g2.sum(1)).mean())
+    assert torch.linalg.eigvalsh(found["phi"]).min() > -1e-9 * found["phi"].trace()
+
+
+def test_running_average_is_corrected_for_its_start() -> None:
+    torch.manual_seed(0)
+    model = OneLayer(5, 4, False, None).double()
+    optimizer = LNGD(model, lr=0.0, factor_interval=1, ema_decay=0.9)
+    batches = [torch.randn(6, 5, dtype=torch.float64) for _ in range(3)]
+    for x in batches:
+        model(x).square().mean().backward()
+        optimizer.step()
+    weights = [0.1 * 0.9 ** (2 - i) for i in range(3)]
+    total = sum(w * factors(x, torch.ones(6, 4))[0] for w, x in zip(weights, batches, strict=True)) / sum(weights)
+    torch.testing.assert_close(optimizer.factors("linear")["phi"], total)

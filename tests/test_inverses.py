@@ -1,0 +1,84 @@
+"""Packed storage is exact; inverses and inverse roots against float64; failures are flagged matrix by matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_lngd.curvature.inverses import inverse, inverse_sqrt, pack, packed_shape, unpack
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 17), batch=st.integers(1, 3))
+def test_packing_is_exact_in_half_the_memory(n: int, batch: int) -> None:
+    x = torch.randn(batch, 2, n, n)
+    matrix = x + x.mT
+    packed = pack(matrix)
+    assert packed.shape == (batch, 2, *packed_shape(n))
+    assert packed[0, 0].numel() <= (n + 1) * (n + 2) / 2
+    assert torch.equal(unpack(packed, n), matrix)
+
+
+def spd(n: int, condition: float, dtype: torch.dtype) -> torch.Tensor:
+    q, _ = torch.linalg.qr(torch.randn(3, n, n, dtype=torch.float64))
+    values = torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), n, dtype=torch.float64)
+    return ((q * values) @ q.mT).to(dtype)
+
+
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.float64, 1e-9)])
+def test_inverse_root(method: str, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    matrix = spd(33, 1e3, dtype)
+    root, ok, condition = inverse_sqrt(matrix, 1e-3, method)
+    whole = root.double() @ (matrix.double() + 1e-3 * torch.eye(33).double()) @ root.double()
+    assert ok.all()
+    assert (whole - torch.eye(33).double()).abs().max() < tolerance
+    assert method == "newton" or torch.allclose(condition.double(), torch.tensor(1.001 / 0.002).double(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["eigh", "newton"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_matrix_does_not_spoil_the_batch(method: str, bad: float) -> None:
+    matrix = spd(8, 10, torch.float32)
+    matrix[1] = bad
+    root, ok, _ = inverse_sqrt(matrix, 0.1, method)
+    assert ok.tolist() == [True, False, True]
+    good, _, _ = inverse_sqrt(matrix[::2], 0.1, method)
+    torch.testing.assert_close(root[::2], good)
+
+
+def test_inverse_and_its_retry_in_float64() -> None:
+    torch.manual_seed(0)
+    matrix = spd(20, 1e12, torch.float64)[:1]
+    matrix = torch.cat((matrix, spd(20, 10, torch.float64)[:1]))
+    exact = torch.linalg.inv(matrix)
+    result, ok, condition = inverse(matrix)
+    assert ok.all() and condition[0] > condition[1] >= 1
+    assert ((result - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).max() < 1e-3
+    # the float32 rounding of an exactly singular matrix plus a shift below its precision
+    ones = torch.ones(2, 6, 6)
+    ones[0] += 1e-8 * torch.eye(6)
+    ones[1] += torch.eye(6)
+    result, ok, _ = inverse(ones)
+    assert ok.tolist() == [False, True]
+    assert torch.isfinite(result[1]).all()
+    negative = -torch.eye(4).expand(1, 4, 4)
+    assert not inverse(negative)[1].any()
+
+
+def test_retry_saves_what_float32_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.dtype] = []
+    real = torch.linalg.cholesky_ex
+
+    def fail_in_float32(matrix: torch.Tensor):  # noqa: ANN202
+        calls.append(matrix.dtype)
+        factor, info = real(matrix)
+        return factor, info if matrix.dtype == torch.float64 else torch.ones_like(info)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fail_in_float32)
+    result, ok, _ = inverse(torch.eye(3).expand(2, 3, 3) * 2)
+    assert calls == [torch.float32, torch.float64] and ok.all()
+    torch.testing.assert_close(result, torch.eye(3).expand(2, 3, 3) / 2)

@@ -1,0 +1,111 @@
+"""Each parameter has one owner and a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_helpers import core_marian
+from torch import nn
+
+from hf_lngd import LNGD
+from hf_lngd.routing import format_routes
+
+
+class Zoo(nn.Module):
+    """One of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(9, 4)
+        self.position_embeddings = nn.Embedding(9, 4)
+        self.position_bias = nn.Parameter(torch.zeros(3, 3))
+        self.linear = nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.norm = nn.LayerNorm(4)
+        self.conv = nn.Conv1d(4, 4, 3)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.strange = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(4, 9, bias=False)
+
+
+def routes(model: nn.Module, **fields: object) -> dict[str, tuple[str, str]]:
+    return {r.parameter: (r.owner, r.reason) for r in LNGD(model, **fields).routing()}
+
+
+def test_owners_and_reasons() -> None:
+    found = routes(Zoo())
+    assert found["linear.weight"] == ("lngd", "linear")
+    assert found["linear.bias"] == ("fallback", "bias")
+    assert found["head.weight"] == ("lngd", "linear")
+    assert found["tokens.weight"] == ("fallback", "embedding, rotated")
+    assert found["position_embeddings.weight"] == ("fallback", "position")
+    assert found["position_bias"] == ("fallback", "position")
+    assert found["frozen.weight"] == found["frozen.bias"] == ("frozen", "frozen")
+    assert found["norm.weight"] == found["norm.bias"] == ("fallback", "norm")
+    assert found["conv.weight"] == ("fallback", "unsupported module Conv1d")
+    assert found["attention.in_proj_weight"] == ("fallback", "unsupported module MultiheadAttention")
+    assert found["attention.out_proj.weight"][0] == "fallback"
+    assert found["strange.parametrizations.weight.original1"][0] == "fallback"
+    assert found["scale"] == ("fallback", "vector")
+
+
+def test_choices_move_parameters() -> None:
+    assert routes(Zoo(), bias="factor")["linear.bias"] == ("lngd", "bias in the factor")
+    assert routes(Zoo(), embedding="exact")["tokens.weight"] == ("lngd", "embedding, exact")
+    assert routes(Zoo(), embedding="fallback")["tokens.weight"] == ("fallback", "embedding")
+    excluded = routes(Zoo(), exclude=r"^head\.|linear", bias="factor")
+    assert excluded["head.weight"] == excluded["linear.weight"] == ("fallback", "excluded")
+    assert excluded["linear.bias"][0] == "fallback"
+
+
+@pytest.mark.parametrize("embedding", ["fallback", "rotated", "exact"])
+def test_every_parameter_once_and_in_one_group(embedding: str) -> None:
+    model = Zoo()
+    optimizer = LNGD(model, embedding=embedding, bias="factor", weight_decay=0.3)
+    assert [r.parameter for r in optimizer.routing()] == [name for name, _ in model.named_parameters()]
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    assert sorted(grouped) == sorted(trained)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert p.dim() > 1 or group["weight_decay"] == 0
+    norms = {id(p) for p in model.norm.parameters()}
+    assert not any(id(p) in norms and g["weight_decay"] for g in optimizer.param_groups for p in g["params"])
+
+
+def test_rates_of_the_groups() -> None:
+    rates = {g["name"]: g["lr"] for g in LNGD(Zoo(), lr=0.5, fallback_lr_scale=3.0, bias="factor").param_groups}
+    assert rates == {
+        "lngd": 0.5, "lngd_bias": 0.5, "embedding": 1.5, "fallback": 1.5, "fallback_no_decay": 1.5,
+    }  # fmt: skip
+    assert {g["lr"] for g in LNGD(Zoo(), lr=0.5, fallback_lr=0.1).param_groups} == {0.5, 0.1}
+
+
+def test_tied_weights_have_one_owner() -> None:
+    model = core_marian()
+    found = routes(model)
+    assert found["model.shared.weight"] == ("fallback", "embedding, rotated")
+    assert not any("lm_head" in name for name in found)
+    two = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    two["b"].weight = two["a"].weight
+    assert routes(two)["a.weight"] == ("lngd", "linear")
+
+
+def test_wide_embeddings_are_not_rotated() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.linear = nn.Embedding(3, 2049), nn.Linear(3, 3)
+
+    assert routes(Wide())["table.weight"] == ("fallback", "embedding, too wide to rotate")
+
+
+def test_table_adds_up() -> None:
+    optimizer = LNGD(Zoo())
+    text = optimizer.routing_table()
+    assert text == format_routes(optimizer.routing())
+    lines = text.splitlines()
+    assert lines[0].split() == ["owner", "reason", "tensors", "parameters", "share", "for", "example"]
+    assert lines[1].startswith("lngd") and "linear.weight" in lines[1]
+    assert sum(r.numel for r in optimizer.routing()) == sum(p.numel() for p in Zoo().parameters())

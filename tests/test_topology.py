@@ -1,0 +1,153 @@
+"""Who shares a factor, whose activation is whose, which mask applies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_helpers import core_backward, core_batch, core_marian, core_step
+from hf_helpers import hf_seq2seq_model, hf_tokenizer
+from reference import factors
+from torch import Tensor, nn
+
+from hf_lngd import LNGD
+from hf_lngd.curvature.masks import BatchMasks
+
+
+def groups(optimizer: LNGD) -> dict[str, tuple[list[str], str | None, str | None]]:
+    return {g.name: (g.members, g.activation, g.stream) for g in optimizer._capture.topology.groups}
+
+
+@pytest.mark.parametrize("target", [6, 7], ids=["unlike lengths", "equal lengths"])
+def test_marian_shares_what_it_reads_together(target: int) -> None:
+    model = core_marian()
+    optimizer = LNGD(model, lr=1e-3)
+    core_step(model, optimizer, core_batch(source=7, target=target))
+    found = groups(optimizer)
+    encoder, decoder = "model.encoder.layers.0", "model.decoder.layers.{}"
+    qkv = [f"{encoder}.self_attn.{name}_proj" for name in ("q", "k", "v")]
+    assert (sorted(found[qkv[0]][0]), found[qkv[0]][1:]) == (sorted(qkv), (None, "inputs"))
+    cross = [f"{decoder.format(i)}.encoder_attn.{name}_proj" for i in (0, 1) for name in ("k", "v")]
+    assert sorted(found[cross[0]][0]) == sorted(cross) and found[cross[0]][2] == "inputs"
+    query = f"{decoder.format(1)}.encoder_attn.q_proj"
+    assert found[query] == ([query], None, "targets")
+    assert found[f"{encoder}.fc1"][1] == f"{encoder}.activation_fn"
+    assert found[f"{encoder}.fc2"][1:] == (None, "inputs")
+    assert sum(len(members) for members, _, _ in found.values()) == len(optimizer._capture.layers)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "mbart", "m2m100"])
+def test_other_families(family: str) -> None:
+    tokenizer = hf_tokenizer()
+    model = hf_seq2seq_model(family, tokenizer).double().train()
+    optimizer = LNGD(model, lr=1e-3)
+    batch = core_batch(source=6, target=6)
+    batch = {key: value % 9 if key == "input_ids" else value for key, value in batch.items()}
+    batch["labels"] = torch.where(batch["labels"] == -100, -100, batch["labels"] % 9)
+    core_step(model, optimizer, batch)
+    found = groups(optimizer)
+    streams = {name: stream for name, (_, _, stream) in found.items()}
+    assert all(stream == "inputs" for name, stream in streams.items() if "encoder." in name.split("decoder")[0])
+    assert max(len(members) for members, _, _ in found.values()) == 3
+    activated = [name for name, (_, activation, _) in found.items() if activation]
+    assert len(activated) == 2 and all(name.endswith(("fc1", "wi")) for name in activated)
+
+
+def test_padding_is_left_out_of_the_right_mean() -> None:
+    model, batch = core_marian(), core_batch()
+    optimizer = LNGD(model, lr=0.0)
+    seen: dict[str, Tensor] = {}
+    names = ["model.decoder.layers.0.encoder_attn.k_proj", "model.decoder.layers.0.encoder_attn.q_proj"]
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda m, a, o, name=name: seen.update({name: a[0]}))
+    core_backward(model, optimizer, batch)
+    optimizer.step()
+    masks = [batch["attention_mask"].bool(), batch["labels"] != -100]
+    for name, mask in zip(names, masks, strict=True):
+        a = seen[name][mask].detach()
+        torch.testing.assert_close(optimizer.factors(name)["phi"], factors(a, torch.ones(len(a), 16))[0])
+
+
+class Widths(nn.Module):
+    """Two heads of unlike width on one tensor, as grouped queries have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        return self.q(x).sum() + self.k(x).sum()
+
+
+def test_unlike_widths_share_unless_the_damping_depends_on_them() -> None:
+    x = torch.randn(5, 4)
+    for damping, count in (("relative", 1), ("paper", 2)):
+        model = Widths()
+        optimizer = LNGD(model, lr=1e-3, damping=damping, direction="natural")
+        model(x).backward()
+        optimizer.step()
+        assert len(groups(optimizer)) == count
+        ratio = optimizer.factors("q")["phi"] / optimizer.factors("k")["phi"]
+        torch.testing.assert_close(ratio, torch.full_like(ratio, 2.0))
+
+
+class Odd(nn.Module):
+    """A layer that is called twice, one that is called late, one that never is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.late, self.never = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.use_late = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.twice(torch.tanh(self.twice(x)))
+        return self.late(y) if self.use_late else y
+
+
+def test_calls_twice_late_and_never() -> None:
+    torch.manual_seed(0)
+    model, x = Odd().double(), torch.randn(5, 3, dtype=torch.float64)
+    optimizer = LNGD(model, lr=1e-2, factor_interval=1, ema_decay=0.0, inverse_interval=1)
+    with torch.no_grad():
+        inner = torch.tanh(model.twice(x))
+    model(x).square().mean().backward()
+    optimizer.step()
+    pooled = torch.cat((x, inner))
+    torch.testing.assert_close(optimizer.factors("twice")["phi"], factors(pooled, torch.ones(10, 3))[0])
+    before = model.never.weight.clone()
+    model.use_late = True
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(model.never.weight, before)
+    assert optimizer.factors("late")["phi"].trace() > 0
+    assert torch.equal(optimizer.factors("never")["phi"], 3 * torch.eye(3).double())  # not seen: the identity, times m
+
+
+def test_the_same_tensor_in_two_forwards_counts_twice() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 2, bias=False)), torch.randn(4, 3)
+    optimizer = LNGD(model, lr=0.0)
+    for _ in range(2):
+        model(x).sum().backward()
+    assert float(optimizer._capture.finish()["0"].n) == 8
+    optimizer.close()
+
+
+def test_target_mask_without_labels() -> None:
+    class Config:
+        pad_token_id, eos_token_id, is_encoder_decoder = 0, 1, True
+
+    ids = torch.tensor([[0, 5, 6, 1, 0], [0, 5, 6, 7, 8]])  # labels: 5 6 1 - -, and 5 6 7 8 9 (cut off)
+    masks = BatchMasks({"input_ids": ids, "decoder_input_ids": ids}, Config())
+    assert masks.by_stream["targets"].tolist() == [[True, True, True, False, False], [True] * 5]
+
+
+def test_a_batch_that_is_named_beforehand_counts() -> None:
+    model, batch = core_marian(), core_batch()
+    optimizer = LNGD(model, lr=0.0)
+    labels = batch.pop("labels")
+    shifted = model.prepare_decoder_input_ids_from_labels(labels)
+    optimizer.set_batch({**batch, "labels": labels})
+    model(**batch, decoder_input_ids=shifted).logits.sum().backward()
+    assert int(optimizer._capture.terms) == int((labels != -100).sum())
+    n = optimizer._capture.finish()["model.decoder.layers.0.fc1"].n
+    assert int(n) == int((labels != -100).sum())
