@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
 
 class Fallback:
-    """Moments of AdamW by parameter, in at least float32, and its step.
+    """Moments of AdamW by parameter, in its dtype, and its step.
 
     torch's own AdamW function does the arithmetic, fused where the parameters allow it.
 
@@ -28,13 +26,15 @@ class Fallback:
     def moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The moments of a parameter, made at its first step."""
         if parameter not in self.moments:
-            zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            self.moments[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": zeros,
-                "exp_avg_sq": zeros.clone(),
-            }
+            self.moments[parameter] = self.new_moments(parameter)
         return self.moments[parameter]
+
+    @staticmethod
+    def new_moments(parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The moments of a parameter before its first step."""
+        zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
     @torch.no_grad()
     def step(self, group: dict[str, Any]) -> None:

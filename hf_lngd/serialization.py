@@ -73,18 +73,26 @@ def _check_parameters(optimizer: LNGD, state: Mapping[str, Any]) -> None:
 
 def _check_banks(optimizer: LNGD, state: Mapping[str, Any]) -> None:
     """Every tensor is there and has its shape: a damaged checkpoint must not be loaded by half."""
-    if not state["topology"]:
-        return
-    made = _preconditioner_of(optimizer, state)
-    for kind, states in (("groups", _group_states(made)), ("layers", _layer_states(made))):
-        for name, tensors in states.items():
-            for key, tensor in tensors.items():
-                found = state[kind].get(name, {}).get(key)
-                if not isinstance(found, Tensor) or found.shape != tensor.shape:
-                    what = list(found.shape) if isinstance(found, Tensor) else "none"
-                    raise ValueError(
-                        f"state_dict: {kind}.{name}.{key}: got {what}, accepted: a tensor {list(tensor.shape)}"
-                    )
+    if state["topology"]:
+        made = _preconditioner_of(optimizer, state)
+        _check_tensors("groups", _group_states(made), state)
+        _check_tensors("layers", _layer_states(made), state)
+    named = {name for name in state["fallback"] if name in optimizer._parameters}
+    _check_tensors("fallback", {n: optimizer._fallback.new_moments(optimizer._parameters[n]) for n in named}, state)
+    for embedding in optimizer._embeddings:
+        if state["embeddings"].get(embedding.name, {}):
+            _check_tensors("embeddings", {embedding.name: embedding.new_state()}, state)
+
+
+def _check_tensors(kind: str, expected: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    for name, tensors in expected.items():
+        for key, tensor in tensors.items():
+            found = state[kind].get(name, {}).get(key)
+            if not isinstance(found, Tensor) or found.shape != tensor.shape:
+                what = list(found.shape) if isinstance(found, Tensor) else "none"
+                raise ValueError(
+                    f"state_dict: {kind}.{name}.{key}: got {what}, accepted: a tensor {list(tensor.shape)}"
+                )
 
 
 def _preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditioner:

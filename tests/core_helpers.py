@@ -57,7 +57,7 @@ def core_step(model: nn.Module, optimizer: Any, batch: dict[str, Tensor], parts:
 
 
 def core_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of what is trained, keys' biases left out: their gradient is zero but for rounding, which AdamW blows up."""
+    """A copy of what is trained, without keys' biases: their gradient is rounding, which AdamW blows up."""
     return {
         name: p.detach().clone()
         for name, p in model.named_parameters()

@@ -56,12 +56,17 @@ class EmbeddingLayer:
             self._counts = torch.zeros(self.module.num_embeddings, device=ids.device)
         self._counts.index_add_(0, ids, torch.ones_like(ids, dtype=self._counts.dtype))
 
+    def new_state(self) -> dict[str, Tensor]:
+        """The state before the first step."""
+        like = self.module.weight.detach()
+        like = like.to(torch.promote_types(like.dtype, torch.float32))
+        momentum = torch.zeros_like(like)
+        return {"momentum": momentum, "frequency": like.new_zeros(like.shape[0]), "weight": like.new_zeros(())}
+
     def _start(self) -> None:
         if self.momentum is None:
-            like = self.module.weight.detach()
-            like = like.to(torch.promote_types(like.dtype, torch.float32))
-            self.momentum = torch.zeros_like(like)
-            self.frequency, self.weight = like.new_zeros(like.shape[0]), like.new_zeros(())
+            state = self.new_state()
+            self.momentum, self.frequency, self.weight = state["momentum"], state["frequency"], state["weight"]
 
     def _average(self) -> Tensor:
         assert self.frequency is not None and self.weight is not None

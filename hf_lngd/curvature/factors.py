@@ -110,7 +110,9 @@ def orthogonalize(x: Tensor, iterations: int = 5) -> Tensor:
     """NS(X) ≈ U Vᵀ of X = U S Vᵀ: [..., m, n], singular values end in about 0.7 … 1.2."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # squares of small entries would vanish
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny)
     a, b, c = _NEWTON_SCHULZ
     for _ in range(iterations):
         gram = x @ x.mT

@@ -35,18 +35,22 @@ class RotatedTable:
     def close(self) -> None:
         """Nothing to remove: no hooks."""
 
+    def new_state(self) -> dict[str, Tensor]:
+        """The state before the first step."""
+        weight = self.module.weight.detach()
+        like = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        d = like.shape[-1]
+        return {
+            "step": like.new_zeros((), dtype=torch.float32),
+            "mean": torch.zeros_like(like),
+            "square": torch.zeros_like(like),
+            "gram": like.new_zeros(packed_shape(d)),
+            "basis": torch.eye(d, dtype=like.dtype, device=like.device),
+        }
+
     def _start(self) -> dict[str, Tensor]:
         if not self.tensors:
-            weight = self.module.weight.detach()
-            like = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            d = like.shape[-1]
-            self.tensors = {
-                "step": like.new_zeros((), dtype=torch.float32),
-                "mean": torch.zeros_like(like),
-                "square": torch.zeros_like(like),
-                "gram": like.new_zeros(packed_shape(d)),
-                "basis": torch.eye(d, dtype=like.dtype, device=like.device),
-            }
+            self.tensors = self.new_state()
         return self.tensors
 
     def _turn(self, grad: Tensor) -> None:
@@ -58,7 +62,8 @@ class RotatedTable:
         ok = torch.isfinite(size) & (size > 0)
         fresh = fresh / torch.where(ok, size, torch.ones_like(size))
         gram = torch.where(ok, unpack(s["gram"], d).lerp(fresh, 1 - decay), unpack(s["gram"], d))
-        basis = torch.linalg.eigh(gram).eigenvectors
+        # row by row, as a loaded basis is: a product's last bit depends on the layout
+        basis = torch.linalg.eigh(gram).eigenvectors.contiguous()
         s["mean"] = s["mean"] @ (s["basis"].mT @ basis)
         s["gram"], s["basis"] = pack(gram), basis
 

@@ -1,0 +1,102 @@
+"""Tables with a rule of their own: AdamW in the gradients' eigenbasis, and exact token frequencies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from core_helpers import core_batch, core_marian, core_step
+from torch import Tensor, nn
+
+from hf_lngd import LNGD
+from hf_lngd.curvature.embeddings import ROW_CAP, embedding_direction
+
+
+class Bag(nn.Module):
+    """A table whose rows are summed, maybe tied to a head."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.linear = nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.linear(self.table(ids).sum(1))))
+
+
+def ids(seed: int) -> Tensor:
+    return torch.randint(0, 7, (12, 3), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rotated_is_adam_in_the_eigenbasis(tied: bool) -> None:
+    model = Bag(tied).double()
+    optimizer = LNGD(model, lr=1e-2, factor_interval=2, early_factors=False, weight_decay=0.1, betas=(0.8, 0.9))
+    gram, mean, square, basis = torch.zeros(4, 4).double(), torch.zeros(7, 4).double(), torch.zeros(7, 4).double(), None
+    for step in range(5):
+        expected = model.table.weight.detach().clone()
+        model(ids(step)).square().mean().backward()
+        g = model.table.weight.grad.clone()
+        if step % 2 == 0:
+            fresh = g.T @ g / (g.T @ g).trace()
+            gram = fresh if step == 0 else 0.95 * gram + 0.05 * fresh
+            back = mean if basis is None else mean @ basis.T  # the mean as it is without rotation
+            basis = torch.linalg.eigh(gram).eigenvectors
+            mean = back @ basis
+        mean = 0.8 * mean + 0.2 * (g @ basis)
+        square = 0.9 * square + 0.1 * (g @ basis) ** 2
+        root = (square / (1 - 0.9 ** (step + 1))).sqrt() + 1e-8
+        expected *= 1 - 1e-2 * 0.1
+        expected -= 1e-2 * (mean / (1 - 0.8 ** (step + 1)) / root) @ basis.T
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(model.table.weight.detach(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_exact_divides_by_token_frequency(tied: bool) -> None:
+    model = Bag(tied).double()
+    fields = {"embedding": "exact", "momentum": 0.0, "nesterov": False, "damping_rho": 0.5, "weight_decay": 0.0}
+    optimizer = LNGD(model, lr=1e-2, **fields)
+    before = model.table.weight.detach().clone()
+    tokens = ids(1)
+    model(tokens).square().mean().backward()
+    g = model.table.weight.grad.clone()
+    optimizer.step()
+    counts = torch.bincount(tokens.flatten(), minlength=7).double()
+    counts[0] = 0
+    frequency = counts / counts.sum()
+    direction = g / (frequency + 0.5 / 7)[:, None]
+    direction = 0.2 * direction / direction.square().mean().sqrt()
+    rows = direction.square().mean(1, keepdim=True).sqrt()
+    direction = direction * (0.2 * ROW_CAP / rows).clamp(max=1)
+    torch.testing.assert_close(before - model.table.weight.detach(), 1e-2 * direction, rtol=1e-6, atol=1e-9)
+
+
+def test_no_row_is_moved_further_than_the_cap() -> None:
+    grad = torch.zeros(100, 4)
+    grad[3] = 1.0  # one rare token: all the update would be its own
+    direction = embedding_direction(grad, torch.zeros(100), torch.tensor(1e-9), 0.2)
+    torch.testing.assert_close(direction[3].square().mean().sqrt(), torch.tensor(0.2 * ROW_CAP))
+
+
+def test_a_table_without_gradient_rests() -> None:
+    for embedding in ("rotated", "exact"):
+        model = Bag(False)
+        optimizer = LNGD(model, lr=1e-2, embedding=embedding)
+        before = model.table.weight.detach().clone()
+        model.head(torch.tanh(model.linear(torch.randn(3, 4)))).sum().backward()
+        optimizer.step()
+        assert torch.equal(model.table.weight, before)
+
+
+@pytest.mark.parametrize("embedding", ["rotated", "exact", "fallback"])
+def test_tied_marian_trains_all_its_uses(embedding: str) -> None:
+    model = core_marian()
+    optimizer = LNGD(model, lr=1e-2, embedding=embedding)
+    before = model.model.shared.weight.detach().clone()
+    core_step(model, optimizer, core_batch())
+    assert not torch.equal(model.model.shared.weight, before)
+    assert model.lm_head.weight is model.model.shared.weight
