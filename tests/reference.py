@@ -51,7 +51,7 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
 class NaiveLayer:
     """One layer under LNGD, as plainly as possible: a factor estimate and a gradient a step."""
 
-    def __init__(self, weight: Tensor, config) -> None:  # noqa: ANN001
+    def __init__(self, weight: Tensor, config) -> None:
         self.w, self.c = weight.double().clone(), config
         m, d = weight.shape
         self.phi, self.psi, self.seen = torch.zeros(d, d).double(), torch.zeros(m).double(), 0.0

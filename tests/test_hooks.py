@@ -108,7 +108,7 @@ class NoWaiting(TorchDispatchMode):
 
     waits = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "_to_copy.cpu")
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
         if any(word in name for word in self.waits):
             raise AssertionError(f"{name} waits for the device")

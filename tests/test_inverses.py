@@ -73,7 +73,7 @@ def test_retry_saves_what_float32_cannot_do(monkeypatch: pytest.MonkeyPatch) -> 
     calls: list[torch.dtype] = []
     real = torch.linalg.cholesky_ex
 
-    def fail_in_float32(matrix: torch.Tensor):  # noqa: ANN202
+    def fail_in_float32(matrix: torch.Tensor):
         calls.append(matrix.dtype)
         factor, info = real(matrix)
         return factor, info if matrix.dtype == torch.float64 else torch.ones_like(info)

@@ -43,7 +43,7 @@ def observed(model: Net, x: Tensor, bias: bool, skip: bool = False) -> dict[str,
     """Inputs and g² of every layer."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def hook(name: str):  # noqa: ANN202
+    def hook(name: str):
         def see(module: nn.Linear, args: tuple, output: Tensor) -> None:
             a = args[0].detach()
             a = torch.cat((a, torch.ones(len(a), 1).double()), 1) if bias else a

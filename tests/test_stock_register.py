@@ -70,7 +70,7 @@ def test_it_is_idempotent_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert len(OptimizerNames) == len(names) + 1 and "lngd" in repr(OptimizerNames.LNGD)  # type: ignore[attr-defined]
     for _ in range(2):
         hf_lngd.unregister()
-    assert list(OptimizerNames) == names and _OPTIMIZER_HANDLERS == handlers
+    assert list(OptimizerNames) == names and handlers == _OPTIMIZER_HANDLERS
     assert not hasattr(OptimizerNames, "LNGD")
     with pytest.raises(ValueError, match="lngd is not a valid OptimizerNames"):
         TrainingArguments(str(tmp_path), optim="lngd", use_cpu=True)

@@ -14,8 +14,14 @@ import pytest
 import torch
 from transformers import ConvNextConfig, ConvNextForImageClassification, DataCollatorForSeq2Seq, TrainingArguments
 
-from hf_lngd import LNGD, LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
-from hf_lngd import create_lngd_optimizer
+from hf_lngd import (
+    LNGD,
+    LNGDSeq2SeqTrainer,
+    LNGDSeq2SeqTrainingArguments,
+    LNGDTrainer,
+    LNGDTrainingArguments,
+    create_lngd_optimizer,
+)
 from hf_lngd.integrations.diagnostics import lngd_of
 from hf_lngd.integrations.loss import SummedCrossEntropy, ignores_num_items
 from hf_lngd.integrations.trainer import refuse_unsupported

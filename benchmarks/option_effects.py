@@ -1,0 +1,120 @@
+"""The measured effect of each of LNGD's options: one changed at a time on the Multi30k task.
+
+    python -m benchmarks.option_effects --data DIR
+
+Each variant runs on the same seed or seeds at the default's tuned rates (`benchmarks/results/multi30k.json`);
+directions and rates of another size at a rate of their own, given in the table. Rows go to
+`benchmarks/results/options.json`; what is there is not run again. `--table` alone prints the table and needs no data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.multi30k_task import prepare
+from benchmarks.rivals import Settings
+from benchmarks.runs import Results, train
+
+HERE = Path(__file__).resolve().parent
+
+# fields → factor on the default's `lr`: natural and adaptive updates have a size of their own.
+VARIANTS: dict[str, float] = {
+    "": 1.0,
+    "direction=polar": 1.0,
+    "direction=natural,damping_rho=0.3": 0.25,
+    "direction=natural,damping_rho=0.3,rate=adaptive": 1.0,
+    "preset=paper,factor_interval=20,inverse_interval=20": 1.0,
+    "fisher=sampled": 1.0,
+    "damping=paper": 1.0,
+    "damping_rho=0.1": 1.0,
+    "damping_rho=1000": 1.0,
+    "momentum=0.9": 0.5,
+    "nesterov=false": 1.0,
+    "momentum_on=update": 1.0,
+    "factor_interval=100,inverse_interval=100": 1.0,
+    "early_factors=false": 1.0,
+    "polar_interval=1": 1.0,
+    "polar_interval=8": 1.0,
+    "gram_decay=0.8": 1.0,
+    "row_decay=0": 1.0,
+    "weight_decay=0": 1.0,
+    "bias=factor": 1.0,
+    "max_factor_dim=1024": 1.0,
+    "embedding=fallback": 1.0,
+    "embedding=exact": 1.0,
+}
+
+
+def variant(fields: str, base: Settings) -> Settings:
+    """The settings of a variant: `weight_decay` is the harness's own setting, all else are LNGD's fields."""
+    settings = replace(base, lr=float(f"{base.lr * VARIANTS[fields]:.3g}"), fields=fields)
+    if "momentum_on" in fields or "paper" in fields:  # momentum on the update makes it 1 / (1 - momentum) longer
+        settings = replace(settings, lr=float(f"{settings.lr * base.fresh:.3g}"))
+    if fields.startswith("weight_decay="):
+        settings = replace(settings, weight_decay=float(fields.partition("=")[2]), fields="")
+    return settings
+
+
+def table(results: Results, base: Settings, seeds: list[int]) -> str:
+    """Markdown: variant, rate, mean loss, difference from the default paired by seed."""
+
+    def losses(fields: str) -> list[float]:
+        rows = [results.find("option", "lngd", variant(fields, base), seed=seed) for seed in seeds]
+        return [math.inf if row[0]["diverged"] else row[0]["loss"] for row in rows if row]
+
+    default = losses("")
+    lines = ["| changed | lr | loss | against the default |", "|---|---|---|---|"]
+    for fields in VARIANTS:
+        found = losses(fields)
+        if len(found) < len(seeds) or len(default) < len(seeds):
+            continue
+        mean = sum(found) / len(found)
+        name = f"`{fields}`" if fields else "nothing (the default)"
+        gap = mean - sum(default) / len(default)
+        difference = "" if not fields else f"{gap:+.3f}" if math.isfinite(gap) else "diverged"
+        loss = f"{mean:.3f}" if math.isfinite(mean) else "-"
+        lines.append(f"| {name} | {variant(fields, base).lr:g} | {loss} | {difference} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs what is missing, then prints the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--data", type=Path, help="folder of Multi30k's train.json.gz and validation.json.gz")
+    add("--table", action="store_true", help="only print the table of what is there")
+    add("--seeds", type=int, nargs="+", default=[11], help="default: 11")
+    add("--steps", type=int, default=300, help="default: %(default)s")
+    add("--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"), help="only every Nth variant, from the Ith")
+    add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    add("--tuned", type=Path, default=HERE / "results" / "multi30k.json", help="where the default's rates are from")
+    add("--results", type=Path, default=HERE / "results" / "options.json", help="file of results")
+    args = parser.parse_args(arguments)
+    base = replace(Results(args.tuned).best("lngd"), fields="")
+    results = Results(args.results)
+    if not args.table:
+        if args.data is None:
+            raise ValueError("--data: needed to run anything; only --table does without")
+        torch.set_num_threads(args.threads)
+        data = prepare(args.data)
+        for seed in args.seeds:
+            for fields in tqdm(list(VARIANTS)[args.part[0] :: args.part[1]], desc=f"seed {seed}"):
+                settings = variant(fields, base)
+                if not results.find("option", "lngd", settings, seed=seed):
+                    row = train("lngd", settings, seed, args.steps, data, lambda step, loss: None)
+                    results.add({"phase": "option", **row})
+    print(table(results, base, args.seeds))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,208 @@
+"""The optimizers that the benchmarks compare, each from the same settings.
+
+Matrices (the weights of linear layers) get the rival's own update at rate `lr`; everything else (embeddings, norms,
+biases) gets AdamW at rate `other_lr`. Decoupled weight decay acts on matrices and embeddings, not on norms and biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lngd import LNGD, LNGDConfig
+
+BETA2 = 0.999
+SOAP_BETA2 = 0.95  # its default
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is tuned: rates of matrices and of all else, `fresh` = 1 − momentum of the matrices (β1 of AdamW and
+    SOAP), weight decay, and LNGD's own fields (`a=b,c=d`)."""
+
+    lr: float
+    other_lr: float
+    fresh: float = 0.1
+    weight_decay: float = 0.1
+    fields: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON row holds it."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people."""
+        rest = f" {self.fields}" if self.fields else ""
+        decay = "" if self.weight_decay == 0.1 else f" decay {self.weight_decay:g}"
+        return f"{self.lr:.3g}/{self.other_lr:.3g}/{1 - self.fresh:.3g}{decay}{rest}"
+
+
+class Together:
+    """Several optimizers stepped as one."""
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of all of them."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        """One step of each."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forgets every gradient."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def capture(self, active: bool) -> None:
+        """Switches the hooks of those that have any (LNGD): on for training, off for evaluation."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, LNGD):
+                (optimizer.train if active else optimizer.eval)()
+
+    def close(self) -> None:
+        """Removes hooks."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, LNGD):
+                optimizer.close()
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state: each tensor of it once."""
+        total = 0
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, LNGD):
+                total += optimizer.memory_usage()["total"]
+            else:
+                total += sum(t.untyped_storage().nbytes() for t in tensors_of(list(optimizer.state.values())))
+        return total
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every distinct tensor within nested dicts and sequences."""
+    found: dict[int, Tensor] = {}
+
+    def walk(item: Any) -> None:
+        if isinstance(item, Tensor):
+            found[id(item)] = item
+        elif isinstance(item, dict):
+            for inner in item.values():
+                walk(inner)
+        elif isinstance(item, (list, tuple)):
+            for inner in item:
+                walk(inner)
+
+    walk(value)
+    return list(found.values())
+
+
+def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """(weights of linear layers, embeddings, norms and biases); a weight tied to an embedding is an embedding."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - embeddings
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return (
+        [p for p in trained if id(p) in linear],
+        [p for p in trained if id(p) in embeddings],
+        [p for p in trained if id(p) not in linear | embeddings],
+    )
+
+
+def adamw_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """AdamW's groups of all that is no matrix."""
+    _, embeddings, rest = split(model)
+    return [
+        {"params": embeddings, "lr": settings.other_lr, "weight_decay": settings.weight_decay},
+        {"params": rest, "lr": settings.other_lr, "weight_decay": 0.0},
+    ]
+
+
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=(0.9, BETA2), fused=not any(p.is_meta for g in groups for p in g["params"]))
+
+
+def adamw(model: nn.Module, settings: Settings) -> Together:
+    """AdamW with two rates."""
+    matrices = {
+        "params": split(model)[0],
+        "lr": settings.lr,
+        "weight_decay": settings.weight_decay,
+        "betas": (1 - settings.fresh, BETA2),
+    }
+    return Together([_adamw([matrices, *adamw_groups(model, settings)])])
+
+
+def muon(model: nn.Module, settings: Settings) -> Together:
+    """torch.optim.Muon, its update scaled to AdamW's size, beside AdamW."""
+    own = torch.optim.Muon(
+        split(model)[0],
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=1 - settings.fresh,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Together([own, _adamw(adamw_groups(model, settings))])
+
+
+def soap(model: nn.Module, settings: Settings) -> Together:
+    """SOAP of pytorch-optimizer (the extra `bench`) beside AdamW."""
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise ValueError("soap: needs pytorch-optimizer; install hf_lngd[bench]") from error
+    own = SOAP(
+        split(model)[0], lr=settings.lr, weight_decay=settings.weight_decay, betas=(1 - settings.fresh, SOAP_BETA2)
+    )
+    return Together([own, _adamw(adamw_groups(model, settings))])
+
+
+def lngd(model: nn.Module, settings: Settings) -> Together:
+    """LNGD with its default preset, changed by `settings.fields`."""
+    config = LNGDConfig.from_optim_args(
+        settings.fields,
+        fallback_lr=settings.other_lr,
+        weight_decay=settings.weight_decay,
+        momentum=1 - settings.fresh,
+        betas=(0.9, BETA2),
+    )
+    return Together([LNGD(model, config, lr=settings.lr)])
+
+
+RIVALS: dict[str, Callable[[nn.Module, Settings], Together]] = {
+    "adamw": adamw,
+    "muon": muon,
+    "soap": soap,
+    "lngd": lngd,
+}
+LABELS = {"adamw": "AdamW (two rates)", "muon": "Muon + AdamW", "soap": "SOAP + AdamW", "lngd": "LNGD"}
+# Where tuning starts: the best settings of a first search of nine runs each, from the design's own.
+STARTS = {
+    "adamw": Settings(7.5e-4, 1e-2, 0.4),
+    "muon": Settings(1.6e-2, 1e-2, 0.4),
+    "soap": Settings(4.2e-3, 1e-2, 0.2),
+    "lngd": Settings(1.6e-2, 1e-2, 0.4),
+}
+
+
+def rival(name: str) -> Callable[[nn.Module, Settings], Together]:
+    """The maker of a rival; variants of LNGD are called `lngd-something`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    base = "lngd" if name.startswith("lngd-") else name
+    if base not in RIVALS:
+        raise ValueError(f"--rivals: got {name!r}, accepted: {', '.join(RIVALS)}, or lngd-NAME for a variant of LNGD")
+    return RIVALS[base]
+
+
+def label(name: str) -> str:
+    """A rival's name for tables and figures."""
+    return LABELS.get(name, name.replace("lngd-", "LNGD "))

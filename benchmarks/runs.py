@@ -1,0 +1,207 @@
+"""One training run, the file of results, and the search that tunes every rival alike."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.multi30k_task import Data, batches, make_model, validation_loss
+from benchmarks.rivals import STARTS, Settings, rival
+
+Row = dict[str, Any]
+WARMUP = 60
+FINAL_RATE = 0.05
+CLIP = 1.0
+LOG_EVERY = 25
+# A loss this far above the first one, which is about that of guessing, will not come back within the run.
+DIVERGED = 1.5
+# The search ends when it would move a rate by less.
+FINEST = 1.1
+# What is tuned.
+RATES = ("lr", "other_lr", "fresh")
+
+
+def schedule(step: int, steps: int) -> float:
+    """The factor of both rates: linear warm-up over 60 steps (a third of a shorter run), then linear to 5 %."""
+    warmup = min(WARMUP, steps // 3)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1 - (1 - FINAL_RATE) * (step - warmup) / max(1, steps - warmup)
+
+
+def train(
+    name: str, settings: Settings, seed: int, steps: int, data: Data, progress: Callable[[int, float], None]
+) -> Row:
+    """Trains once and returns the row of results. Seconds are those of training: evaluation is left out.
+
+    The seed decides weights, order of the data and dropout, so rivals of one seed are paired.
+    """
+    model = make_model(seed)
+    optimizer = rival(name)(model, settings)
+    scheduler = [
+        torch.optim.lr_scheduler.LambdaLR(one, lambda step: schedule(step, steps)) for one in optimizer.optimizers
+    ]
+    checkpoints = {round(steps * quarter / 4) for quarter in (1, 2, 3, 4)}
+    stream = batches(data, seed)
+    model.train()
+    seconds, window, first = 0.0, [], math.inf
+    train_curve: list[tuple[int, float, float]] = []
+    validation_curve: list[tuple[int, float, float]] = []
+    diverged = False
+    for step in range(1, steps + 1):
+        start = time.perf_counter()
+        loss = model(**next(stream)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        for one in scheduler:
+            one.step()
+        value = loss.item()
+        seconds += time.perf_counter() - start
+        first = min(first, value) if step == 1 else first
+        window.append(value)
+        diverged = not math.isfinite(value) or value > DIVERGED * first
+        if diverged:
+            break
+        if step % LOG_EVERY == 0 or step == steps:
+            train_curve.append((step, round(seconds, 3), round(sum(window) / len(window), 5)))
+            window = []
+        if step in checkpoints:
+            optimizer.capture(False)
+            validation_curve.append((step, round(seconds, 3), round(validation_loss(model, data), 5)))
+            optimizer.capture(True)
+        progress(step, value)
+    diverged = diverged or not validation_curve or not math.isfinite(validation_curve[-1][2])
+    optimizer.close()
+    return {
+        "task": "multi30k",
+        "optimizer": name,
+        "seed": seed,
+        "settings": settings.to_dict(),
+        "steps": steps,
+        "seconds": round(seconds, 3),
+        "loss": None if diverged else validation_curve[-1][2],
+        "diverged": diverged,
+        "train_curve": train_curve,
+        "validation_curve": validation_curve,
+        "state_mib": round(optimizer.state_bytes() / 2**20, 3),
+        "hardware": f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+
+
+class Results:
+    """Rows in a JSON file, written after every run, so that interrupted work resumes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+    def find(self, phase: str, name: str, settings: Settings | None = None, **wanted: int) -> list[Row]:
+        """Rows of a phase and rival, of these settings, seed and steps where given."""
+        return [
+            row
+            for row in self.rows
+            if (row["phase"], row["optimizer"]) == (phase, name)
+            and (settings is None or row["settings"] == settings.to_dict())
+            and all(row[key] == value for key, value in wanted.items())
+        ]
+
+    def add(self, row: Row) -> None:
+        """Appends a row and writes the file, one row a line."""
+        self.rows.append(row)
+        self.save()
+
+    def drop(self, names: Iterable[str]) -> int:
+        """Forgets all rows of some rivals; returns how many."""
+        gone = set(names)
+        before = len(self.rows)
+        self.rows = [row for row in self.rows if row["optimizer"] not in gone]
+        self.save()
+        return before - len(self.rows)
+
+    def save(self) -> None:
+        """Writes the file in one move: an interruption leaves the old one or the new one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(row) for row in self.rows)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def best(self, name: str) -> Settings:
+        """The tuned settings of a rival: those with the lowest mean loss over the tuning seeds.
+
+        Raises:
+            ValueError: it has none.
+        """
+        losses: dict[Settings, list[float]] = {}
+        for row in self.find("tune", name):
+            losses.setdefault(Settings(**row["settings"]), []).append(math.inf if row["diverged"] else row["loss"])
+        if not losses:
+            raise ValueError(f"{self.path}: no tuning run of {name} yet; run with --tune first")
+        return min(losses, key=lambda settings: sum(losses[settings]) / len(losses[settings]))
+
+
+def moved(settings: Settings, rate: str, value: float) -> Settings:
+    """The settings with one rate changed, to three digits: rates that a person can read and repeat."""
+    return Settings(**{**settings.to_dict(), rate: float(f"{value:.3g}")})
+
+
+def place(settings: Settings) -> tuple[int, ...]:
+    """Where on a fine grid of rates (eight points a doubling) settings lie: none is tried twice."""
+    return tuple(round(8 * math.log2(getattr(settings, rate))) for rate in RATES)
+
+
+def search(start: Settings, trials: int, loss_of: Callable[[Settings], float]) -> Iterator[Settings]:
+    """Yields each trial before it is scored: a pattern search over the logarithms of `RATES`, alike for every rival.
+
+    From the best settings so far, each of `RATES` in turn is doubled and halved; when no neighbour is better, the
+    factor becomes its root. `loss_of` scores settings (infinite for a diverged run) and must remember: it is asked
+    again.
+    """
+    tried: set[tuple[int, ...]] = set()
+    best, factor = start, 2.0
+
+    def neighbours() -> list[Settings]:
+        moves = [(field, ratio) for field in RATES for ratio in (factor, 1 / factor)]
+        return [moved(best, field, getattr(best, field) * ratio) for field, ratio in moves]
+
+    def is_new(settings: Settings) -> bool:
+        return settings.fresh < 1 and place(settings) not in tried
+
+    queue = [start]
+    while len(tried) < trials and factor > FINEST:
+        queue = [settings for settings in queue if is_new(settings)]
+        if not queue:
+            queue = [settings for settings in neighbours() if is_new(settings)]
+            if not queue:
+                factor **= 0.5
+                continue
+        settings = queue.pop(0)
+        yield settings
+        tried.add(place(settings))
+        if loss_of(settings) < loss_of(best):
+            # A better rate: look further along the same line before the other one.
+            ahead = settings
+            for field in RATES:
+                if getattr(settings, field) != getattr(best, field):
+                    ahead = moved(ahead, field, getattr(settings, field) ** 2 / getattr(best, field))
+            best, queue = settings, [ahead]
+
+
+def tuning_starts(names: Iterable[str], fields: dict[str, str]) -> dict[str, Settings]:
+    """Where the search of each rival starts; a variant of LNGD has its own fields."""
+    starts = {}
+    for name in names:
+        base = STARTS["lngd" if name.startswith("lngd-") else name]
+        starts[name] = replace(base, fields=fields.get(name, ""))
+    return starts

@@ -1,0 +1,285 @@
+"""What a step of LNGD costs beside AdamW's and Muon's, in time and in memory.
+
+    python -m benchmarks.step_time
+
+Time: a Marian (d=256, 3+3 layers) on batches of 64 × 32 random tokens. Every contender has a model of its own; each
+round takes one step of every contender, the first one another each round, and costs are compared within rounds, so
+that what else the machine does meets all of them. Whole intervals are measured, so the seldom work (factors, inverses)
+counts.
+
+Memory: optimizer state beside AdamW's, for that model and for a Transformer-big, the latter on the meta device.
+The result is `benchmarks/results/step_time.json` and a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import MarianConfig, MarianMTModel
+
+from benchmarks.rivals import Settings, Together, adamw, muon, split
+from benchmarks.tables import table
+from hf_lngd import LNGD
+from hf_lngd.routing import ROTATED_EMBEDDING
+
+HERE = Path(__file__).resolve().parent
+BATCH, TOKENS = 64, 32
+RATES = Settings(1e-3, 1e-3)
+# What a step costs once training has settled: `early_factors` adds work to the first 64 steps.
+SETTLED = {"early_factors": False}
+CONTENDERS: dict[str, dict[str, Any] | None] = {
+    "adamw": None,
+    "muon": None,
+    "natural, interval 20": {"direction": "natural", "factor_interval": 20, "inverse_interval": 20, **SETTLED},
+    "natural, interval 100": {"direction": "natural", "factor_interval": 100, "inverse_interval": 100, **SETTLED},
+    "gram": SETTLED,
+}
+# (contender, what it is compared with, whole step or optimizer.step(), the ratio to stay below)
+TARGETS = [
+    ("natural, interval 20", "adamw", "step", 1.08),
+    ("natural, interval 100", "adamw", "step", 1.05),
+    ("gram", "adamw", "step", None),
+    ("gram", "muon", "step", None),
+    ("gram", "muon", "optimizer", 0.7),
+]
+MEMORY_TARGET = 1.1
+
+
+def marian(width: int, ffn: int, heads: int, layers: int, vocabulary: int) -> nn.Module:
+    """A Marian with its weights; eager attention, which the meta device can run too."""
+    config = MarianConfig(
+        vocab_size=vocabulary,
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=ffn,
+        decoder_ffn_dim=ffn,
+        activation_function="relu",
+        dropout=0.1,
+        init_std=width**-0.5,
+        scale_embedding=True,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        eos_token_id=1,
+        forced_eos_token_id=None,
+    )
+    return MarianMTModel._from_config(config, attn_implementation="eager" if torch.empty(0).is_meta else "sdpa")
+
+
+def small() -> nn.Module:
+    """The model whose steps are timed (7.6 million parameters)."""
+    return marian(256, 1024, 4, 3, 8_000)
+
+
+def transformer_big() -> nn.Module:
+    """Transformer-big (209 million parameters)."""
+    return marian(1024, 4096, 16, 6, 32_000)
+
+
+def make(name: str, model: nn.Module) -> Together:
+    """A contender's optimizer."""
+    fields = CONTENDERS[name]
+    if fields is None:
+        return {"adamw": adamw, "muon": muon}[name](model, RATES)
+    return Together([LNGD(model, lr=RATES.lr, **fields)])
+
+
+@dataclass
+class Contender:
+    """A model, its optimizer and the seconds of its steps."""
+
+    model: nn.Module
+    optimizer: Together
+    step: list[float] = field(default_factory=list)
+    update: list[float] = field(default_factory=list)
+
+    def run(self, batch: dict[str, Tensor]) -> None:
+        """One training step: whole seconds to `step`, those of `optimizer.step()` to `update`."""
+        start = time.perf_counter()
+        self.model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        middle = time.perf_counter()
+        self.optimizer.step()
+        end = time.perf_counter()
+        self.optimizer.zero_grad()
+        self.update.append(end - middle)
+        self.step.append(time.perf_counter() - start)
+
+    def seconds(self, which: str) -> list[float]:
+        """Of the whole steps ("step") or of the optimizer alone ("optimizer")."""
+        return self.step if which == "step" else self.update
+
+
+def time_steps(rounds: int, warmup: int) -> dict[str, Contender]:
+    """Rounds of one step each of every contender; the warm-up rounds are not counted."""
+    generator = torch.Generator().manual_seed(0)
+    contenders = {}
+    for name in CONTENDERS:
+        torch.manual_seed(0)
+        model = small().train()
+        contenders[name] = Contender(model, make(name, model))
+    names = list(contenders)
+    for turn in tqdm(range(warmup + rounds), unit="round"):
+        tokens = torch.randint(3, 8_000, (2, BATCH, TOKENS), generator=generator)
+        batch = {"input_ids": tokens[0], "attention_mask": torch.ones_like(tokens[0]), "labels": tokens[1]}
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            contenders[name].run(batch)
+        if turn == warmup - 1:
+            for contender in contenders.values():
+                contender.step.clear()
+                contender.update.clear()
+    for contender in contenders.values():
+        contender.optimizer.close()
+    return contenders
+
+
+def compare(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """Ratio of mean seconds, its standard error from the paired differences, and the ratio of medians."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    error = stdev(differences) / len(differences) ** 0.5 / mean(theirs)
+    return {
+        "ratio": round(mean(ours) / mean(theirs), 4),
+        "standard_error": round(error, 4),
+        "ratio_of_medians": round(median(ours) / median(theirs), 4),
+    }
+
+
+def timing_rows(contenders: dict[str, Contender]) -> list[dict[str, Any]]:
+    """One row a comparison of `TARGETS`."""
+    rows = []
+    for name, reference, which, target in TARGETS:
+        ours, theirs = contenders[name].seconds(which), contenders[reference].seconds(which)
+        rows.append(
+            {
+                "optimizer": name,
+                "reference": reference,
+                "what": "whole step" if which == "step" else "optimizer.step()",
+                "milliseconds": round(1e3 * mean(ours), 2),
+                "reference_milliseconds": round(1e3 * mean(theirs), 2),
+                **compare(ours, theirs),
+                "target": target,
+            }
+        )
+    return rows
+
+
+def memory_row(name: str, model_name: str, device: str) -> dict[str, Any]:
+    """Bytes of LNGD's state after five steps beside AdamW's two moments a parameter."""
+    with torch.device(device):
+        model = transformer_big() if model_name == "Transformer-big" else small()
+        fields = CONTENDERS[name]
+        assert fields is not None
+        optimizer = LNGD(model, lr=RATES.lr, **fields)
+        owned = {r.parameter for r in optimizer.routing() if r.owner == "lngd" or r.reason == ROTATED_EMBEDDING}
+        rest = [p for key, p in model.named_parameters() if p.requires_grad and key not in owned]
+        tokens = torch.ones(2, 8, dtype=torch.long)
+        for _ in range(5):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            for parameter in rest:  # AdamW's arithmetic does not run on the meta device: its state is added below
+                parameter.grad = None
+            optimizer.step()
+    moments = 2 * sum(p.numel() * p.element_size() for p in rest)
+    trained = [p for group in split(model) for p in group]
+    reference = 2 * sum(p.numel() * p.element_size() for p in trained)
+    usage = optimizer.memory_usage()
+    kinds = {key: value for key, value in usage.items() if key != "total"}
+    kinds["fallback"] = kinds.get("fallback", 0) + moments
+    total = sum(kinds.values())
+    optimizer.close()
+    return {
+        "model": model_name,
+        "parameters": sum(p.numel() for p in trained),
+        "optimizer": name,
+        "bytes": total,
+        "kinds": kinds,
+        "adamw_bytes": reference,
+        "ratio": round(total / reference, 4),
+        "target": MEMORY_TARGET,
+    }
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Both tables, in Markdown."""
+
+    def verdict(row: dict[str, Any]) -> list[str]:
+        if row["target"] is None:
+            return ["–", ""]
+        return [f"≤ {row['target']}", "yes" if row["ratio"] <= row["target"] else "no"]
+
+    timings = [
+        [
+            row["optimizer"],
+            row["reference"],
+            row["what"],
+            f"{row['milliseconds']:.1f}",
+            f"{row['reference_milliseconds']:.1f}",
+            f"{row['ratio']:.3f} ± {row['standard_error']:.3f}",
+            *verdict(row),
+        ]
+        for row in result["timings"]
+    ]
+    memory = [
+        [
+            row["model"],
+            row["optimizer"],
+            f"{row['bytes'] / 2**20:.1f}",
+            f"{row['adamw_bytes'] / 2**20:.1f}",
+            f"{row['ratio']:.3f}",
+            *verdict(row),
+        ]
+        for row in result["memory"]
+    ]
+    return (
+        table(["optimizer", "beside", "what", "ms", "its ms", "ratio", "target", "met"], timings)
+        + "\n"
+        + table(["model", "optimizer", "state, MiB", "AdamW's, MiB", "ratio", "target", "met"], memory)
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, writes the JSON file and prints the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=100, help="counted rounds, whole hundreds (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
+    parser.add_argument("--memory-only", action="store_true", help="leave the timings of the file as they are")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "step_time.json", help="file to write")
+    args = parser.parse_args(arguments)
+    if args.rounds < 2 or args.warmup < 1 or args.threads < 1:
+        raise ValueError("--rounds, --warmup, --threads: accepted: at least 2, 1, 1")
+    if args.rounds % 100:
+        print("note: --rounds is no whole hundred, so interval 100's seldom work is over- or undercounted", flush=True)
+    torch.set_num_threads(args.threads)
+    known = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
+    lngd = [name for name, fields in CONTENDERS.items() if fields is not None]
+    result = {
+        "hardware": f"CPU, {args.threads} threads",
+        "torch": torch.__version__,
+        "rounds": args.rounds,
+        "timings": known.get("timings", []) if args.memory_only else timing_rows(time_steps(args.rounds, args.warmup)),
+        "memory": [memory_row(name, "Marian d=256, 3+3", "cpu") for name in lngd]
+        + [memory_row(name, "Transformer-big", "meta") for name in lngd],
+    }
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    args.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(tables(result))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,154 @@
+"""Trains, evaluates and runs a translation model: Marian, T5, mBART, M2M100, BART and their kin.
+
+    python scripts/run_translation.py --model_name_or_path Helsinki-NLP/opus-mt-en-de --source_lang en \
+        --target_lang de --train_file train.json.gz --validation_file validation.json.gz --do_train --do_eval \
+        --predict_with_generate --optim lngd --optim_args preset=fast --learning_rate 1e-3 --output_dir out
+
+The arguments are those of transformers' translation example (`--help` lists them); a single argument that ends in
+.json is a file with them. Data are JSON lines, `{"translation": {"en": "…", "de": "…"}}`, gzipped or not.
+
+Whatever is wrong with arguments or data ends the script before training, with status 2 and a last line
+`error: <field>: …`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import DataCollatorForSeq2Seq, set_seed
+
+from hf_lngd import LNGDSeq2SeqTrainer
+from hf_lngd.integrations.translation_args import DataArguments, ModelArguments, parse
+from hf_lngd.integrations.translation_data import first, load_pairs, tokenize
+from hf_lngd.integrations.translation_model import limit_lengths, load_model, load_tokenizer, set_languages
+from hf_lngd.integrations.translation_report import CardWriter, TranslationScores, write_predictions, write_routing
+from hf_lngd.integrations.usage import UsageError, exit_on_usage_error
+
+LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+
+
+def main() -> None:
+    """Everything that can be wrong is found by `prepare`; what follows trains.
+
+    Raises:
+        UsageError: names the argument.
+    """
+    model_args, data_args, args = parse(sys.argv[1:])
+    trainer, parts, scores = prepare(model_args, data_args, args)
+    card = CardWriter(trainer, model_args, data_args, ["python", *sys.argv])
+    trainer.card_writer = card
+    if args.do_train:
+        train(trainer, args.resume_from_checkpoint)
+    generation = {"max_length": data_args.eval_target_length, "num_beams": data_args.num_beams}
+    if args.do_eval:
+        metrics = trainer.evaluate(metric_key_prefix="eval", **generation)
+        finish(trainer, scores, card, "eval", "validation", metrics)
+    if args.do_predict:
+        result = trainer.predict(parts["test"], metric_key_prefix="predict", **generation)
+        finish(trainer, scores, card, "predict", "test", result.metrics)
+        if args.predict_with_generate and trainer.is_world_process_zero():
+            write_predictions(args.output_dir, scores.decode(result.predictions))
+    if trainer.is_world_process_zero():
+        card()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def prepare(
+    model_args: ModelArguments, data_args: DataArguments, args: Any
+) -> tuple[LNGDSeq2SeqTrainer, dict[str, Any], TranslationScores]:
+    """The trainer, the tokenized parts of the data, and what scores translations."""
+    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    pairs = load_pairs(data_args, model_args, [part for part, needed in wanted.items() if needed])
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(model_args)
+    model = load_model(model_args, tokenizer)
+    set_languages(model, tokenizer, data_args)
+    limit_lengths(model, data_args)
+    parts = {}
+    for part, rows in pairs.items():
+        length = data_args.max_target_length if part == "train" else data_args.eval_target_length
+        with args.main_process_first(desc=f"tokenizing {part}"):
+            chosen = first(rows, getattr(data_args, LIMITS[part]))
+            parts[part] = tokenize(chosen, tokenizer, data_args, length, part)
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False  # which torch would warn about
+    if args.generation_max_length is None:
+        args.generation_max_length = data_args.eval_target_length
+    if not model_args.model_name_or_path:  # a trained model knows how much it may say, a new one is told
+        model.generation_config.max_length = data_args.eval_target_length
+    scores = TranslationScores(tokenizer)
+    collator = DataCollatorForSeq2Seq(
+        tokenizer,
+        model=model,
+        label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
+        pad_to_multiple_of=8 if args.fp16 else None,
+    )
+    return make_trainer(model, args, collator, parts, tokenizer, scores), parts, scores
+
+
+def make_trainer(
+    model: Any, args: Any, collator: Any, parts: dict[str, Any], tokenizer: Any, scores: TranslationScores
+) -> LNGDSeq2SeqTrainer:
+    """The trainer; what it refuses is the user's to change.
+
+    Raises:
+        UsageError: the output folder cannot be written, the Hub cannot be reached, LNGD cannot run this way.
+    """
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError("output_dir", f"got {args.output_dir!r}, which cannot be made: {error.strerror}") from error
+    if not os.access(args.output_dir, os.W_OK):
+        raise UsageError("output_dir", f"got {args.output_dir!r}, accepted: a folder that can be written")
+    try:
+        return LNGDSeq2SeqTrainer(
+            model=model,
+            args=args,
+            train_dataset=parts.get("train"),
+            eval_dataset=parts.get("validation"),
+            processing_class=tokenizer,
+            data_collator=collator,
+            compute_metrics=scores if args.predict_with_generate else None,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UsageError(blame(error, args), error) from error
+
+
+def blame(error: Exception, args: Any) -> str:
+    """The argument behind an error of the Trainer's construction."""
+    if str(error).startswith("LNGD"):
+        return "optim"
+    if any(name in str(error) for name in args.report_to):
+        return "report_to"
+    return "push_to_hub" if args.push_to_hub else "arguments"
+
+
+def train(trainer: LNGDSeq2SeqTrainer, checkpoint: str | None) -> None:
+    """Train, save the model, its tokenizer, the metrics, the routing."""
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_routing(trainer.args.output_dir, trainer.optimizer)
+
+
+def finish(
+    trainer: LNGDSeq2SeqTrainer, scores: TranslationScores, card: CardWriter, prefix: str, split: str, metrics: Any
+) -> None:
+    """Print and save the metrics of a part of the data, with the scores' signatures."""
+    signatures = scores.signatures if f"{prefix}_bleu" in metrics else {}
+    metrics.update({f"{prefix}_{name}_signature": signature for name, signature in signatures.items()})
+    trainer.log_metrics(prefix, metrics)
+    trainer.save_metrics(prefix, metrics)
+    card.add(split, metrics, prefix, signatures)
+
+
+if __name__ == "__main__":
+    exit_on_usage_error(main)

@@ -1,0 +1,348 @@
+"""`scripts/run_translation.py` on tiny models of each family: what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from scripts import run_translation
+from tests.hf_helpers import (
+    HF_FAMILIES,
+    hf_mbart_tokenizer,
+    hf_pairs,
+    hf_seq2seq_model,
+    hf_tokenizer,
+    hf_write_pairs,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files of pairs, one of them gzipped."""
+    folder = tmp_path_factory.mktemp("data")
+    files = {"train": "train.json.gz", "validation": "validation.jsonl", "test": "test.json"}
+    for seed, (part, name) in enumerate(files.items()):
+        hf_write_pairs(folder / name, hf_pairs(32 if part == "train" else 6, seed))
+    (folder / "ATTRIBUTION.md").write_text("# Made up\n\nBy nobody.\n", encoding="utf-8")
+    return {f"{part}_file": str(folder / name) for part, name in files.items()}
+
+
+@pytest.fixture(scope="module")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A saved model with its tokenizer for each family."""
+    folders = {}
+    for family in HF_FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        extra = ("__en__", "__de__") if family == "m2m100" else ()
+        tokenizer = hf_mbart_tokenizer() if family == "mbart" else hf_tokenizer(extra)
+        hf_seq2seq_model(family, tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders[family] = str(folder)
+    return folders
+
+
+BASE = {
+    "source_lang": "en",
+    "target_lang": "de",
+    "max_source_length": 16,
+    "max_target_length": 16,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 0.01,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+FLAGS = ["--use_cpu", "--predict_with_generate"]
+
+
+def arguments(options: dict[str, Any], *flags: str) -> list[str]:
+    """A command line; options that are None are left out."""
+    given = {**BASE, **options}
+    return [*flags, *(part for k, v in given.items() if v is not None for part in (f"--{k}", str(v)))]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
+    """The script's main function in this process."""
+    monkeypatch.setattr(sys, "argv", ["scripts/run_translation.py", *argv])
+    run_translation.exit_on_usage_error(run_translation.main)
+
+
+ALL = ["--do_train", "--do_eval", "--do_predict", *FLAGS]
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+
+
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "marian": {"num_beams": 2},
+    "t5": {"source_prefix": "translate English to German: ", "pad_to_max_length": "true"},
+    "bart": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+    "mbart": {"source_lang": "en_XX", "target_lang": "de_DE"},
+    "m2m100": {"forced_bos_token": "__de__"},
+}
+
+
+@pytest.mark.parametrize("family", list(HF_FAMILIES))
+def test_each_family_from_end_to_end(
+    family: str, model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"model_name_or_path": model_folders[family], "output_dir": tmp_path, **data, **OF_FAMILY[family]}
+    run(monkeypatch, arguments({**options, "optim_args": "factor_interval=2,preset=fast"}, *ALL))
+    result = numbers(tmp_path)
+    wanted = ("train_loss", "train_runtime", "eval_loss", "eval_bleu", "eval_chrf", "predict_bleu", "predict_chrf")
+    assert all(math.isfinite(result[key]) for key in wanted)
+    assert "tok:13a" in result["eval_bleu_signature"] and "nc:6" in result["eval_chrf_signature"]
+    lines = (tmp_path / "generated_predictions.txt").read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 7 and lines[-1] == ""
+    routing = json.loads((tmp_path / "routing.json").read_text(encoding="utf-8"))
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert {r["parameter"] for r in routing["parameters"]} == {name for name, _ in model.named_parameters()}
+    assert {"lngd", "fallback"} <= {r["owner"] for r in routing["parameters"]}
+    assert routing["config"]["factor_interval"] == 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    output = model.generate(**tokenizer(["the dog sees the cat"], return_tensors="pt", return_token_type_ids=False))
+    assert output.shape[0] == 1
+    if family == "m2m100":
+        assert model.generation_config.forced_bos_token_id == tokenizer.convert_tokens_to_ids("__de__")
+    if family == "mbart":
+        assert model.config.decoder_start_token_id == tokenizer.convert_tokens_to_ids("de_DE")
+
+
+def test_the_card(
+    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my-model"
+    options = {"model_name_or_path": model_folders["marian"], "output_dir": folder, **data, "hub_token": "hf_secret"}
+    argv = arguments({**options, "optim_args": "damping_rho=0.7", "data_license": "cc-by-2.0"}, *ALL)
+    run(monkeypatch, argv)
+    card = ModelCard.load(folder / "README.md")
+    result = numbers(folder)
+    found = {(r.dataset_split, r.metric_type): r for r in card.data.eval_results}
+    assert found["validation", "bleu"].metric_value == result["eval_bleu"]
+    assert found["test", "bleu"].metric_value == result["predict_bleu"]
+    assert found["test", "bleu"].metric_args == {"signature": result["predict_bleu_signature"]}
+    assert found["test", "chrf"].metric_value == result["predict_chrf"]
+    assert card.data.model_name == "my-model" and card.data.license == "cc-by-2.0"
+    assert card.data.language == ["en", "de"] and card.data.pipeline_tag == "translation"
+    assert '"damping_rho": 0.7' in card.text and "By nobody." in card.text
+    command = " ".join(card.text.split("```bash\n")[1].split("```")[0].replace("\\\n", " ").split())
+    assert command == " ".join(["python scripts/run_translation.py", *argv]).replace("hf_secret", "'***'")
+    assert "hf_secret" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def from_scratch(model_folders: dict[str, str], data: dict[str, str], folder: Path, **more: Any) -> list[str]:
+    options = {"config_name": model_folders["marian"], "tokenizer_name": model_folders["marian"], "output_dir": folder}
+    return arguments({**options, **data, **more}, *ALL)
+
+
+def test_from_scratch_with_changes(
+    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = "dropout=0.25,encoder_layers=2,activation_function=gelu"
+    run(monkeypatch, from_scratch(model_folders, data, tmp_path, config_overrides=overrides, max_train_samples=9))
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    config = model.config
+    assert (config.dropout, config.encoder_layers, config.activation_function) == (0.25, 2, "gelu")
+    assert model.generation_config.max_length == 16
+    assert numbers(tmp_path)["train_samples"] == 9
+
+
+def test_a_seed_gives_one_model_and_another_optimizer_works(
+    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        folder = tmp_path / name
+        (folder).mkdir()
+        (folder / "routing.json").write_text("{}", encoding="utf-8")
+        run(monkeypatch, from_scratch(model_folders, data, folder, seed=seed, optim="adamw_torch"))
+        assert not (folder / "routing.json").exists()
+        weights.append(AutoModelForSeq2SeqLM.from_pretrained(folder).model.encoder.layers[0].fc1.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_resume_goes_on_to_the_same_end(
+    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights(folder: str, **more: Any) -> dict[str, torch.Tensor]:
+        options = {"model_name_or_path": model_folders["marian"], "output_dir": tmp_path / folder, **data}
+        options |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim_args": "factor_interval=3"}
+        run(monkeypatch, arguments({**options, **more}, "--do_train", *FLAGS))
+        return AutoModelForSeq2SeqLM.from_pretrained(tmp_path / folder).state_dict()
+
+    whole = weights("whole")
+    resumed = weights("resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
+    last = weights("whole", resume_from_checkpoint="last")
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]) and torch.equal(value, last[name]), name
+
+
+def test_arguments_from_a_json_file_and_a_data_set_in_a_folder(
+    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for part in ("train", "validation", "test"):
+        pairs = hf_pairs(6) + ([{"en": "the dog", "de": " "}] if part == "train" else [])
+        hf_write_pairs(folder / f"{part}.json", pairs)
+    options = {**BASE, "model_name_or_path": model_folders["marian"], "output_dir": str(tmp_path / "out")}
+    options |= {"dataset_name": str(folder), "cache_dir": str(tmp_path / "cache"), "use_cpu": True}
+    options |= {"do_train": True, "do_eval": True, "predict_with_generate": True}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(options), encoding="utf-8")
+    run(monkeypatch, [str(file)])
+    result = numbers(tmp_path / "out")
+    assert result["train_samples"] == 6 and "eval_bleu" in result
+
+
+def test_push_to_hub_uploads_our_card(
+    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: dict[str, Any] = {}
+
+    class Api:
+        def create_repo(self, name: str, **kwargs: Any) -> Any:
+            return type("Url", (), {"repo_id": f"someone/{name}"})()
+
+        def upload_folder(self, **kwargs: Any) -> str:
+            pushed.update(kwargs, card=(Path(kwargs["folder_path"]) / "README.md").read_text(encoding="utf-8"))
+            return "done"
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    options = {"model_name_or_path": model_folders["marian"], "output_dir": tmp_path, **data, "hub_model_id": "mine"}
+    run(monkeypatch, arguments({**options, "do_predict": "false"}, *ALL, "--push_to_hub"))
+    assert pushed["repo_id"] == "someone/mine"
+    assert "eval_results" not in pushed["card"] and "model-index" in pushed["card"] and "LNGD" in pushed["card"]
+
+
+# What is refused. Each: options, lines of a training file (None: the whole one), what the last line says.
+GOOD = json.dumps({"translation": {"en": "the dog", "de": "Hund"}})
+REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
+    "unknown option": ({"num_beems": 2}, None, "num_beems: unknown argument; did you mean --num_beams"),
+    "no number": ({"num_beams": "two"}, None, "num_beams: invalid int value: 'two'"),
+    "not positive": ({"max_source_length": 0}, None, "max_source_length: got 0, accepted: an integer, at least 1"),
+    "no batch": ({"per_device_train_batch_size": 0}, None, "per_device_train_batch_size: got 0, accepted:"),
+    "choice": ({"eval_strategy": "often"}, None, "eval_strategy: invalid choice: 'often'"),
+    "optimizer": ({"optim": "lngdd"}, None, "optim: got 'lngdd' (did you mean lngd?), accepted: lngd, adamw"),
+    "settings name": ({"optim_args": "factor_intervall=3"}, None, "optim_args: unknown name 'factor_intervall'; did"),
+    "settings value": ({"optim_args": "damping=odd"}, None, "damping: got 'odd', accepted: relative, paper"),
+    "two strategies": (
+        {"load_best_model_at_end": "true", "save_strategy": "epoch"},
+        None,
+        "load_best_model_at_end: --load_best_model_at_end",
+    ),
+    "no language": ({"source_lang": None}, None, "source_lang: got none, accepted: a language"),
+    "unknown language": ({"target_lang": "fr"}, None, "target_lang: got 'fr', "),
+    "same language": ({"target_lang": "en"}, None, "target_lang: got 'en', which is the source"),
+    "no model": ({"model_name_or_path": None}, None, "model_name_or_path: got none, accepted: a model"),
+    "model not there": ({"model_name_or_path": "no/where"}, None, "model_name_or_path: got 'no/where'"),
+    "no tokenizer": ({"tokenizer_name": "no/where"}, None, "tokenizer_name: got 'no/where'"),
+    "no config": ({"config_name": "no/where"}, None, "config_name: got 'no/where'"),
+    "override name": ({"config_overrides": "dropuot=0"}, None, "config_overrides: unknown name 'dropuot'; did you"),
+    "override value": ({"config_overrides": "dropout=much"}, None, "config_overrides: dropout: got 'much'"),
+    "override form": ({"config_overrides": "dropout"}, None, "config_overrides: got 'dropout', accepted: name=value"),
+    "override sense": ({"config_overrides": "d_model=17"}, None, "config_overrides: got 'd_model=17'"),
+    "first token": ({"forced_bos_token": "__xx__"}, None, "forced_bos_token: got '__xx__', accepted: a token"),
+    "no file": ({"train_file": None}, None, "train_file: got none, accepted: a file of JSON lines"),
+    "file not there": ({"train_file": "nowhere.json"}, None, "train_file: got 'nowhere.json', which is no file"),
+    "kind of file": ({"train_file": "pairs.tsv"}, None, "train_file: got 'pairs.tsv', accepted: a file that ends in"),
+    "files and set": ({"dataset_name": "wmt16"}, None, "dataset_name: got 'wmt16' and files"),
+    "checkpoint": ({"resume_from_checkpoint": "nowhere"}, None, "resume_from_checkpoint: got 'nowhere', accepted:"),
+    "no checkpoint": ({"resume_from_checkpoint": "last"}, None, "resume_from_checkpoint: got 'last', but"),
+    "report": ({"report_to": "paper"}, None, "report_to: "),
+    "empty file": ({}, [], "which is empty, accepted: at least one line"),
+    "blank file": ({}, ["", "  "], "which is empty, accepted: at least one line"),
+    "broken line": ({}, [GOOD, GOOD, '{"translation": {"en": '], "train.json, line 3: not JSON"),
+    "no column": ({}, [GOOD, '{"en": "a", "de": "b"}'], "line 2: no column 'translation', found: en, de"),
+    "no object": ({}, ["[1]"], "line 1: got a JSON list, accepted: an object"),
+    "no pair": ({}, ['{"translation": "a"}'], "line 1: column 'translation': accepted: an object"),
+    "no target": ({}, [GOOD, '{"translation": {"en": "a"}}'], "line 2: a source 'en' without a target 'de'"),
+    "blank target": ({}, ['{"translation": {"en": "a", "de": " "}}'], "line 1: a source 'en' without a target 'de'"),
+    "null target": ({}, ['{"translation": {"en": "a", "de": null}}'], "line 1: a source 'en' without a target 'de'"),
+    "no source": ({}, [GOOD, '{"translation": {"de": "a"}}'], "line 2: no source 'en'"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_is_wrong_ends_it_before_training(
+    case: str,
+    model_folders: dict[str, str],
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changes, lines, words = REFUSED[case]
+    options = {"model_name_or_path": model_folders["marian"], "output_dir": tmp_path / "out", **data}
+    if lines is not None:
+        options["train_file"] = hf_write_pairs(tmp_path / "train.json", lines)
+        words_field = "train_file: "
+    else:
+        words_field = ""
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, arguments({**options, **changes}, "--do_train", *FLAGS))
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    assert last.startswith(f"error: {words_field}") and words in last, last
+    assert not (tmp_path / "out" / "train_results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(f"{GOOD}\n".encode() * 400)[:-20], "cannot be read"),
+        (b"no gzip", "cannot be read"),
+        (gzip.compress(GOOD.encode() + b"\n\xff\xfe\n"), "not UTF-8"),
+    ],
+)
+def test_damaged_files(
+    content: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.json.gz"
+    file.write_bytes(content)
+    options = {"model_name_or_path": "unread", "output_dir": tmp_path / "out", "train_file": file}
+    with pytest.raises(SystemExit):
+        run(monkeypatch, arguments(options, "--do_train", *FLAGS))
+    last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    assert last.startswith("error: train_file: ") and words in last
+
+
+def test_a_multilingual_tokenizer_knows_its_languages(
+    model_folders: dict[str, str],
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = {"model_name_or_path": model_folders["mbart"], "output_dir": tmp_path / "out", **data}
+    with pytest.raises(SystemExit):
+        run(monkeypatch, arguments({**options, "source_lang": "en_XX", "target_lang": "de"}, "--do_train", *FLAGS))
+    last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    assert last.startswith("error: target_lang: got 'de', the tokenizer knows: ar_AR") and "de_DE" in last
+
+
+def test_the_script_as_a_command(data: dict[str, str], tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "scripts/run_translation.py"]
+    asked = subprocess.run([*command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert asked.returncode == 0 and "--optim_args" in asked.stdout and "--source_prefix" in asked.stdout
+    argv = arguments({"output_dir": tmp_path, "model_name_or_path": "x", **data, "max_target_length": -3}, "--do_train")
+    done = subprocess.run([*command, *argv], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    expected = "error: max_target_length: got -3, accepted: an integer, at least 1"
+    assert done.stderr.rstrip("\n").split("\n")[-1] == expected
