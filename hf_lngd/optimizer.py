@@ -96,7 +96,7 @@ class LNGD(torch.optim.Optimizer):
             group["params"].append(self._parameters[r.parameter])
         if not groups:
             raise ValueError("model: got no parameter that requires a gradient, accepted: at least one")
-        return list(groups.values())
+        return sorted(groups.values(), key=lambda group: group["name"] != "lngd")  # Trainer logs the first one's rate
 
     # The step
 
@@ -105,13 +105,17 @@ class LNGD(torch.optim.Optimizer):
         """One step. Parameters without a gradient rest.
 
         Raises:
-            RuntimeError: a factor step saw no forward pass, or (``fisher="true"``) no `fisher_backward`.
+            RuntimeError: the optimizer is closed; a factor step saw no forward pass, or (``fisher="true"``) no
+                `fisher_backward`; ``rate="adaptive"`` did not see a layer's gradients.
         """
+        if self._capture.closed:
+            raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if any(layer.weight.grad is not None for layer in self._routing.layers):
+            self._check_rows()
             start = time.perf_counter()
             inside_hooks = self._capture.seconds
             self._update_factors()
@@ -153,6 +157,20 @@ class LNGD(torch.optim.Optimizer):
                 "LNGD.step(): the layers have gradients, but no forward pass of the model was seen. Call the model "
                 "that was given to LNGD (a wrapper around it is fine), with gradients enabled, after LNGD was made "
                 "and without optimizer.eval()."
+            )
+
+    def _check_rows(self) -> None:
+        """Eq. 12-13 with no curvature at all would be a rate of about 1/μ."""
+        if self.config.rate != "adaptive":
+            return
+        seen = self._capture.rows
+        layers = [layer.name for layer in self._routing.layers if layer.weight.grad is not None]
+        unseen = layers if not self._capture.rows_seen else [n for n in layers if n not in seen or not seen[n].calls]
+        if unseen:
+            raise RuntimeError(
+                f"rate: 'adaptive' saw no gradients of {', '.join(unseen[:3])} in this step. Call the model that was "
+                "given to LNGD itself, on tensors, in each step, without optimizer.eval(); checkpoint activations with "
+                "use_reentrant=False; or accepted: rms, trust, none"
             )
 
     def _update_layers(self) -> None:
@@ -223,7 +241,7 @@ class LNGD(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Remove every hook from the model. The optimizer cannot step afterwards without `RuntimeError`."""
-        self._capture.disarm()
+        self._capture.close()
         for embedding in self._embeddings:
             embedding.close()
 

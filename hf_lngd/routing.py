@@ -64,7 +64,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
     layer_of: dict[int, Layer] = {}
     for name, parameter in model.named_parameters():
         modules = homes[id(parameter)]
-        owner, reason, decays = _decide(name, parameter, modules, config, exclude)
+        owner, reason, decays = _decide(name, parameter, homes, config, exclude)
         if reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
         elif owner == LNGD_OWNER:
@@ -89,11 +89,12 @@ def _homes(model: nn.Module) -> dict[int, Homes]:
 
 
 def _decide(
-    name: str, parameter: nn.Parameter, modules: Homes, config: LNGDConfig, exclude: re.Pattern[str] | None
+    name: str, parameter: nn.Parameter, homes: dict[int, Homes], config: LNGDConfig, exclude: re.Pattern[str] | None
 ) -> tuple[str, str, bool]:
     """(owner, reason, weight decay)."""
     if not parameter.requires_grad:
         return FROZEN_OWNER, "frozen", False
+    modules = homes[id(parameter)]
     module_name, module, attribute = modules[0]
     plain = parameter.dim() < 2
     if any("norm" in type(m).__name__.lower() for _, m, _ in modules):
@@ -113,9 +114,12 @@ def _decide(
         if attribute == "weight":
             return LNGD_OWNER, "linear", True
         if attribute == "bias" and config.bias == "factor" and len(modules) == 1:
-            weight = module._parameters["weight"]
-            if weight is not None and weight.requires_grad and _weight_is_owned(module_name, exclude):
-                return LNGD_OWNER, "bias in the factor", False
+            # a weight that several modules share, or an embedding's, has no one bias for its last column
+            weight, weight_name = module._parameters["weight"], f"{module_name}.weight".removeprefix(".")
+            if weight is not None and len(homes[id(weight)]) == 1:
+                weight_owner, weight_reason, _ = _decide(weight_name, weight, homes, config, exclude)
+                if (weight_owner, weight_reason) == (LNGD_OWNER, "linear"):
+                    return LNGD_OWNER, "bias in the factor", False
     if attribute == "bias" or plain:
         return FALLBACK_OWNER, "bias" if attribute == "bias" else "vector", False
     if "position" in name.lower():
@@ -128,16 +132,11 @@ def _inside_attention(module: nn.Module, name: str, modules: Homes) -> bool:
     return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 
-def _weight_is_owned(module_name: str, exclude: re.Pattern[str] | None) -> bool:
-    weight = f"{module_name}.weight" if module_name else "weight"
-    return exclude is None or not exclude.search(weight)
-
-
 def _place(name: str, parameter: nn.Parameter, modules: Homes, layer_of: dict[int, Layer], routing: Routing) -> None:
     module_name, module, attribute = modules[0]
     layer = layer_of.get(id(module))
     if layer is None:
-        layer = Layer(module_name, name, None, 0, 0)
+        layer = layer_of[id(module)] = Layer(module_name, name, None, 0, 0)  # weight or bias may come first
         routing.layers.append(layer)
     if attribute == "weight":
         layer.weight_name = name

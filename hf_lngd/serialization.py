@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from .curvature.fisher import generators_of
 from .curvature.topology import Topology
 from .preconditioner import Preconditioner
 
@@ -53,7 +54,11 @@ def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:
         what = "; ".join(f"{name}: checkpoint {there.get(name)!r}, here {here[name]!r}" for name in differing)
         raise ValueError(f"state_dict: the config differs: {what}")
     _check_parameters(optimizer, state)
-    _check_banks(optimizer, state)
+    try:
+        _check_banks(optimizer, state)
+        _check_rest(optimizer, state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"state_dict: got a damaged state ({type(error).__name__}: {error})") from error
     return state
 
 
@@ -77,11 +82,30 @@ def _check_banks(optimizer: LNGD, state: Mapping[str, Any]) -> None:
         made = _preconditioner_of(optimizer, state)
         _check_tensors("groups", _group_states(made), state)
         _check_tensors("layers", _layer_states(made), state)
-    named = {name for name in state["fallback"] if name in optimizer._parameters}
-    _check_tensors("fallback", {n: optimizer._fallback.new_moments(optimizer._parameters[n]) for n in named}, state)
+        _check_flags(_flags(made), state["flags"])
+    named = _fallback_names(optimizer)
+    strange = sorted(set(state["fallback"]) - set(named))
+    if strange:
+        raise ValueError(f"state_dict: fallback: got {', '.join(strange[:5])}, accepted: names of parameters here")
+    _check_tensors("fallback", {n: optimizer._fallback.new_moments(named[n]) for n in state["fallback"]}, state)
     for embedding in optimizer._embeddings:
-        if state["embeddings"].get(embedding.name, {}):
+        if embedding.name not in state["embeddings"]:
+            raise ValueError(f"state_dict: embeddings: got none of {embedding.name}, accepted: all of them")
+        if state["embeddings"][embedding.name]:
             _check_tensors("embeddings", {embedding.name: embedding.new_state()}, state)
+
+
+def _check_flags(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> None:
+    for name, values in expected.items():
+        if name not in found or len(found[name]) != len(values):
+            what = len(found[name]) if name in found else "none"
+            raise ValueError(f"state_dict: flags.{name}: got {what}, accepted: {len(values)} values")
+
+
+def _check_rest(optimizer: LNGD, state: Mapping[str, Any]) -> None:
+    if not isinstance(state["steps"], int):
+        raise ValueError(f"state_dict: steps: got {state['steps']!r}, accepted: an integer")
+    generators_of(state["random"])
 
 
 def _check_tensors(kind: str, expected: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -107,13 +131,14 @@ def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:
     """Copy a state that :func:`check` has passed into the optimizer."""
     optimizer._steps = int(state["steps"])
     optimizer._fallback.moments.clear()
+    named = _fallback_names(optimizer)
     for name, moments in state["fallback"].items():
-        parameter = optimizer._parameters[name]
+        parameter = named[name]
         optimizer._fallback.moments[parameter] = {
             key: value.detach().clone().to(parameter.device) for key, value in moments.items()
         }
     for embedding in optimizer._embeddings:
-        embedding.load_state(state["embeddings"].get(embedding.name, {}))
+        embedding.load_state(state["embeddings"][embedding.name])
     optimizer._capture.source.load_state(state["random"])
     if not state["topology"]:
         optimizer._preconditioner, optimizer._capture.topology = None, Topology()
@@ -164,8 +189,17 @@ def _set_flags(made: Preconditioner, flags: Mapping[str, list[Any]]) -> None:
         layer_bank.failures.copy_(flags["failed_layers"][i])
 
 
+def _fallback_names(optimizer: LNGD) -> dict[str, nn.Parameter]:
+    """The model's parameters by name, and those added later by group and place."""
+    named = dict(optimizer._parameters)
+    known = set(named.values())
+    for number, group in enumerate(optimizer.param_groups):
+        named.update({f"param_groups.{number}.{i}": p for i, p in enumerate(group["params"]) if p not in known})
+    return named
+
+
 def _fallback_states(optimizer: LNGD) -> dict[str, dict[str, Tensor]]:
-    names = {parameter: name for name, parameter in optimizer._parameters.items()}
+    names = {parameter: name for name, parameter in _fallback_names(optimizer).items()}
     return {names[p]: dict(m) for p, m in optimizer._fallback.moments.items() if p in names}
 
 

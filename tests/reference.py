@@ -57,6 +57,7 @@ class NaiveLayer:
         self.phi, self.psi, self.seen = torch.zeros(d, d).double(), torch.zeros(m).double(), 0.0
         self.momentum = torch.zeros(m, d).double()
         self.gram: Tensor | None = None
+        self.root: Tensor | None = None
         self.rows = torch.zeros(m).double()
         self.t = 0
 
@@ -110,12 +111,16 @@ class NaiveLayer:
         x = g @ white
         if c.direction == "polar":
             return newton_schulz(x) @ white
-        gram = x.T @ x if d <= m else x @ x.T
-        gram = gram / gram.trace()
-        self.gram = gram if self.gram is None else c.gram_decay * self.gram + (1 - c.gram_decay) * gram
-        n = len(self.gram)
-        root = power(self.gram * n / self.gram.trace() + 1e-3 * torch.eye(n).double(), -0.5)
-        return x @ root @ white if d <= m else root @ x @ white
+        if self.t % c.polar_interval == 0:
+            gram = x.T @ x if d <= m else x @ x.T
+            gram, old = gram / gram.trace(), c.gram_decay**c.polar_interval
+            self.gram = gram if self.gram is None else old * self.gram + (1 - old) * gram
+            n = len(self.gram)
+            root = power(self.gram * n / self.gram.trace() + 1e-3 * torch.eye(n).double(), -0.5)
+            # where both stand on the right they are kept as one product, with the Φ of that time
+            self.root = white @ root @ white if d <= m else root
+        assert self.root is not None
+        return g @ self.root if d <= m else self.root @ x @ white
 
 
 def newton_schulz(x: Tensor) -> Tensor:

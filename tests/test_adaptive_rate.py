@@ -27,20 +27,19 @@ class Twice(nn.Module):
         return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))
 
 
-def rates(model: nn.Module, optimizer: LNGD, gradients: dict[str, dict[str, Tensor]], rows: int) -> None:
-    """Compares each layer's rate with one made of the rows' own gradients of the mean loss."""
+def rates(optimizer: LNGD, gradients: dict[str, Tensor], terms: int) -> None:
+    """Compares each layer's rate with one made of the rows' own gradients of the mean loss over so many terms."""
     made = optimizer._preconditioner
     assert made is not None
     for bank in made.layer_banks:
         for i, layer in enumerate(bank.layers):
             weight = gradients[layer.weight_name]
-            per_row = weight if layer.bias_name is None else None
-            if per_row is None:
+            per_row = weight
+            if layer.bias_name is not None:
                 per_row = torch.cat((weight, gradients[layer.bias_name].unsqueeze(-1)), -1)
             total = per_row.sum(0)
             direction = bank.direction(total[None], [i], torch.tensor([i]), 0)[0]
             q = (per_row * direction).sum((1, 2))
-            terms = int(optimizer._capture_terms)
             expected = adaptive_rate((direction * total).sum(), terms * q.square().sum(), 1e-8)
             torch.testing.assert_close(bank.rate[i], expected, rtol=1e-8, atol=0)
 
@@ -60,9 +59,8 @@ def test_rows_of_a_net_with_a_repeated_layer(parts: int) -> None:
     optimizer.train()
     for part in x.chunk(parts):
         (model(part).square().sum((1, 2)).sum() / 6).backward()
-    optimizer._capture_terms = 6
     optimizer.step()
-    rates(model, optimizer, gradients, 6)
+    rates(optimizer, gradients, 6)
 
 
 def test_rows_of_a_transformer_with_padding() -> None:
@@ -81,9 +79,8 @@ def test_rows_of_a_transformer_with_padding() -> None:
         model.zero_grad()
     optimizer.train()
     core_backward(model, optimizer, batch)
-    optimizer._capture_terms = terms
     optimizer.step()
-    rates(model, optimizer, {name: torch.stack(rows) for name, rows in gradients.items()}, 8)
+    rates(optimizer, {name: torch.stack(rows) for name, rows in gradients.items()}, int(terms))
 
 
 def test_rows_that_are_left_out_are_made_up_for() -> None:
@@ -104,3 +101,59 @@ def test_rows_that_are_left_out_are_made_up_for() -> None:
 def test_a_rate_is_never_negative() -> None:
     rate = adaptive_rate(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 0.5]), 0.5)
     torch.testing.assert_close(rate, torch.tensor([0.0, 0.0, 2.0]))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_of_a_momentum_the_slope_is_that_of_the_momentum(nesterov: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
+    fields = {**FIELDS, "bias": "fallback", "momentum_on": "gradient", "momentum": 0.9, "nesterov": nesterov}
+    optimizer = LNGD(model, lr=0.0, factor_interval=1, inverse_interval=1, **fields)
+    momentum = torch.zeros(3, 4).double()
+    for seed in range(3):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        s = model(x)
+        g = s.detach().exp() / 15
+        (s.exp().mean(1).sum() / 5).backward()
+        gradient = model[0].weight.grad.clone()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        m = 0.9 * momentum + 0.1 * gradient if nesterov else momentum
+        optimizer.step()
+        optimizer.zero_grad()
+        (bank,) = optimizer._preconditioner.layer_banks
+        direction = bank.direction(m[None].clone(), [0], torch.tensor([0]), 0)[0]
+        q = torch.einsum("no,oi,ni->n", g, direction, x)
+        expected = adaptive_rate((direction * m).sum(), 5 * q.square().sum(), 1e-8)
+        torch.testing.assert_close(bank.rate[0], expected, rtol=1e-8, atol=0)
+
+
+def test_without_rows_there_is_no_rate() -> None:
+    model = core_marian()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    optimizer = LNGD(model, lr=1e-3, **FIELDS)
+    core_backward(model, optimizer, core_batch())
+    with pytest.raises(RuntimeError, match="saw no gradients of model.encoder.*use_reentrant=False"):
+        optimizer.step()
+    model = Twice()
+    optimizer = LNGD(model, lr=1e-3, **FIELDS)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.a(torch.randn(3, 5, 4)).sum().backward()  # a part of it: how many rows there are is not known
+    with pytest.raises(RuntimeError, match="saw no gradients of a "):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_the_second_pass_of_the_true_fisher_adds_no_rows() -> None:
+    found = []
+    for fisher in ("expected", "true"):
+        model = Twice().double()
+        optimizer = LNGD(model, lr=1e-3, **{**FIELDS, "fisher": fisher})
+        logits = model(torch.ones(3, 2, 4, dtype=torch.float64))
+        optimizer.fisher_backward(logits)
+        logits.square().sum().backward()
+        rows = optimizer._capture.rows
+        found.append({name: [(a, g) for calls in rows[name].calls.values() for a, g in calls] for name in rows})
+    assert [len(found[1][name]) for name in ("a", "b")] == [2, 1]
+    for name, calls in found[0].items():
+        for one, two in zip(calls, found[1][name], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))

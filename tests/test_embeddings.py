@@ -75,6 +75,35 @@ def test_exact_divides_by_token_frequency(tied: bool) -> None:
     torch.testing.assert_close(before - model.table.weight.detach(), 1e-2 * direction, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("on", "nesterov"), [("gradient", False), ("gradient", True), ("update", False), ("update", True)]
+)
+def test_exact_over_several_steps(on: str, nesterov: bool) -> None:
+    model = Bag(False).double()
+    fields = {"embedding": "exact", "momentum": 0.7, "momentum_on": on, "nesterov": nesterov, "weight_decay": 0.1}
+    optimizer = LNGD(model, lr=1e-2, ema_decay=0.9, damping_rho=0.3, **fields)
+    average, seen, momentum = torch.zeros(7).double(), 0.0, torch.zeros(7, 4).double()
+    for step in range(4):
+        w, tokens = model.table.weight.detach().clone(), ids(step)
+        model(tokens).square().mean().backward()
+        g = model.table.weight.grad.clone()
+        counts = torch.tensor([float((tokens == i).sum()) if i else 0.0 for i in range(7)]).double()
+        average, seen = 0.9 * average + 0.1 * counts / counts.sum(), 0.9 * seen + 0.1
+        if on == "gradient":
+            momentum = 0.7 * momentum + 0.3 * g
+            g = 0.7 * momentum + 0.3 * g if nesterov else momentum
+        direction = g / (average / seen + 0.3 * (average / seen).mean())[:, None]
+        direction = 0.2 * direction / direction.square().mean().sqrt()
+        direction = direction * (0.2 * ROW_CAP / direction.square().mean(1, keepdim=True).sqrt()).clamp(max=1)
+        update = 1e-2 * direction
+        if on == "update":
+            momentum = 0.7 * momentum + update
+            update = update + 0.7 * momentum if nesterov else momentum
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(model.table.weight.detach(), w * (1 - 1e-3) - update, rtol=1e-6, atol=1e-9)
+
+
 def test_no_row_is_moved_further_than_the_cap() -> None:
     grad = torch.zeros(100, 4)
     grad[3] = 1.0  # one rare token: all the update would be its own

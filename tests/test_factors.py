@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from core_helpers import core_batch, core_marian, core_step
+from hf_helpers import hf_seq2seq_model, hf_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import blockwise, dense_fisher, factors
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.activations import ACT2FN
 
 from hf_lngd import LNGD
 from hf_lngd.curvature.factors import block_layout, from_blocks, to_blocks
+from hf_lngd.curvature.layers import activation_derivative, is_elementwise
 
 ACTIVATIONS = {
     "none": None,
@@ -18,6 +23,8 @@ ACTIVATIONS = {
     "relu_inplace": nn.ReLU(inplace=True),
     "gelu": nn.GELU(),
     "silu": nn.SiLU(),
+    "silu_inplace": nn.SiLU(inplace=True),
+    "elu_inplace": nn.ELU(inplace=True),
     "tanh": nn.Tanh(),
 }
 
@@ -104,6 +111,95 @@ def test_a_wide_factor_is_cut_into_equal_blocks(limit: int, bias: str) -> None:
     k, b = block_layout(a.shape[1], limit)
     assert b <= limit
     torch.testing.assert_close(optimizer.factors("linear")["phi"], blockwise(factors(a, g2)[0], k, b))
+
+
+ELEMENTWISE = [
+    "ELU",
+    "Hardswish",
+    "LeakyReLU",
+    "LogSigmoid",
+    "ReLU6",
+    "SELU",
+    "Sigmoid",
+    "Mish",
+    "Softplus",
+    "Softsign",
+]
+
+
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *sorted(ACT2FN)])
+def test_derivative_of_every_activation(name: str) -> None:
+    activation = ACT2FN[name] if name in ACT2FN else getattr(nn, name)()
+    if name in ("prelu", "xielu", "softmax"):  # parameters of their own, or not entry by entry
+        assert not is_elementwise(activation)
+        return
+    assert is_elementwise(activation)
+    s = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(activation(s).sum(), s)
+    torch.testing.assert_close(activation_derivative(activation, s), slope.reshape(-1, 2))
+
+
+def tiny_model(family: str) -> nn.Module:
+    if family == "marian":
+        return core_marian()
+    if family != "t5-gated":
+        return hf_seq2seq_model(family, hf_tokenizer()).double().train()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    config = T5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config).double().train()
+
+
+SLOPES = {"fc1": torch.relu, "wi": torch.relu, "wi_0": lambda s: nn.functional.gelu(s, approximate="tanh")}
+
+
+@pytest.mark.parametrize("source", [6, 7], ids=["equal lengths", "unlike lengths"])
+@pytest.mark.parametrize("family", ["marian", "t5", "bart", "t5-gated"])
+def test_every_layer_of_a_transformer(family: str, source: int) -> None:
+    model = tiny_model(family)
+    batch = core_batch(source=source, target=6)
+    labels = batch["labels"]
+    batch["input_ids"], batch["labels"] = batch["input_ids"] % 9, torch.where(labels < 0, labels, labels % 9)
+    slopes = SLOPES | ({"fc1": nn.functional.gelu} if family == "bart" else {})
+    optimizer = LNGD(model, lr=0.0, exclude=r"lm_head|shared")
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in optimizer._capture.layers:
+        model.get_submodule(name).register_forward_hook(
+            lambda m, a, o, name=name: seen.update({name: (a[0].detach(), o.detach())})
+        )
+    core_step(model, optimizer, batch)
+    assert len(seen) == len(optimizer._capture.layers) >= 16
+    for name, (a, s) in seen.items():
+        cross = ("encoder_attn" in name or "EncDecAttention" in name) and name.split(".")[-1][0] in "kv"
+        mask = batch["attention_mask"].bool() if cross or "decoder" not in name else labels != -100
+        g2, kind = torch.ones_like(s), name.rsplit(".", 1)[1]
+        if kind in slopes:
+            leaf = s.clone().requires_grad_()
+            g2 = torch.autograd.grad(slopes[kind](leaf).sum(), leaf)[0].square()
+        phi, psi = factors(a[mask], g2[mask])
+        found = optimizer.factors(name)
+        torch.testing.assert_close(found["phi"], phi, rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(found["psi"], psi, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_sums_leave_autocast(activation: str) -> None:
+    torch.manual_seed(0)
+    model, x = OneLayer(5, 4, False, ACTIVATIONS[activation]), torch.randn(64, 5)
+    found = []
+    for enabled in (False, True):
+        optimizer = LNGD(model, lr=0.0, factor_interval=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(x)
+        assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+        out.float().square().mean().backward()
+        optimizer.step()
+        optimizer.close()
+        found.append(optimizer.factors("linear")["phi"])
+    # φ' sees the output in half precision, the sums never do
+    torch.testing.assert_close(
+        *found, rtol=1e-6 if activation == "none" else 5e-3, atol=1e-6 if activation == "none" else 5e-3
+    )
 
 
 @settings(max_examples=50, deadline=None)

@@ -159,3 +159,63 @@ def test_all_padding_gives_no_factor() -> None:
         optimizer.step()
     assert optimizer.diagnostics()["skipped_factors"] == 2
     assert optimizer.factors("b")["phi"].isfinite().all()
+
+
+def test_a_factor_that_overflows_takes_its_psi_with_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    optimizer = LNGD(model, lr=0.0, factor_interval=1)
+    model(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    before = optimizer.factors("0")
+    with torch.no_grad():
+        model[0].weight.zero_()
+    huge = torch.zeros(8, 4)
+    huge[0, 0] = 1.5e19  # ‖a‖² is finite, times ‖g‖² it is not
+    model(huge).sum().backward()
+    optimizer.step()
+    assert optimizer.diagnostics()["skipped_factors"] == 1
+    for kind, value in optimizer.factors("0").items():
+        assert torch.equal(value, before[kind]), kind
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "true"])
+def test_gradients_that_are_not_finite_give_no_factor(fisher: str) -> None:
+    model, x = Net(), torch.randn(8, 4)
+    optimizer = LNGD(model, lr=1e-3, fisher=fisher, factor_interval=1)
+
+    def both(scale: float) -> None:
+        out = model(x)
+        optimizer.fisher_backward(out * scale)
+        (out * scale).square().mean().backward()
+        if scale != 1.0:
+            optimizer.zero_grad()  # what a loss scaler does with such a step, short of skipping it
+            model.b.weight.grad, model.a.weight.grad = torch.ones(4, 4), torch.ones(4, 4)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    both(1.0)
+    before = {name: optimizer.factors(name) for name in "ab"}
+    both(float("nan"))
+    for name in "ab":
+        assert all(torch.equal(optimizer.factors(name)[kind], value) for kind, value in before[name].items())
+    assert optimizer.diagnostics()["skipped_factors"] == 2
+    both(1.0)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not torch.equal(optimizer.factors("a")["phi"], before["a"]["phi"])
+
+
+def test_an_eigenbasis_that_is_not_found_keeps_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Embedding(5, 3))
+    optimizer = LNGD(model, lr=1e-2, embedding="rotated", factor_interval=1)
+    model(torch.arange(5)).square().sum().backward()
+    optimizer.step()
+    basis = optimizer._embeddings[0].state()["basis"].clone()
+
+    def fail(matrix: Tensor) -> None:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    model(torch.arange(5)).exp().sum().backward()
+    optimizer.step()
+    assert torch.equal(optimizer._embeddings[0].state()["basis"], basis)
+    assert model[0].weight.isfinite().all()

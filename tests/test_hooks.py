@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -54,15 +55,18 @@ def test_no_activation_is_held(fisher: str) -> None:
     optimizer = LNGD(model, lr=1e-3, fisher=fisher, factor_interval=1)
     for _ in range(2):  # the first forward finds who reads what, the second knows
         seen: list[weakref.ref[Tensor]] = []
-        handle = model.model.encoder.layers[0].fc1.register_forward_hook(
-            lambda m, a, o, s=seen: s.append(weakref.ref(a[0]))
-        )
+        handles = [
+            m.register_forward_hook(lambda m, a, o, s=seen: s.extend((weakref.ref(a[0]), weakref.ref(o))))
+            for m in model.modules()
+            if isinstance(m, nn.Linear)
+        ]
         loss = model(**batch).loss
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         loss.backward()
         del loss
         gc.collect()
-        assert seen and seen[0]() is None
+        assert seen and all(ref() is None for ref in seen)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -86,8 +90,13 @@ def test_a_fault_in_the_forward_leaves_capture_usable() -> None:
     optimizer = LNGD(model, lr=1e-3)
     with pytest.raises(IndexError):
         model(input_ids=batch["input_ids"] + 10_000, labels=batch["labels"])
-    core_step(model, optimizer, batch)
-    assert optimizer.factors("model.encoder.layers.0.fc2")["phi"].isfinite().all()
+    other = core_batch(1, source=9)  # must be seen with its own masks
+    core_step(model, optimizer, other)
+    plain = core_marian()
+    again = LNGD(plain, lr=1e-3)
+    core_step(plain, again, other)
+    for name in again._capture.layers:
+        assert torch.equal(optimizer.factors(name)["phi"], again.factors(name)["phi"]), name
 
 
 def test_a_step_that_saw_nothing_says_so() -> None:
@@ -103,6 +112,58 @@ def test_a_step_that_saw_nothing_says_so() -> None:
         optimizer.factors("other")
 
 
+def test_closed_is_closed() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    optimizer = LNGD(model, lr=1e-3, factor_interval=3, early_factors=False)
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    state = optimizer.state_dict()
+    optimizer.close()
+    model(torch.ones(2, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="closed"):
+        optimizer.step()
+    optimizer.load_state_dict(state)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_copy_of_the_model_is_not_watched(settled: bool) -> None:
+    model, batch = core_marian(), core_batch()
+    optimizer = LNGD(model, lr=0.0, factor_interval=1)
+    if settled:
+        core_step(model, optimizer, batch)
+    copied = copy.deepcopy(model)  # as a running average of the weights does
+    copied(**core_batch(5)).loss.backward()
+    assert not optimizer._capture.finish()
+    core_step(model, optimizer, batch)
+    again = LNGD(model, lr=0.0)
+    core_step(model, again, batch)
+    for name in again._capture.layers:
+        torch.testing.assert_close(optimizer.factors(name)["phi"], again.factors(name)["phi"])
+
+
+class Strange(nn.Module):
+    """An encoder that returns what no other does."""
+
+    def __init__(self, output: object) -> None:
+        super().__init__()
+        self.encoder, self.linear = nn.Module(), nn.Linear(3, 3)
+        self.encoder.forward = lambda: output  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.encoder()
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("output", [None, (), {}, 3, object()], ids=str)
+def test_any_encoders_output_will_do(output: object) -> None:
+    model = Strange(output)
+    optimizer = LNGD(model, lr=1e-3)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+
+
 class NoWaiting(TorchDispatchMode):
     """Fails on whatever would make an accelerator's host wait."""
 
@@ -115,7 +176,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("fields", [{"inverse_root": "newton"}, {"direction": "polar"}, {"direction": "natural"}])
+@pytest.mark.parametrize("fields", [{}, {"inverse_root": "newton"}, {"direction": "polar"}, {"direction": "natural"}])
 def test_the_step_does_not_wait(fields: dict[str, object]) -> None:
     model = core_marian().float()
     optimizer = LNGD(model, lr=1e-3, factor_interval=50, inverse_interval=50, **fields)

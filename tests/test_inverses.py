@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_lngd.curvature.factors import add_damping
 from hf_lngd.curvature.inverses import inverse, inverse_sqrt, pack, packed_shape, unpack
 
 
@@ -82,3 +83,11 @@ def test_retry_saves_what_float32_cannot_do(monkeypatch: pytest.MonkeyPatch) -> 
     result, ok, _ = inverse(torch.eye(3).expand(2, 3, 3) * 2)
     assert calls == [torch.float32, torch.float64] and ok.all()
     torch.testing.assert_close(result, torch.eye(3).expand(2, 3, 3) / 2)
+
+
+def test_what_is_damped_is_symmetric_to_the_last_bit() -> None:
+    matrix = torch.randn(2, 3, 5, 5)
+    lam = torch.tensor([0.5, 2.0])[:, None].expand(2, 3)
+    damped = add_damping(matrix, lam)
+    assert torch.equal(damped, damped.mT)
+    torch.testing.assert_close(damped, (matrix + matrix.mT) / 2 + lam[..., None, None] * torch.eye(5))

@@ -109,3 +109,45 @@ def test_table_adds_up() -> None:
     assert lines[0].split() == ["owner", "reason", "tensors", "parameters", "share", "for", "example"]
     assert lines[1].startswith("lngd") and "linear.weight" in lines[1]
     assert sum(r.numel for r in optimizer.routing()) == sum(p.numel() for p in Zoo().parameters())
+
+
+class Head(nn.Module):
+    """A head with a bias, tied to the embedding as BERT's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.linear, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.linear(self.tokens(ids)))
+
+
+def test_a_bias_needs_a_weight_of_its_own_to_be_in_the_factor() -> None:
+    model = Head()
+    optimizer = LNGD(model, bias="factor")
+    found = {r.parameter: (r.owner, r.reason) for r in optimizer.routing()}
+    assert found["head.bias"] == ("fallback", "bias") and found["linear.bias"] == ("lngd", "bias in the factor")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.arange(6)[None]).square().mean().backward()
+    optimizer.step()
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    two = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    two[1].weight = two[0].weight
+    found = routes(two, bias="factor")
+    assert found["0.bias"] == found["1.bias"] == ("fallback", "bias")
+
+
+def test_a_bias_may_come_before_its_weight() -> None:
+    model = nn.Linear(3, 2)
+    weight = model.weight.detach()
+    del model.weight
+    model.weight = nn.Parameter(weight)  # as removing a parametrization does
+    optimizer = LNGD(model, bias="factor")
+    assert [r.parameter for r in optimizer.routing()] == ["bias", "weight"]
+    (layer,) = optimizer._routing.layers
+    assert (layer.weight_name, layer.bias_name, layer.columns) == ("weight", "bias", 4)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(5, 3)).square().mean().backward()
+    optimizer.step()
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

@@ -257,6 +257,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
     "override value": ({"config_overrides": "dropout=much"}, None, "config_overrides: dropout: got 'much'"),
     "override form": ({"config_overrides": "dropout"}, None, "config_overrides: got 'dropout', accepted: name=value"),
     "override sense": ({"config_overrides": "d_model=17"}, None, "config_overrides: got 'd_model=17'"),
+    "override type": ({"config_overrides": "encoder_layers=two"}, None, "config_overrides: encoder_layers: got 'two'"),
     "first token": ({"forced_bos_token": "__xx__"}, None, "forced_bos_token: got '__xx__', accepted: a token"),
     "no file": ({"train_file": None}, None, "train_file: got none, accepted: a file of JSON lines"),
     "file not there": ({"train_file": "nowhere.json"}, None, "train_file: got 'nowhere.json', which is no file"),

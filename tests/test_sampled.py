@@ -89,6 +89,57 @@ def test_true_is_the_expectation_over_the_models_labels() -> None:
     torch.testing.assert_close(optimizer.factors("linear")["psi"], g2 / g2.sum(), rtol=0.05, atol=0)
 
 
+def test_true_of_a_deep_layer_is_the_sum_over_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = model_of(), torch.randn(1, 4, dtype=torch.float64)
+    h = torch.tanh(model[0](x))
+    p = model[2](h).softmax(-1)[0].detach()
+    found = torch.zeros(4, 4).double()
+    for label in range(3):
+        monkeypatch.setattr(torch, "multinomial", lambda probs, n, generator, c=label: torch.full((len(probs), 1), c))
+        optimizer = LNGD(model, lr=0.0, fisher="true")
+        logits = model(x)
+        optimizer.fisher_backward(logits)
+        logits.sum().backward()
+        optimizer.step()
+        optimizer.close()
+        found += p[label] * optimizer.factors("0")["phi"]
+    jacobian = (1 - h[0] ** 2).diag() @ model[2].weight.T  # of logits by the first layer's outputs, transposed
+    fisher = jacobian @ (p.diag() - torch.outer(p, p)) @ jacobian.T
+    torch.testing.assert_close(found, (torch.outer(x[0], x[0]) * fisher.trace()).detach(), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("fisher", ["true", "empirical", "sampled", "expected"])
+def test_activations_in_place_are_differentiated_all_the_same(fisher: str) -> None:
+    x, found = torch.randn(9, 4, dtype=torch.float64), []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.SiLU(inplace=inplace), nn.Linear(4, 3)).double()
+        optimizer = LNGD(model, lr=0.0, fisher=fisher, factor_interval=1)
+        for _ in range(2):  # the first forward finds the activation, the second knows
+            logits = model(x)
+            if optimizer.needs_fisher_pass:
+                optimizer.fisher_backward(logits)
+            logits.square().mean().backward()
+            optimizer.step()
+            found.append(optimizer.factors("0")["phi"])
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+def test_a_step_without_a_forward_keeps_the_factors() -> None:
+    for fisher in ("expected", "sampled", "true", "empirical"):
+        model, x = Classifier(), torch.randn(3, 4)
+        optimizer = LNGD(model, lr=0.1, fisher=fisher, factor_interval=1)
+        logits = model(x)
+        optimizer.fisher_backward(logits)
+        logits.sum().backward()
+        optimizer.step()
+        before = optimizer.factors("linear")["phi"]
+        optimizer.eval()
+        model(x).sum().backward()
+        optimizer.step()
+        assert torch.equal(optimizer.factors("linear")["phi"], before)
+
+
 def test_true_leaves_masked_rows_out() -> None:
     x = torch.randn(2000, 4, dtype=torch.float64)
     x[1000:] *= 100

@@ -148,3 +148,75 @@ def test_memory_is_what_the_state_takes() -> None:
     )
     assert usage["momentum"] == 8 * weights
     assert usage["embeddings"] >= 16 * model.model.shared.weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda s: s["flags"].pop("started"), "flags.started"),
+        (lambda s: s["flags"]["inverted"].pop(), "flags.inverted"),
+        (lambda s: s["random"].update(cpu=torch.zeros(3)), "damaged"),
+        (lambda s: s["random"].update(cpu=None), "damaged"),
+        (lambda s: s["fallback"].update(strange={}), "strange"),
+        (lambda s: s["embeddings"].clear(), "model.shared.weight"),
+        (lambda s: s["topology"][0].pop("members"), "damaged"),
+        (lambda s: s["topology"].pop(), "layers differ"),
+        (lambda s: s.update(groups=None), "damaged"),
+        (lambda s: s.update(steps=None), "steps"),
+    ],
+)
+def test_damage_within_is_refused_whole(spoil: Any, told: str) -> None:
+    _, optimizer = trained(fisher="sampled")
+    state = copy.deepcopy(optimizer.state_dict())
+    state["lngd"]["steps"] = 77
+    spoil(state["lngd"])
+    _, other = trained(fisher="sampled")
+    refused(state, told, fisher="sampled")
+    with pytest.raises(ValueError):
+        other.load_state_dict(state)
+    assert other._steps == 1
+
+
+def test_random_states_of_devices_that_are_not_here_are_left_out() -> None:
+    _, optimizer = trained(fisher="sampled")
+    state = copy.deepcopy(optimizer.state_dict())
+    state["lngd"]["random"]["xpu:7"] = torch.zeros(16, dtype=torch.uint8)
+    _, other = trained(fisher="sampled")
+    other.load_state_dict(state)
+    assert torch.equal(other.state_dict()["lngd"]["random"]["cpu"], state["lngd"]["random"]["cpu"])
+
+
+@pytest.mark.parametrize("embedding", ["rotated", "exact", "fallback"])
+def test_a_fresh_state_makes_a_trained_optimizer_fresh(embedding: str) -> None:
+    fresh = LNGD(core_marian(), lr=1e-2, embedding=embedding).state_dict()
+    model, optimizer = trained(embedding=embedding)
+    optimizer.load_state_dict(reload(fresh))
+    with torch.no_grad():
+        for p, start in zip(model.parameters(), core_marian().parameters(), strict=True):
+            p.copy_(start)
+    core_step(model, optimizer, core_batch())
+    plain, _ = trained(embedding=embedding)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_moments_of_parameters_added_later_are_kept() -> None:
+    def make() -> tuple[nn.Module, nn.Parameter, LNGD]:
+        torch.manual_seed(0)
+        model, extra = nn.Sequential(nn.Linear(3, 3)), nn.Parameter(torch.ones(3))
+        optimizer = LNGD(model, lr=1e-2)
+        optimizer.add_param_group({"params": [extra]})
+        return model, extra, optimizer
+
+    def step(model: nn.Module, extra: nn.Parameter, optimizer: LNGD, scale: float) -> None:
+        optimizer.zero_grad()
+        (model(torch.ones(2, 3)).square().mean() + (extra * scale).square().sum()).backward()
+        optimizer.step()
+
+    one, two = make(), make()
+    step(*one, 1.0)
+    two[0].load_state_dict(one[0].state_dict())
+    two[1].data.copy_(one[1].data)
+    two[2].load_state_dict(reload(one[2].state_dict()))
+    for run in (one, two):
+        step(*run, 3.0)
+    assert torch.equal(one[1], two[1]) and torch.equal(one[0][0].weight, two[0][0].weight)

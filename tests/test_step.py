@@ -8,6 +8,7 @@ from reference import NaiveLayer
 from torch import Tensor, nn
 
 from hf_lngd import LNGD, LNGDConfig
+from hf_lngd.curvature.layer_bank import polar_interval
 
 EXACT = {"factor_interval": 1, "inverse_interval": 1, "polar_interval": 1, "stagger": False, "fallback_lr": 0.02}
 
@@ -69,20 +70,20 @@ def test_steps_are_those_of_the_reference(fields: dict[str, object], bias: str) 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
     def matrix(name: str, gradient: bool = False) -> Tensor:
-        parts = [layers[name].weight, *([layers[name].bias[:, None]] if bias == "factor" else [])]
-        pick = [p.grad if gradient else p for p in parts] if bias != "factor" else None
-        if pick is None:
-            w, b = layers[name].weight, layers[name].bias
-            pick = [w.grad, b.grad[:, None]] if gradient else [w, b[:, None]]
-        return torch.cat([p.detach() for p in pick], 1)
+        parts = [layers[name].weight, *([layers[name].bias] if bias == "factor" else [])]
+        picked = [(p.grad if gradient else p).detach() for p in parts]
+        return torch.cat([p.reshape(len(p), -1) for p in picked], 1)
 
     naive = {name: NaiveLayer(matrix(name), config) for name in layers}
-    for i in range(4):
+    for i in range(5):
         x = torch.randn(12, 5, dtype=torch.float64)
-        for name, (a, g2) in observed(model, x, bias == "factor").items():
+        skip = i in (1, 3)  # the second layer has no gradient then
+        for name, (a, g2) in observed(model, x, bias == "factor", skip).items():
             naive[name].observe(a, g2)
-        model(x).square().mean().backward()
+        model(x, skip).square().mean().backward()
         for name, layer in naive.items():
+            if skip and name == "layers.1":
+                continue
             gradient = matrix(name, gradient=True)
             decayed = layer.w.clone()
             layer.step(gradient, 1e-2, 0.05)
@@ -93,6 +94,35 @@ def test_steps_are_those_of_the_reference(fields: dict[str, object], bias: str) 
         for name, layer in naive.items():
             gap = (matrix(name) - layer.w).norm() / layer.w.norm()
             assert gap < 1e-9, (i, name, float(gap))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)], ids=["gram left", "gram right"])
+@pytest.mark.parametrize("interval", [2, 3])
+def test_roots_of_gram_matrices_are_made_every_so_often(shape: tuple[int, int], interval: int) -> None:
+    config = LNGDConfig(**{**EXACT, "polar_interval": interval, "early_factors": False, "gram_decay": 0.8})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False)).double()
+    optimizer, naive = LNGD(model, config, lr=1e-2), NaiveLayer(model[0].weight.detach(), config)
+    for step in range(8):
+        x = torch.randn(12, shape[1], dtype=torch.float64)
+        model(x).exp().mean().backward()
+        naive.observe(x, torch.ones(12, shape[0]))
+        naive.step(model[0].weight.grad, 1e-2, config.weight_decay)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (model[0].weight - naive.w).norm() < 1e-9 * naive.w.norm(), step
+
+
+def test_the_interval_between_roots_grows() -> None:
+    auto, fixed = (
+        LNGDConfig(polar_interval="auto", early_factors=True),
+        LNGDConfig(polar_interval=3, early_factors=True),
+    )
+    settled = LNGDConfig(polar_interval="auto", early_factors=False)
+    assert [polar_interval(step, 128, auto) for step in (0, 7, 8, 16, 24, 32, 1000)] == [1, 1, 1, 2, 3, 4, 4]
+    assert [polar_interval(step, 129, auto) for step in (0, 32, 64, 1000)] == [1, 4, 8, 8]
+    assert [polar_interval(step, 999, fixed) for step in (0, 16, 24, 1000)] == [1, 2, 3, 3]
+    assert [polar_interval(step, 129, settled) for step in (0, 1000)] == [8, 8]
 
 
 def test_a_layer_without_gradient_rests() -> None:

@@ -91,6 +91,21 @@ def test_unlike_widths_share_unless_the_damping_depends_on_them() -> None:
         torch.testing.assert_close(ratio, torch.full_like(ratio, 2.0))
 
 
+def test_layers_with_and_without_a_bias_do_not_share_a_factor_that_holds_it() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for bias, count in (("fallback", 1), ("factor", 2)):
+        model = Widths().double()
+        model.k = nn.Linear(4, 4).double()
+        optimizer = LNGD(model, lr=1e-3, bias=bias)
+        model(x).backward()
+        optimizer.step()
+        assert len(groups(optimizer)) == count
+        a = x if bias == "fallback" else torch.cat((x, torch.ones(5, 1).double()), 1)
+        torch.testing.assert_close(optimizer.factors("q")["phi"], factors(x, torch.ones(5, 4))[0])
+        torch.testing.assert_close(optimizer.factors("k")["phi"], factors(a, torch.ones(5, 4))[0])
+
+
 class Odd(nn.Module):
     """A layer that is called twice, one that is called late, one that never is."""
 
@@ -136,9 +151,10 @@ def test_target_mask_without_labels() -> None:
     class Config:
         pad_token_id, eos_token_id, is_encoder_decoder = 0, 1, True
 
-    ids = torch.tensor([[0, 5, 6, 1, 0], [0, 5, 6, 7, 8]])  # labels: 5 6 1 - -, and 5 6 7 8 9 (cut off)
+    # labels: 5 6 1 - -, then 5 6 7 8 9 (cut off), then 5 6 7 1 -
+    ids = torch.tensor([[0, 5, 6, 1, 0], [0, 5, 6, 7, 8], [0, 5, 6, 7, 1]])
     masks = BatchMasks({"input_ids": ids, "decoder_input_ids": ids}, Config())
-    assert masks.by_stream["targets"].tolist() == [[True, True, True, False, False], [True] * 5]
+    assert masks.by_stream["targets"].tolist() == [[True] * 3 + [False] * 2, [True] * 5, [True] * 4 + [False]]
 
 
 def test_a_batch_that_is_named_beforehand_counts() -> None:

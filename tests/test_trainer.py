@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import ConvNextConfig, ConvNextForImageClassification, DataCollatorForSeq2Seq, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_lngd import (
     LNGD,
@@ -173,6 +174,38 @@ def test_the_loss_is_the_models_own_on_one_batch(tmp_path: Path) -> None:
             found = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
         torch.testing.assert_close(found, expected)
         assert "labels" in batch
+
+
+def test_label_smoothing_is_transformers_own(tmp_path: Path) -> None:
+    trainer = seq2seq_trainer(tmp_path, label_smoothing_factor=0.3)
+    batch = dict(trainer.data_collator([trainer.train_dataset[i] for i in range(4)]))
+    count = (batch["labels"] != -100).sum()
+    with torch.no_grad():
+        found = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+        expected = LabelSmoother(epsilon=0.3)(trainer.model(**batch), batch["labels"])
+    torch.testing.assert_close(found, expected)
+
+
+def test_ignored_labels_are_left_out_of_the_factors(tmp_path: Path) -> None:
+    layer = "model.decoder.layers.0.fc1"
+    trainer = seq2seq_trainer(tmp_path, double=True, max_steps=1)
+    plain = DataCollatorForSeq2Seq(trainer.processing_class, model=trainer.model)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = dict(plain(rows))
+        batch["labels"][:, 1] = -100  # the decoder's inputs do not show it
+        return batch
+
+    trainer.data_collator = collate
+    batch = collate([trainer.train_dataset[i] for i in range(8)])
+    trainer.train()
+    found = lngd_of(trainer.optimizer).factors(layer)
+    model = hf_seq2seq_model("marian", hf_tokenizer()).double()
+    optimizer = LNGD(model)
+    model(**batch).loss.backward()
+    optimizer.step()
+    for name, expected in optimizer.factors(layer).items():
+        torch.testing.assert_close(found[name], expected)
 
 
 def test_labels_that_are_no_classes_are_refused() -> None:

@@ -51,13 +51,14 @@ class Capture:
     ) -> None:
         self._model = weakref.ref(model)
         self.layers = {layer.name: layer for layer in layers}
-        self._layer_of = {id(module): layer for layer in layers for _, module in layer.modules}
+        self._owned = {id(module) for layer in layers for _, module in layer.modules}
         self.source = source
         self._max_factor_dim = max_factor_dim
         self._rate_rows = rate_rows
         self._share_by_width = share_by_width
         self.topology = Topology()
         self.enabled = True
+        self.closed = False
         self.seconds = 0.0
         self._handles: list[RemovableHandle] = []
         self._factors_wanted = False
@@ -77,13 +78,19 @@ class Capture:
         self._pending: list[tuple[Layer, Tensor, Tensor, str]] = []
         self.source.reset()
 
+    def close(self) -> None:
+        """Remove every hook, for good."""
+        self.closed = True
+        self.disarm()
+        self.reset()
+
     def arm(self, factors: bool) -> None:
-        """Attach what the coming step needs: factor hooks, row samples, or nothing."""
+        """Attach what the coming step needs: factor hooks, row samples, or nothing. Nothing at all once closed."""
         self.disarm()
         self.reset()
         self._factors_wanted = factors
         model = self._model()
-        if model is None or not self.layers or not (factors or self._rate_rows):
+        if self.closed or model is None or not self.layers or not (factors or self._rate_rows):
             return
         add = self._handles.append
         add(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
@@ -151,7 +158,7 @@ class Capture:
     def _layer_hook(self, layer: Layer, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             a = call_input(args, kwargs)
-            if a is None or not self._active():
+            if a is None or not self._active() or id(module) not in self._owned:  # a copy of the model has our hooks
                 return
             start = time.perf_counter()
             if self._rate_rows:
@@ -161,6 +168,8 @@ class Capture:
                     self._observe(layer, a, output)
                 elif not self.topology.frozen:
                     self._pending.append((layer, a, output, ""))
+                    if self.source.uses_gradients:  # of the output as it is now, whatever works on it in place
+                        self.settle()
             self.seconds += time.perf_counter() - start
 
         return hook
@@ -170,12 +179,15 @@ class Capture:
             s = call_input(args, kwargs)
             for i, (layer, a, output, _) in enumerate(self._pending):
                 if output is s:
-                    self._pending[i] = (layer, a, output, name)
+                    kept = output.detach().clone() if getattr(module, "inplace", False) else output
+                    self._pending[i] = (layer, a, kept, name)
 
         return hook
 
     def _encoder_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        first = output if isinstance(output, Tensor) else next(iter(output.values() if _is_map(output) else output))
+        if isinstance(output, Mapping):
+            output = tuple(output.values())
+        first = output[0] if isinstance(output, (tuple, list)) and output else output
         if isinstance(first, Tensor):
             self._encoder_outputs.append(weakref.ref(first))
 
@@ -233,6 +245,8 @@ class Capture:
         samples = self.rows.setdefault(layer.name, RowSamples())
 
         def receive(g: Tensor) -> None:
+            if self.source.in_pass:
+                return
             samples.add(forward, kept, g.detach()[start :: self._rate_rows].clone())
 
         output.register_hook(receive)
@@ -241,7 +255,3 @@ class Capture:
         model = self._model()
         assert model is not None
         return model.get_submodule(name)
-
-
-def _is_map(output: Any) -> bool:
-    return isinstance(output, Mapping)

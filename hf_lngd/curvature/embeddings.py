@@ -110,6 +110,7 @@ class EmbeddingLayer:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`state`."""
+        self.momentum = self.frequency = self.weight = self._counts = None
         if state:
             self._start()
             assert self.momentum is not None and self.frequency is not None and self.weight is not None

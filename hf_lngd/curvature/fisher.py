@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .layers import Layer, activation_derivative
 from .sums import GroupSums
 
-Observation = tuple[GroupSums, Layer, Tensor, Tensor, Tensor | None]
+# The edge stands for the output as it was: an activation may have worked in place since.
+Observation = tuple[GroupSums, Layer, Tensor, GradientEdge, Tensor | None]
 
 
 class FisherSource:
@@ -27,12 +29,18 @@ class FisherSource:
         self.kind = kind
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
+        self.in_pass = False  # the second backward pass runs: its gradients are not those of the loss
         self.reset()
 
     @property
     def differs_by_layer(self) -> bool:
         """True where two layers with one input still have unlike Φ, so that nothing can be shared."""
         return self.kind != "expected"
+
+    @property
+    def uses_gradients(self) -> bool:
+        """True where g² is of a loss's gradients: calls must be taken in when they are made."""
+        return self.kind in ("true", "empirical")
 
     def reset(self) -> None:
         """Forget the calls that wait for their gradients."""
@@ -61,7 +69,7 @@ class FisherSource:
             return
         if self.kind == "true":
             if output.requires_grad:
-                self._waiting.append((sums, layer, a.detach(), output, mask))
+                self._waiting.append((sums, layer, a.detach(), get_gradient_edge(output), mask))
             return
         with torch.no_grad():
             derivative = None if activation is None else activation_derivative(activation, output)
@@ -87,15 +95,21 @@ class FisherSource:
             return
         flat = logits.reshape(-1, logits.shape[-1]).float()
         with torch.no_grad():
-            labels = torch.multinomial(flat.softmax(-1), 1, generator=self.generator(flat.device)).squeeze(-1)
+            p = flat.softmax(-1)
+            p = torch.where(p.isfinite().all(-1, keepdim=True), p, 1.0)  # NaN logits: the draw may not fail, Φ will
+            labels = torch.multinomial(p, 1, generator=self.generator(flat.device)).squeeze(-1)
         losses = torch.nn.functional.cross_entropy(flat, labels, reduction="none")
         if mask is not None:
             losses = losses * mask.reshape(-1).to(losses.dtype)
             self.sampled_terms = self.sampled_terms + (mask != 0).sum()
         else:
             self.sampled_terms = self.sampled_terms + labels.shape[0]
-        outputs = [output for _, _, _, output, _ in waiting]
-        gradients = torch.autograd.grad(losses.sum(), outputs, retain_graph=True, allow_unused=True)
+        edges = [edge for _, _, _, edge, _ in waiting]
+        self.in_pass = True
+        try:
+            gradients = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True)
+        finally:
+            self.in_pass = False
         for (sums, layer, a, _, position_mask), g in zip(waiting, gradients, strict=True):
             if g is not None:
                 _add_gradient(sums, layer, a, g, position_mask)
@@ -109,7 +123,8 @@ class FisherSource:
         if self.kind == "empirical":
             return terms
         if self.kind == "true":
-            return 1.0 / self.sampled_terms
+            terms = self.sampled_terms
+            return 1.0 / (terms if isinstance(terms, Tensor) else max(terms, 1))
         return None
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -124,8 +139,20 @@ class FisherSource:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`state`; devices that this process lacks are left out."""
-        for device, value in state.items():
-            self.generator(torch.device(device)).set_state(value.cpu())
+        self._generators = generators_of(state)
+
+
+def generators_of(state: dict[str, Tensor]) -> dict[torch.device, torch.Generator]:
+    """The generators of a saved state, those of this process's devices. RuntimeError or TypeError if it is damaged."""
+    generators = {}
+    for name, value in state.items():
+        device = torch.device(name)
+        try:
+            generator = torch.Generator(device)
+        except RuntimeError:  # no such device here
+            continue
+        generators[device] = generator.set_state(value.cpu())
+    return generators
 
 
 def _add_gradient(sums: GroupSums, layer: Layer, a: Tensor, g: Tensor, mask: Tensor | None) -> None:

@@ -106,8 +106,9 @@ class LayerBank:
         index = [i for i, layer in enumerate(self.layers) if layer.name in new]
         if index:
             fresh = torch.stack([new[self.layers[i].name].to(self.psi.dtype) for i in index])
-            self.psi[index], self.psi_weight[index] = running_average(
-                self.psi[index], fresh, self.psi_weight[index], self.config.ema_decay
+            rows = index_tensor(tuple(index), self.psi.device)
+            self.psi[rows], self.psi_weight[rows] = running_average(
+                self.psi[rows], fresh, self.psi_weight[rows], self.config.ema_decay
             )
 
     def dense_psi(self, index: Tensor | slice) -> Tensor:

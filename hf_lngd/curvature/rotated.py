@@ -63,7 +63,10 @@ class RotatedTable:
         fresh = fresh / torch.where(ok, size, torch.ones_like(size))
         gram = torch.where(ok, unpack(s["gram"], d).lerp(fresh, 1 - decay), unpack(s["gram"], d))
         # row by row, as a loaded basis is: a product's last bit depends on the layout
-        basis = torch.linalg.eigh(gram).eigenvectors.contiguous()
+        try:
+            basis = torch.linalg.eigh(gram).eigenvectors.contiguous()
+        except torch.linalg.LinAlgError:  # no convergence: the last basis will do until the next turn
+            return
         s["mean"] = s["mean"] @ (s["basis"].mT @ basis)
         s["gram"], s["basis"] = pack(gram), basis
 

@@ -27,6 +27,10 @@ class GroupSums:
             g2: squared gradients [N, m] with respect to the pre-activation, or None where they are all one.
             mask: [N], 1 where the position counts, or None.
         """
+        with torch.autocast(a.device.type, enabled=False):  # sums in half precision would be off by more than λ
+            self._add(a, g2, mask)
+
+    def _add(self, a: Tensor, g2: Tensor | None, mask: Tensor | None) -> None:
         weight = None if mask is None else mask.to(a.dtype)
         count = a.new_full((), a.shape[0]) if weight is None else weight.sum()
         if g2 is not None:
@@ -45,7 +49,10 @@ class GroupSums:
         """
         assert self.s is not None and self.n is not None
         phi = self.s / self.n if scale is None else self.s * scale
-        return phi, None if self.v is None else self.v / trace(self.s)
+        if self.v is None:
+            return phi, None
+        size = trace(self.s)  # may overflow where v does not: then Ψ is no more to be used than Φ
+        return phi, torch.where(torch.isfinite(size), self.v / size, torch.nan)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -14,7 +15,7 @@ from .usage import UsageError
 logger = logging.get_logger(__name__)
 
 # What loading raises for a folder that is not there, a broken file, another kind of model, a missing library.
-_LOADING = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
+_LOADING = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, StrictDataclassError)
 
 
 def load_tokenizer(args: ModelArguments) -> Any:
@@ -92,7 +93,7 @@ def override(config: Any, text: str | None) -> None:
             raise UsageError("config_overrides", f"unknown name {name!r}; {hint}")
         try:
             config.update_from_string(f"{name}={value}")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, StrictDataclassError) as error:
             raise UsageError("config_overrides", f"{name}: got {value!r}: {error}") from error
 
 
@@ -112,8 +113,8 @@ def set_languages(model: Any, tokenizer: Any, data: DataArguments) -> None:
         labels = tokenizer(text_target="a")["input_ids"]
         if labels[0] == target:  # M2M100, mBART-50, NLLB: the decoder's first word is the language
             forced = target
-        elif model.config.decoder_start_token_id is None:  # mBART: it starts with the language
-            model.config.decoder_start_token_id = target
+        if model.config.decoder_start_token_id is None:  # mBART starts with the language, the others with </s>
+            model.config.decoder_start_token_id = target if forced is None else tokenizer.eos_token_id
     if data.forced_bos_token is not None:
         forced = _token(tokenizer, codes, data.forced_bos_token)
     if forced is not None:
