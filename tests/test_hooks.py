@@ -156,7 +156,7 @@ class Strange(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize("output", [None, (), {}, 3, object()], ids=str)
+@pytest.mark.parametrize("output", [None, (), {}, 3, object()], ids=["none", "tuple", "dict", "number", "object"])
 def test_any_encoders_output_will_do(output: object) -> None:
     model = Strange(output)
     optimizer = LNGD(model, lr=1e-3)
