@@ -23,6 +23,17 @@ def restores_by_name(model: nn.Module, folder: str) -> bool:
     return isinstance(model, PreTrainedModel) and not adapters and os.path.isfile(os.path.join(folder, "config.json"))
 
 
+def freeze_fixed_positions(model: nn.Module) -> None:
+    """Make sinusoidal positions constants again.
+
+    `from_pretrained` makes them parameters that want a gradient (transformers 5.23, 5.24), and `save_pretrained` leaves
+    them out: what an optimizer made of them would be lost with every save, and a resumed run go another way.
+    """
+    for module in model.modules():
+        if "sinusoidal" in type(module).__name__.lower():
+            module.requires_grad_(False)
+
+
 def load_weights(model: Any, folder: str) -> None:
     """Copy the weights of a checkpoint into a model, bit for bit.
 

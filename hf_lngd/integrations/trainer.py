@@ -12,7 +12,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
 from ..config import LNGDConfig
 from ..optimizer import LNGD
-from .checkpoints import load_weights, restores_by_name
+from .checkpoints import freeze_fixed_positions, load_weights, restores_by_name
 from .diagnostics import lngd_of, log_entries
 from .loss import IGNORED_LABEL, SummedCrossEntropy, ignores_num_items, with_decoder_inputs
 from .training_args import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
@@ -81,6 +81,8 @@ class LNGDTrainerMixin:
         if is_lngd(args):
             refuse_unsupported(args)
         self._routing_is_told = False
+        if isinstance(model, nn.Module):
+            freeze_fixed_positions(model)
         self.card_writer: Callable[[], Any] | None = None
         super().__init__(model, args, *rest, **kwargs)  # type: ignore[call-arg]
         me: Any = self
