@@ -47,7 +47,7 @@ def main() -> None:
         metrics = trainer.evaluate(metric_key_prefix="eval", **generation)
         finish(trainer, scores, card, "eval", "validation", metrics)
     if args.do_predict:
-        result = trainer.predict(parts["test"], metric_key_prefix="predict", **generation)
+        result = predict(trainer, parts["test"], generation)
         finish(trainer, scores, card, "predict", "test", result.metrics)
         if args.predict_with_generate and trainer.is_world_process_zero():
             write_predictions(args.output_dir, scores.decode(result.predictions))
@@ -55,6 +55,16 @@ def main() -> None:
         card()
     if args.push_to_hub:
         trainer.push_to_hub()
+
+
+def predict(trainer: LNGDSeq2SeqTrainer, dataset: Any, generation: dict[str, Any]) -> Any:
+    """Predictions in the order of the file: a Trainer that groups by length shuffles what it predicts, too."""
+    strategy = trainer.args.train_sampling_strategy
+    trainer.args.train_sampling_strategy = "sequential"
+    try:
+        return trainer.predict(dataset, metric_key_prefix="predict", **generation)
+    finally:
+        trainer.args.train_sampling_strategy = strategy
 
 
 def prepare(
