@@ -235,3 +235,10 @@ def test_running_average_is_corrected_for_its_start() -> None:
     weights = [0.1 * 0.9 ** (2 - i) for i in range(3)]
     total = sum(w * factors(x, torch.ones(6, 4))[0] for w, x in zip(weights, batches, strict=True)) / sum(weights)
     torch.testing.assert_close(optimizer.factors("linear")["phi"], total)
+
+
+def test_a_model_without_storage_can_be_sized() -> None:
+    with torch.device("meta"):
+        model = OneLayer(8, 8, False, None)
+        optimizer = capture(model, torch.randn(4, 8))
+    assert optimizer.memory_usage()["momentum"] == 4 * 64

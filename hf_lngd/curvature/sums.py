@@ -27,6 +27,8 @@ class GroupSums:
             g2: squared gradients [N, m] with respect to the pre-activation, or None where they are all one.
             mask: [N], 1 where the position counts, or None.
         """
+        if a.is_meta:  # which knows no autocast
+            return self._add(a, g2, mask)
         with torch.autocast(a.device.type, enabled=False):  # sums in half precision would be off by more than λ
             self._add(a, g2, mask)
 
