@@ -109,7 +109,7 @@ def _decide(
             return LNGD_OWNER, EXACT_EMBEDDING, True
         narrow = parameter.shape[-1] <= WIDEST_ROTATION
         return FALLBACK_OWNER, ROTATED_EMBEDDING if narrow else f"{EMBEDDING}, too wide to rotate", True
-    owned = [is_linear(m) and not _inside_attention(m, n, modules) for n, m, _ in modules]
+    owned = [is_linear(m) and not _inside_attention(m) for _, m, _ in modules]
     if all(owned):
         if attribute == "weight":
             return LNGD_OWNER, "linear", True
@@ -127,7 +127,7 @@ def _decide(
     return FALLBACK_OWNER, f"unsupported module {type(module).__name__}", True
 
 
-def _inside_attention(module: nn.Module, name: str, modules: Homes) -> bool:
+def _inside_attention(module: nn.Module) -> bool:
     # torch's MultiheadAttention reads its output projection's weight and never calls it, so no hook would fire
     return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 

@@ -96,8 +96,8 @@ class Capture:
         add(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         add(model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
         for layer in self.layers.values():
-            for name, module in layer.modules:
-                add(module.register_forward_hook(self._layer_hook(layer, name), with_kwargs=True))
+            for _, module in layer.modules:
+                add(module.register_forward_hook(self._layer_hook(layer), with_kwargs=True))
         if factors and not self.topology.frozen:
             for name, module in model.named_modules():
                 if is_elementwise(module):
@@ -155,7 +155,7 @@ class Capture:
             return True
         return torch.is_grad_enabled()  # a part of the model called by itself
 
-    def _layer_hook(self, layer: Layer, name: str) -> Any:
+    def _layer_hook(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             a = call_input(args, kwargs)
             if a is None or not self._active() or id(module) not in self._owned:  # a copy of the model has our hooks

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from ..config import LNGDConfig
 from .inverses import pack, packed_shape, unpack
 
-_STATE = ("step", "mean", "square", "gram", "basis")
-
 
 class RotatedTable:
     """One table [V, d] under AdamW with both moments kept in coordinates Q: G → G Q, update → D Qᵀ.
@@ -102,5 +100,5 @@ class RotatedTable:
         self.tensors = {}
         if state:
             own = self._start()
-            for key in _STATE:
+            for key in own:
                 own[key].copy_(state[key])
