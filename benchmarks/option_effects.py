@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 # fields → factor on the default's `lr`: natural and adaptive updates have a size of their own.
 VARIANTS: dict[str, float] = {
     "": 1.0,
-    "direction=polar": 1.0,
+    "direction=gram": 1.0,
     "direction=natural,damping_rho=0.3": 0.25,
     "direction=natural,damping_rho=0.3,rate=adaptive": 1.0,
     "preset=paper,factor_interval=20,inverse_interval=20": 1.0,
@@ -40,9 +40,10 @@ VARIANTS: dict[str, float] = {
     "momentum_on=update": 1.0,
     "factor_interval=100,inverse_interval=100": 1.0,
     "early_factors=false": 1.0,
-    "polar_interval=1": 1.0,
-    "polar_interval=8": 1.0,
-    "gram_decay=0.8": 1.0,
+    "direction=gram,polar_interval=1": 1.0,
+    "direction=gram,polar_interval=8": 1.0,
+    "direction=gram,gram_decay=0.8": 1.0,
+    "matrix_dtype=full": 1.0,
     "row_decay=0": 1.0,
     "weight_decay=0": 1.0,
     "bias=factor": 1.0,

@@ -42,7 +42,8 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "muon": None,
     "natural, interval 20": {"direction": "natural", "factor_interval": 20, "inverse_interval": 20, **SETTLED},
     "natural, interval 100": {"direction": "natural", "factor_interval": 100, "inverse_interval": 100, **SETTLED},
-    "gram": SETTLED,
+    "gram": {"direction": "gram", **SETTLED},
+    "fast": SETTLED,
 }
 # (contender, what it is compared with, whole step or optimizer.step(), the ratio to stay below)
 TARGETS = [
@@ -51,6 +52,9 @@ TARGETS = [
     ("gram", "adamw", "step", None),
     ("gram", "muon", "step", None),
     ("gram", "muon", "optimizer", 0.7),
+    ("fast", "adamw", "step", None),
+    ("fast", "muon", "step", None),
+    ("fast", "muon", "optimizer", None),
 ]
 MEMORY_TARGET = 1.1
 

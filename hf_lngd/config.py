@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FISHERS = ("expected", "sampled", "true", "empirical")
-DIRECTIONS = ("natural", "polar", "gram")
-RATES = ("adaptive", "rms", "trust", "none")
-DAMPINGS = ("relative", "paper")
-MOMENTUM_ON = ("gradient", "update")
-BIASES = ("factor", "fallback")
-EMBEDDINGS = ("fallback", "exact", "rotated")
-GRAM_DTYPES = ("bfloat16", "full")
-ROOTS = ("auto", "eigh", "newton")
+from .checks import CHECKS, invalid, one_of
 
 # A factor this wide is never cut: the paper works with whole factors.
 _UNCUT = 1 << 20
 
 _FAST: dict[str, Any] = {
     "fisher": "expected",
-    "direction": "gram",
+    "direction": "polar",
     "rate": "rms",
     "rate_scale": 0.2,
     "rate_mu": 1e-8,
@@ -44,7 +35,7 @@ _FAST: dict[str, Any] = {
     "early_factors": True,
     "polar_interval": "auto",
     "gram_decay": 0.9,
-    "gram_dtype": "bfloat16",
+    "matrix_dtype": "bfloat16",
     "row_decay": 0.95,
     "inverse_root": "auto",
     "weight_decay": 0.1,
@@ -57,6 +48,10 @@ _FAST: dict[str, Any] = {
     "betas": (0.9, 0.999),
     "eps": 1e-8,
     "seed": 0,
+    "chain": "activation",
+    "head": "gaussian",
+    "conv_rows": 4,
+    "conv_memory": 64,
 }
 
 _PAPER: dict[str, Any] = _FAST | {
@@ -77,6 +72,8 @@ _PAPER: dict[str, Any] = _FAST | {
     "bias": "factor",
     "max_factor_dim": _UNCUT,
     "embedding": "fallback",
+    "chain": "full",
+    "conv_rows": 1,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -127,8 +124,8 @@ class LNGDConfig:
         polar_interval: steps between two inverse roots of a layer's Gram matrix (``gram``); ``auto``: 4 up to a width
             of 128, 8 above, since a root costs as the cube of it.
         gram_decay: weight of the old Gram matrix, a step; its power after an interval of several (``gram``).
-        gram_dtype: in which the root of the Gram matrix is kept and applied each step (``gram``): ``bfloat16``, as
-            torch.optim.Muon computes throughout, or ``full``. Float64 models are always ``full``.
+        matrix_dtype: of the products of each step (``polar``, ``gram``, rotated embeddings): ``bfloat16``, as in
+            torch.optim.Muon, or ``full``. Factors and their roots are never halved, float64 models always ``full``.
         row_decay: weight of the old mean in a running mean square of each row of D, by whose root the row is divided
             (NorMuon's row scale: a Ψ estimated from updates); 0: rows are left as they are (``polar``, ``gram``).
         inverse_root: how (·)^(-1/2) is computed: ``eigh`` (exact), ``newton`` (matrix products only, no host
@@ -145,6 +142,12 @@ class LNGDConfig:
         betas: AdamW's, for what no layer owns.
         eps: AdamW's, for what no layer owns.
         seed: of the draws of ``sampled`` and ``true``; the user's random state is never touched.
+        chain: which functions after a layer φ is made of. ``activation``: one that follows at once; ``full``: also
+            norms (their statistics held fixed), sums, gates and layout changes up to the activation and its gate.
+        head: the predictive distribution of the layer that makes the model's logits: ``gaussian`` as for every layer
+            (the paper), or ``categorical``: the model's own, E[g²] = p(1 − p).
+        conv_rows: one row of the batch in this many estimates the factors of convolutions; 1: all of them.
+        conv_memory: MiB that the patches of a convolution's input may take at once, in a factor step.
 
     Raises:
         ValueError: names the field, the value and what is accepted.
@@ -171,7 +174,7 @@ class LNGDConfig:
     early_factors: bool = _FROM_PRESET
     polar_interval: int | str = _FROM_PRESET
     gram_decay: float = _FROM_PRESET
-    gram_dtype: str = _FROM_PRESET
+    matrix_dtype: str = _FROM_PRESET
     row_decay: float = _FROM_PRESET
     inverse_root: str = _FROM_PRESET
     weight_decay: float = _FROM_PRESET
@@ -184,18 +187,22 @@ class LNGDConfig:
     betas: tuple[float, float] = _FROM_PRESET
     eps: float = _FROM_PRESET
     seed: int = _FROM_PRESET
+    chain: str = _FROM_PRESET
+    head: str = _FROM_PRESET
+    conv_rows: int = _FROM_PRESET
+    conv_memory: int = _FROM_PRESET
 
     def __post_init__(self) -> None:
-        _one_of("preset", self.preset, tuple(PRESETS))
+        one_of("preset", self.preset, tuple(PRESETS))
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is _FROM_PRESET:
                 object.__setattr__(self, name, value)
         if isinstance(self.betas, list):  # JSON has no tuples
             object.__setattr__(self, "betas", tuple(self.betas))
-        for name, check in _CHECKS.items():
+        for name, check in CHECKS.items():
             check(name, getattr(self, name))
         if self.damping_min > self.damping_max:
-            raise _invalid("damping_min", self.damping_min, f"at most damping_max = {self.damping_max}")
+            raise invalid("damping_min", self.damping_min, f"at most damping_max = {self.damping_max}")
 
     @classmethod
     def from_optim_args(cls, text: str | None, **overrides: Any) -> LNGDConfig:
@@ -245,105 +252,6 @@ def check_field_names(fields: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(close)}?" if close else f"accepted: {', '.join(known)}"
             raise ValueError(f"optim_args: unknown name '{name}'; {hint}")
-
-
-def _invalid(name: str, value: Any, accepted: str) -> ValueError:
-    return ValueError(f"{name}: got {value!r}, accepted: {accepted}")
-
-
-def _one_of(name: str, value: Any, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise _invalid(name, value, ", ".join(accepted))
-
-
-def _choice(accepted: tuple[str, ...]) -> Callable[[str, Any], None]:
-    return lambda name, value: _one_of(name, value, accepted)
-
-
-def _number(accepted: str, test: Callable[[float], bool]) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not test(value):
-            raise _invalid(name, value, f"a number {accepted}")
-
-    return check
-
-
-def _integer(least: int) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise _invalid(name, value, f"an integer, at least {least}")
-
-    return check
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise _invalid(name, value, "true or false")
-
-
-def _auto_or_integer(name: str, value: Any) -> None:
-    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise _invalid(name, value, "auto or an integer, at least 1")
-
-
-def _regex(name: str, value: Any) -> None:
-    try:
-        re.compile(value)
-    except (re.error, TypeError) as error:
-        raise _invalid(name, value, f"a regular expression ({error})") from None
-
-
-def _betas(name: str, value: Any) -> None:
-    pair = isinstance(value, tuple) and len(value) == 2
-    if not pair or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in value):
-        raise _invalid(name, value, "two numbers in [0, 1), written 0.9:0.999 in optim_args")
-
-
-def _optional_rate(name: str, value: Any) -> None:
-    if value is not None:
-        _number("above 0, or none", lambda x: x > 0)(name, value)
-
-
-_POSITIVE = _number("above 0", lambda x: x > 0)
-_NOT_NEGATIVE = _number("at least 0", lambda x: x >= 0)
-_FRACTION = _number("in [0, 1)", lambda x: 0 <= x < 1)
-
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
-    "fisher": _choice(FISHERS),
-    "direction": _choice(DIRECTIONS),
-    "rate": _choice(RATES),
-    "rate_scale": _POSITIVE,
-    "rate_mu": _NOT_NEGATIVE,
-    "rate_rows": _integer(1),
-    "damping": _choice(DAMPINGS),
-    "damping_rho": _POSITIVE,
-    "damping_min": _POSITIVE,
-    "damping_max": _POSITIVE,
-    "momentum": _FRACTION,
-    "nesterov": _flag,
-    "momentum_on": _choice(MOMENTUM_ON),
-    "ema_decay": _FRACTION,
-    "factor_interval": _integer(1),
-    "inverse_interval": _integer(1),
-    "stagger": _flag,
-    "early_factors": _flag,
-    "polar_interval": _auto_or_integer,
-    "gram_decay": _FRACTION,
-    "gram_dtype": _choice(GRAM_DTYPES),
-    "row_decay": _FRACTION,
-    "inverse_root": _choice(ROOTS),
-    "weight_decay": _NOT_NEGATIVE,
-    "bias": _choice(BIASES),
-    "max_factor_dim": _auto_or_integer,
-    "embedding": _choice(EMBEDDINGS),
-    "exclude": _regex,
-    "fallback_lr": _optional_rate,
-    "fallback_lr_scale": _POSITIVE,
-    "betas": _betas,
-    "eps": _POSITIVE,
-    "seed": _integer(0),
-}
 
 
 def _parse_items(text: str) -> dict[str, Any]:

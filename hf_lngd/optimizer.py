@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -68,9 +69,7 @@ class LNGD(torch.optim.Optimizer):
             model,
             self._routing.layers,
             FisherSource(config.fisher, config.seed),
-            config.max_factor_dim,
-            rate_rows=config.rate_rows if config.rate == "adaptive" else 0,
-            share_by_width=config.damping == "paper",
+            config,
         )
         self._preconditioner: Preconditioner | None = None
         self._steps = 0
@@ -187,13 +186,11 @@ class LNGD(torch.optim.Optimizer):
             weights: list[Tensor] = [layer.weight for layer in layers]
             if decay:
                 torch._foreach_mul_(weights, 1 - lr * decay)
-            width = layers[0].in_features
-            torch._foreach_sub_(
-                weights, tuple(update[:, :width].to(w.dtype) for update, w in zip(updates, weights, strict=True))
-            )
+            changes = [layer.like_weight(update) for layer, update in zip(layers, updates, strict=True)]
+            torch._foreach_sub_(weights, [c.to(w.dtype) for c, w in zip(changes, weights, strict=True)])
             for layer, update in zip(layers, updates, strict=True):
                 if layer.bias is not None:
-                    layer.bias.sub_(update[:, width].to(layer.bias.dtype))
+                    layer.bias.sub_(layer.like_bias(update).to(layer.bias.dtype))
 
     def _row_scale(self) -> Tensor | float:
         """T × rows seen / rows kept: makes Σ q² over the rows kept DᵀFD of Eq. 13."""
@@ -248,15 +245,24 @@ class LNGD(torch.optim.Optimizer):
     # What it tells
 
     def routing(self) -> list[Route]:
-        """Each parameter's owner and the reason."""
-        return list(self._routing.routes)
+        """Each parameter's owner and the reason; after the first step also what was found to follow each layer."""
+        links = {name: group.links for name, group in self._capture.topology.of_layer.items()}
+        return [
+            dataclasses.replace(r, follows=" → ".join(links[r.layer]) or "identity")
+            if r.owner == LNGD_OWNER and r.layer in links
+            else r
+            for r in self._routing.routes
+        ]
 
     def routing_table(self) -> str:
         """The routing as a printable table."""
-        return format_routes(self._routing.routes)
+        return format_routes(self.routing())
 
     def factors(self, name: str) -> dict[str, Tensor]:
         """Φ [d, d] and Ψ [m] of a layer by module name: running averages, start-up bias corrected, undamped.
+
+        d is the number of columns of the layer's matrix: kernel times channels of a convolution; a grouped one has its
+        groups in a first dimension.
 
         Raises:
             KeyError: no such layer (the names are listed), or no factor step so far.

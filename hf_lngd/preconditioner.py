@@ -53,26 +53,26 @@ class Preconditioner:
 
     def _spec(self, group: Group) -> FactorSpec:
         first = self.layers[group.name]
-        plain = group.activation is None and self.config.fisher == "expected"
-        return FactorSpec(group.name, first.columns, float(first.out_features) if plain else 1.0)
+        plain = not group.links and self.config.fisher == "expected"
+        return FactorSpec(group.name, first.columns, float(first.out_features) if plain else 1.0, first.units)
 
     def _make_layer_banks(self, topology: Topology) -> None:
         keyed: dict[tuple, list[Layer]] = {}
         for layer in self.layers.values():
             group = topology.of_layer[layer.name]
             bank = self._bank_of_group[group.name]
-            estimated = group.activation is not None or self.config.fisher != "expected"
-            key = (layer.out_features, layer.columns, layer.bias_name is None, id(bank), estimated)
+            estimated = bool(group.links) or self.config.fisher != "expected"
+            key = (layer.units, layer.out_features, layer.columns, layer.bias_name is None, id(bank), estimated)
             keyed.setdefault(key, []).append(layer)
         before = 0
-        for (m, columns, _, _, estimated), members in keyed.items():
-            most = max(1, _BANK_ELEMENTS // (m * columns))
+        for (units, m, columns, _, _, estimated), members in keyed.items():
+            most = max(1, _BANK_ELEMENTS // (units * m * columns))
             for start in range(0, len(members), most):
                 chunk = members[start : start + most]
                 names = [topology.of_layer[layer.name].name for layer in chunk]
                 factors = self._bank_of_group[names[0]]
                 like = state_like(chunk[0])
-                rows = torch.tensor([factors.index[name] for name in names], device=like.device)
+                rows = torch.tensor(factors.rows_of(names), device=like.device)
                 self.layer_banks.append(LayerBank(chunk, factors, rows, estimated, before, self.config, like))
                 before += len(chunk)
 
@@ -97,12 +97,15 @@ class Preconditioner:
             bank.refresh(step)
 
     def factors(self, name: str) -> dict[str, Tensor]:
-        """Φ [columns, columns] and Ψ [m] of a layer, as the paper defines them, undamped."""
+        """Φ [columns, columns] and Ψ [m] of a layer, as the paper defines them, undamped; with a grouped convolution's
+        groups in a first dimension."""
         bank, i = self.bank_of_layer[name]
-        row = bank.rows[i : i + 1]
-        phi = torch.block_diag(*(bank.factors.dense(row)[0] * bank.scale))
+        own = bank.rows_of([i])
         columns = self.layers[name].columns
-        return {"phi": phi[:columns, :columns].clone(), "psi": bank.dense_psi(torch.tensor([i]))[0].clone()}
+        blocks = bank.factors.dense(bank.rows[own]) * bank.scale
+        phi = torch.stack([torch.block_diag(*unit)[:columns, :columns] for unit in blocks])
+        psi = bank.dense_psi(own)
+        return {"phi": phi, "psi": psi} if bank.units > 1 else {"phi": phi[0], "psi": psi[0].clone()}
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers for a log; waits for the device once."""

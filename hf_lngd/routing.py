@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from .config import LNGDConfig
-from .curvature.layers import Layer, is_linear
+from .curvature.layers import Geometry, Layer, geometry_of
 
 LNGD_OWNER = "lngd"
 FALLBACK_OWNER = "fallback"
@@ -32,6 +33,8 @@ class Route:
         layer: the module it belongs to.
         reason: why: linear, bias in the factor, embedding, norm, bias, position, excluded, unsupported module, …
         decays: weight decay applies.
+        follows: what LNGD found to follow the layer, whose derivative enters its factors: ``batch_norm → relu``;
+            ``identity`` where nothing that it knows does; empty before the first step and where AdamW owns.
     """
 
     parameter: str
@@ -41,6 +44,7 @@ class Route:
     shape: tuple[int, ...]
     numel: int
     decays: bool
+    follows: str = ""
 
 
 @dataclass
@@ -109,22 +113,32 @@ def _decide(
             return LNGD_OWNER, EXACT_EMBEDDING, True
         narrow = parameter.shape[-1] <= WIDEST_ROTATION
         return FALLBACK_OWNER, ROTATED_EMBEDDING if narrow else f"{EMBEDDING}, too wide to rotate", True
-    owned = [is_linear(m) and not _inside_attention(m) for _, m, _ in modules]
-    if all(owned):
+    geometries = {None if _inside_attention(m) else geometry_of(m) for _, m, _ in modules}
+    geometry = geometries.pop() if len(geometries) == 1 else None
+    if geometry is not None:
         if attribute == "weight":
-            return LNGD_OWNER, "linear", True
+            return LNGD_OWNER, _kind(geometry), True
         if attribute == "bias" and config.bias == "factor" and len(modules) == 1:
             # a weight that several modules share, or an embedding's, has no one bias for its last column
             weight, weight_name = module._parameters["weight"], f"{module_name}.weight".removeprefix(".")
             if weight is not None and len(homes[id(weight)]) == 1:
                 weight_owner, weight_reason, _ = _decide(weight_name, weight, homes, config, exclude)
-                if (weight_owner, weight_reason) == (LNGD_OWNER, "linear"):
+                if (weight_owner, weight_reason) == (LNGD_OWNER, _kind(geometry)):
                     return LNGD_OWNER, "bias in the factor", False
     if attribute == "bias" or plain:
         return FALLBACK_OWNER, "bias" if attribute == "bias" else "vector", False
     if "position" in name.lower():
         return FALLBACK_OWNER, "position", True
     return FALLBACK_OWNER, f"unsupported module {type(module).__name__}", True
+
+
+def _kind(geometry: Geometry) -> str:
+    """The reason that the routing table gives."""
+    if geometry.window is None:
+        return "linear"
+    if geometry.units == 1:
+        return "convolution"
+    return "depthwise convolution" if geometry.out_features == 1 else "grouped convolution"
 
 
 def _inside_attention(module: nn.Module) -> bool:
@@ -136,11 +150,12 @@ def _place(name: str, parameter: nn.Parameter, modules: Homes, layer_of: dict[in
     module_name, module, attribute = modules[0]
     layer = layer_of.get(id(module))
     if layer is None:
-        layer = layer_of[id(module)] = Layer(module_name, name, None, 0, 0)  # weight or bias may come first
+        geometry = geometry_of(module)
+        assert geometry is not None
+        layer = layer_of[id(module)] = Layer(module_name, name, None, geometry)  # weight or bias may come first
         routing.layers.append(layer)
     if attribute == "weight":
         layer.weight_name = name
-        layer.out_features, layer.in_features = parameter.shape
         layer.modules = [(n, m) for n, m, _ in modules]
         for _, m, _ in modules:
             layer_of[id(m)] = layer
@@ -149,21 +164,35 @@ def _place(name: str, parameter: nn.Parameter, modules: Homes, layer_of: dict[in
 
 
 def format_routes(routes: list[Route]) -> str:
-    """The routing as a table, one line a kind of owner and reason, shares of all parameters, names abbreviated."""
+    """The routing as a table, one line a kind of owner and reason, shares of all parameters, names abbreviated.
+
+    After the first step a second table tells what was found to follow LNGD's layers.
+    """
     total = sum(r.numel for r in routes) or 1
     kinds: dict[tuple[str, str], list[Route]] = {}
+    followed: dict[str, list[Route]] = {}
     for r in routes:
         kinds.setdefault((r.owner, r.reason), []).append(r)
+        if r.follows and r.decays:  # each layer once: by its weight
+            followed.setdefault(r.follows, []).append(r)
     rows = [("owner", "reason", "tensors", "parameters", "share", "for example")]
     for (owner, reason), members in sorted(kinds.items(), key=lambda item: (item[0][0] != LNGD_OWNER, item[0])):
         count = sum(r.numel for r in members)
-        rows.append(
-            (owner, reason, str(len(members)), f"{count:,}", f"{100 * count / total:.1f} %", members[0].parameter)
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    right = (False, False, True, True, True, False)
-    lines = [
-        "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+        share = f"{100 * count / total:.1f} %"
+        rows.append((owner, reason, str(len(members)), f"{count:,}", share, members[0].parameter))
+    text = _align(rows, right={2, 3, 4})
+    if followed:
+        lines = [("followed by", "layers", "for example")]
+        lines += [(name, str(len(members)), members[0].layer) for name, members in sorted(followed.items())]
+        text += "\n\n" + _align(lines, right={1})
+    return text
+
+
+def _align(rows: Sequence[tuple[str, ...]], right: set[int]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
-    ]
-    return "\n".join(lines)
+    )

@@ -14,7 +14,7 @@ from .preconditioner import Preconditioner
 if TYPE_CHECKING:
     from .optimizer import LNGD
 
-VERSION = 1
+VERSION = 2
 
 
 def state_of(optimizer: LNGD) -> dict[str, Any]:
@@ -155,15 +155,15 @@ def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:
 
 def _group_states(made: Preconditioner) -> dict[str, dict[str, Tensor]]:
     return {
-        spec.name: {key: tensor[i] for key, tensor in bank.tensors().items()}
+        spec.name: {key: tensor[rows.start : rows.stop] for key, tensor in bank.tensors().items()}
         for bank in made.factor_banks
-        for i, spec in enumerate(bank.specs)
+        for spec, rows in zip(bank.specs, bank.rows.values(), strict=True)
     }
 
 
 def _layer_states(made: Preconditioner) -> dict[str, dict[str, Tensor]]:
     return {
-        layer.name: {key: tensor[i] for key, tensor in bank.tensors().items()}
+        layer.name: {key: tensor.unflatten(0, (len(bank.layers), -1))[i] for key, tensor in bank.tensors().items()}
         for bank in made.layer_banks
         for i, layer in enumerate(bank.layers)
     }

@@ -11,7 +11,7 @@ from hf_lngd import LNGD
 
 CONFIGS = [
     {},
-    {"gram_dtype": "full", "bias": "factor", "max_factor_dim": 10},
+    {"matrix_dtype": "full", "bias": "factor", "max_factor_dim": 10},
     {"direction": "natural", "rate": "adaptive", "rate_rows": 2},
     {"direction": "natural", "fisher": "empirical"},
     {"direction": "polar"},
@@ -39,7 +39,7 @@ def test_micro_batches_are_one_batch(fields: dict[str, object], monkeypatch: pyt
     if fields.get("fisher") in ("true", "sampled"):  # draws differ by how a batch is split: make them certain
         monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
         monkeypatch.setattr(
-            torch, "randn", lambda *shape, generator, **k: torch.linspace(0, 2, shape[1], **k).expand(shape).clone()
+            torch, "randn", lambda *shape, generator, **k: torch.linspace(0, 2, shape[-1], **k).expand(shape).clone()
         )
     whole, optimizer = run(fields, 1)
     for parts in (4, [1, 5, 2]):

@@ -33,7 +33,7 @@ BAD = {
     "early_factors": [2],
     "polar_interval": [0, "often", 1.5],
     "gram_decay": [1],
-    "gram_dtype": ["float16"],
+    "matrix_dtype": ["float16"],
     "row_decay": [1],
     "inverse_root": ["svd"],
     "weight_decay": [-1],
@@ -46,6 +46,10 @@ BAD = {
     "betas": [(0.9,), (0.9, 1.0), 0.9, ("a", "b")],
     "eps": [0],
     "seed": [-1, 0.5],
+    "chain": ["none"],
+    "head": ["poisson"],
+    "conv_rows": [0, 1.5],
+    "conv_memory": [0],
 }
 
 

@@ -14,8 +14,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.activations import ACT2FN
 
 from hf_lngd import LNGD
-from hf_lngd.curvature.factors import block_layout, from_blocks, to_blocks
-from hf_lngd.curvature.layers import activation_derivative, is_elementwise
+from hf_lngd.curvature.factors import block_layout, from_blocks, orthogonalize, to_blocks
+from hf_lngd.curvature.links import activation_derivative, is_elementwise
 
 ACTIVATIONS = {
     "none": None,
@@ -136,7 +136,7 @@ def test_derivative_of_every_activation(name: str) -> None:
     assert is_elementwise(activation)
     s = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(activation(s).sum(), s)
-    torch.testing.assert_close(activation_derivative(activation, s), slope.reshape(-1, 2))
+    torch.testing.assert_close(activation_derivative(activation, s), slope)
 
 
 def tiny_model(family: str) -> nn.Module:
@@ -242,3 +242,20 @@ def test_a_model_without_storage_can_be_sized() -> None:
         model = OneLayer(8, 8, False, None)
         optimizer = capture(model, torch.randn(4, 8))
     assert optimizer.memory_usage()["momentum"] == 4 * 64
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 9), (2, 9, 6), (1, 7, 7), (3, 1, 4), (3, 4, 1)], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_orthogonalize_is_the_polar_factor(shape: tuple[int, ...], scale: float) -> None:
+    u, _, vh = torch.linalg.svd(torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double(), False)
+    values = torch.logspace(-2, 0, u.shape[-1]).double()
+    found = u.mT @ orthogonalize((u * values) @ vh * scale) @ vh.mT
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(found, torch.diag_embed(diagonal), rtol=0, atol=1e-9)
+    torch.testing.assert_close(diagonal, torch.ones_like(diagonal), rtol=0, atol=0.15)
+    if min(shape[1:]) == 1:
+        torch.testing.assert_close(diagonal, torch.ones_like(diagonal), rtol=0, atol=1e-12)
+
+
+def test_orthogonalize_of_nothing_is_nothing() -> None:
+    assert torch.equal(orthogonalize(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))

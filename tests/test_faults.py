@@ -107,7 +107,7 @@ def test_a_failed_inverse_keeps_the_one_before(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_failed_root_of_a_gram_matrix_keeps_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net()
-    optimizer = LNGD(model, lr=1e-3, polar_interval=1)
+    optimizer = LNGD(model, lr=1e-3, direction="gram", polar_interval=1)
     x = torch.randn(8, 4)
     step(model, optimizer, x)
     bank = optimizer._preconditioner.layer_banks[0]

@@ -23,6 +23,8 @@ class Zoo(nn.Module):
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
         self.norm = nn.LayerNorm(4)
         self.conv = nn.Conv1d(4, 4, 3)
+        self.grouped, self.depthwise = nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, groups=4)
+        self.transposed = nn.ConvTranspose1d(4, 4, 3)
         self.attention = nn.MultiheadAttention(4, 2)
         self.strange = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
         self.scale = nn.Parameter(torch.ones(4))
@@ -43,7 +45,10 @@ def test_owners_and_reasons() -> None:
     assert found["position_bias"] == ("fallback", "position")
     assert found["frozen.weight"] == found["frozen.bias"] == ("frozen", "frozen")
     assert found["norm.weight"] == found["norm.bias"] == ("fallback", "norm")
-    assert found["conv.weight"] == ("fallback", "unsupported module Conv1d")
+    assert found["conv.weight"] == ("lngd", "convolution")
+    assert found["grouped.weight"] == ("lngd", "grouped convolution")
+    assert found["depthwise.weight"] == ("lngd", "depthwise convolution")
+    assert found["transposed.weight"] == ("fallback", "unsupported module ConvTranspose1d")
     assert found["attention.in_proj_weight"] == ("fallback", "unsupported module MultiheadAttention")
     assert found["attention.out_proj.weight"][0] == "fallback"
     assert found["strange.parametrizations.weight.original1"][0] == "fallback"
@@ -107,7 +112,7 @@ def test_table_adds_up() -> None:
     assert text == format_routes(optimizer.routing())
     lines = text.splitlines()
     assert lines[0].split() == ["owner", "reason", "tensors", "parameters", "share", "for", "example"]
-    assert lines[1].startswith("lngd") and "linear.weight" in lines[1]
+    assert [line.split()[0] for line in lines[1:5]] == ["lngd"] * 4 and "linear.weight" in lines[4]
     assert sum(r.numel for r in optimizer.routing()) == sum(p.numel() for p in Zoo().parameters())
 
 

@@ -17,7 +17,7 @@ CONFIGS: list[dict[str, Any]] = [
     {},
     {"direction": "natural", "factor_interval": 3, "inverse_interval": 2, "stagger": False},
     {"direction": "polar", "bias": "factor", "max_factor_dim": 10},
-    {"gram_dtype": "full", "inverse_root": "newton"},
+    {"matrix_dtype": "full", "inverse_root": "newton"},
     {"embedding": "exact", "momentum_on": "update", "nesterov": False},
     {"preset": "paper", "factor_interval": 2, "inverse_interval": 4},
     {"preset": "lngd_sample", "factor_interval": 2},

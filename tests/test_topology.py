@@ -13,8 +13,8 @@ from hf_lngd import LNGD
 from hf_lngd.curvature.masks import BatchMasks
 
 
-def groups(optimizer: LNGD) -> dict[str, tuple[list[str], str | None, str | None]]:
-    return {g.name: (g.members, g.activation, g.stream) for g in optimizer._capture.topology.groups}
+def groups(optimizer: LNGD) -> dict[str, tuple[list[str], tuple[str, ...], str | None]]:
+    return {g.name: (g.members, g.links, g.stream) for g in optimizer._capture.topology.groups}
 
 
 @pytest.mark.parametrize("target", [6, 7], ids=["unlike lengths", "equal lengths"])
@@ -25,13 +25,13 @@ def test_marian_shares_what_it_reads_together(target: int) -> None:
     found = groups(optimizer)
     encoder, decoder = "model.encoder.layers.0", "model.decoder.layers.{}"
     qkv = [f"{encoder}.self_attn.{name}_proj" for name in ("q", "k", "v")]
-    assert (sorted(found[qkv[0]][0]), found[qkv[0]][1:]) == (sorted(qkv), (None, "inputs"))
+    assert (sorted(found[qkv[0]][0]), found[qkv[0]][1:]) == (sorted(qkv), ((), "inputs"))
     cross = [f"{decoder.format(i)}.encoder_attn.{name}_proj" for i in (0, 1) for name in ("k", "v")]
     assert sorted(found[cross[0]][0]) == sorted(cross) and found[cross[0]][2] == "inputs"
     query = f"{decoder.format(1)}.encoder_attn.q_proj"
-    assert found[query] == ([query], None, "targets")
-    assert found[f"{encoder}.fc1"][1] == f"{encoder}.activation_fn"
-    assert found[f"{encoder}.fc2"][1:] == (None, "inputs")
+    assert found[query] == ([query], (), "targets")
+    assert found[f"{encoder}.fc1"][1] == ("ReLU",)
+    assert found[f"{encoder}.fc2"][1:] == ((), "inputs")
     assert sum(len(members) for members, _, _ in found.values()) == len(optimizer._capture.layers)
 
 
@@ -128,7 +128,8 @@ def test_calls_twice_late_and_never() -> None:
     model(x).square().mean().backward()
     optimizer.step()
     pooled = torch.cat((x, inner))
-    torch.testing.assert_close(optimizer.factors("twice")["phi"], factors(pooled, torch.ones(10, 3))[0])
+    g2 = torch.cat(((1 - inner.square()).square(), torch.ones(5, 3)))  # tanh follows the first call only
+    torch.testing.assert_close(optimizer.factors("twice")["phi"], factors(pooled, g2)[0])
     before = model.never.weight.clone()
     model.use_late = True
     model(x).square().mean().backward()

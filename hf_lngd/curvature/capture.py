@@ -10,22 +10,38 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .fisher import FisherSource
-from .layers import Layer, call_input, factor_blocks, is_elementwise
+from ..config import LNGDConfig
+from .chains import Chain, ChainWatch
+from .fisher import Call, FisherSource
+from .layers import Layer, call_input, factor_blocks
+from .links import is_elementwise
 from .masks import BatchMasks, bind_batch
 from .sums import GroupSums, RowSamples
-from .topology import Group, Topology
+from .topology import HEADS, Group, Topology, head_link
+
+_MIB_OF_FLOATS = 1 << 18
 
 
 def in_backward() -> bool:
     """True within a backward pass, where checkpointing runs forwards again."""
     return torch._C._current_graph_task_id() != -1
+
+
+@dataclass
+class Pending:
+    """A call of a layer whose group is not known yet."""
+
+    layer: Layer
+    a: Tensor
+    output: Tensor
+    chain: Chain
 
 
 class Capture:
@@ -35,31 +51,21 @@ class Capture:
         model: the model whose forward starts a batch.
         layers: the layers owned by LNGD.
         source: where g² comes from.
-        max_factor_dim: see `LNGDConfig`.
-        rate_rows: one row of the batch in this many is kept for Eq. 12-13; 0 keeps none.
-        share_by_width: layers of unlike width never share Φ (needed where λ depends on m).
+        config: the optimizer's.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: list[Layer],
-        source: FisherSource,
-        max_factor_dim: int | str,
-        rate_rows: int = 0,
-        share_by_width: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: list[Layer], source: FisherSource, config: LNGDConfig) -> None:
         self._model = weakref.ref(model)
         self.layers = {layer.name: layer for layer in layers}
         self._owned = {id(module) for layer in layers for _, module in layer.modules}
-        self.source = source
-        self._max_factor_dim = max_factor_dim
-        self._rate_rows = rate_rows
-        self._share_by_width = share_by_width
+        self.source, self.config = source, config
+        self._rate_rows = config.rate_rows if config.rate == "adaptive" else 0
         self.topology = Topology()
         self.enabled = True
         self.closed = False
         self.seconds = 0.0
+        self._watch = ChainWatch(config.chain == "full")
+        self._watching = False
         self._handles: list[RemovableHandle] = []
         self._factors_wanted = False
         self._forwards = 0
@@ -75,7 +81,8 @@ class Capture:
         self.rows: dict[str, RowSamples] = {}
         self.terms: Tensor | int = 0
         self.rows_seen = 0
-        self._pending: list[tuple[Layer, Tensor, Tensor, str]] = []
+        self._pending: list[Pending] = []
+        self._unfinished: set[Chain] = set()
         self.source.reset()
 
     def close(self) -> None:
@@ -98,12 +105,14 @@ class Capture:
         for layer in self.layers.values():
             for _, module in layer.modules:
                 add(module.register_forward_hook(self._layer_hook(layer), with_kwargs=True))
-        if factors and not self.topology.frozen:
-            for name, module in model.named_modules():
-                if is_elementwise(module):
-                    add(module.register_forward_pre_hook(self._activation_hook(name), with_kwargs=True))
-                elif name.rsplit(".", 1)[-1] == "encoder":
-                    add(module.register_forward_hook(self._encoder_hook))
+        if not factors or self.source.uses_gradients:
+            return
+        for name, module in model.named_modules():
+            if is_elementwise(module):
+                add(module.register_forward_pre_hook(self._before_activation, with_kwargs=True))
+                add(module.register_forward_hook(self._after_activation))
+            elif name.rsplit(".", 1)[-1] == "encoder" and not self.topology.frozen:
+                add(module.register_forward_hook(self._encoder_hook))
 
     def disarm(self) -> None:
         """Remove every hook."""
@@ -118,6 +127,10 @@ class Capture:
     def finish(self) -> dict[str, GroupSums]:
         """Close the step: settle what is open, freeze the topology, hand over the sums."""
         self.settle()
+        kept = -(-self.rows_seen // self.config.conv_rows)
+        for group in self.topology.groups:
+            if group.name in self.sums and self.layers[group.name].is_convolution and kept:
+                self.sums[group.name].thinned = self.rows_seen / kept
         if self.sums and not self.topology.frozen:
             self.topology.freeze(list(self.layers))
         return self.sums
@@ -126,9 +139,11 @@ class Capture:
 
     def _reset_forward(self) -> None:
         self._inside = False
+        self._first_row = 0
         self._masks = BatchMasks({})
         self._last_input: dict[str, weakref.ref[Tensor]] = {}
         self._encoder_outputs: list[weakref.ref[Tensor]] = []
+        self._watch.clear()
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch, self._next_batch = self._next_batch, None
@@ -142,11 +157,18 @@ class Capture:
         self._first_row = self.rows_seen
         self.rows_seen += self._masks.rows
         self.terms = self.terms + self._masks.terms
+        if self._factors_wanted and not self.source.uses_gradients:
+            self._watching = True
+            self._watch.__enter__()
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._inside and not in_backward():
-            self.settle()
-            self._inside = False
+        if not self._inside or in_backward():
+            return
+        if self._watching:  # also after a forward that raised
+            self._watching = False
+            self._watch.__exit__(None, None, None)
+        self.settle(output)
+        self._inside = False
 
     def _active(self) -> bool:
         if not self.enabled or in_backward():
@@ -165,24 +187,26 @@ class Capture:
                 self._keep_rows(layer, a, output)
             if self._factors_wanted:
                 if layer.name in self.topology.of_layer:
-                    self._observe(layer, a, output)
+                    self._meet(layer, a, output)
                 elif not self.topology.frozen:
-                    self._pending.append((layer, a, output, ""))
+                    chain = Chain(None)
+                    self._pending.append(Pending(layer, a, output, chain))
                     if self.source.uses_gradients:  # of the output as it is now, whatever works on it in place
                         self.settle()
+                    else:
+                        self._watch.follow(output, chain)
             self.seconds += time.perf_counter() - start
 
         return hook
 
-    def _activation_hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            s = call_input(args, kwargs)
-            for i, (layer, a, output, _) in enumerate(self._pending):
-                if output is s:
-                    kept = output.detach().clone() if getattr(module, "inplace", False) else output
-                    self._pending[i] = (layer, a, kept, name)
+    def _before_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        s = call_input(args, kwargs)
+        if s is not None and self._active():
+            self._watch.enter_module(module, s)
 
-        return hook
+    def _after_activation(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._active():
+            self._watch.leave_module(output)
 
     def _encoder_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Mapping):
@@ -193,65 +217,98 @@ class Capture:
 
     # What they gather
 
-    def settle(self) -> None:
-        """Place the layers that this forward showed for the first time into groups, then take in their calls."""
+    def settle(self, model_output: Any = None) -> None:
+        """Place the layers that this forward showed for the first time into groups, then take in their calls.
+
+        Args:
+            model_output: what the model returned, whose logits tell the head.
+        """
         pending, self._pending = self._pending, []
+        for chain in list(self._unfinished):
+            chain.finish()
+        self._watch.clear()
         shared: list[tuple[Tensor, Group]] = []
-        for layer, a, _, activation in pending:
-            if layer.name in self.topology.of_layer:
+        for p in pending:
+            if p.layer.name in self.topology.of_layer:
                 continue
-            reads_encoder = any(ref() is a for ref in self._encoder_outputs)
-            stream = self._masks.stream_of(layer.modules[0][0], a.shape[:-1], reads_encoder)
-            if activation or self.source.differs_by_layer:
-                self.topology.add(layer.name, activation or None, stream)
+            reads_encoder = any(ref() is p.a for ref in self._encoder_outputs)
+            stream = self._masks.stream_of(p.layer.modules[0][0], p.layer.positions(p.output), reads_encoder)
+            links = p.chain.names()
+            if not links and self.config.head == "categorical" and not self.source.uses_gradients:
+                links = head_link(p.output, model_output, getattr(self._model(), "config", None))
+            if links or self.source.differs_by_layer:
+                self.topology.add(p.layer.name, links, stream)
                 continue
-            group = next((g for tensor, g in shared if tensor is a and self._compatible(layer, g)), None)
+            group = next((g for tensor, g in shared if tensor is p.a and self._compatible(p.layer, g)), None)
             if group is None:
-                shared.append((a, self.topology.add(layer.name, None, stream)))
+                shared.append((p.a, self.topology.add(p.layer.name, (), stream)))
             else:
-                self.topology.join(layer.name, group)
-        for layer, a, output, _ in pending:
-            self._observe(layer, a, output)
+                self.topology.join(p.layer.name, group)
+        for p in pending:
+            group = self.topology.of_layer[p.layer.name]
+            same = p.chain.names() == group.links  # else called twice, and only once with these links behind it
+            self._observe(p.layer, p.a, p.output, p.chain.slope() if same else None)
 
     def _compatible(self, layer: Layer, group: Group) -> bool:
         first = self.layers[group.name]
-        same_width = layer.out_features == first.out_features or not self._share_by_width
-        return same_width and (layer.bias_name is None) == (first.bias_name is None)
+        # λ of the paper's damping depends on m
+        same_width = layer.out_features == first.out_features or self.config.damping != "paper"
+        same_rows = layer.geometry.reads_like(first.geometry)
+        return same_width and same_rows and (layer.bias_name is None) == (first.bias_name is None)
 
-    def _observe(self, layer: Layer, a: Tensor, output: Tensor) -> None:
+    def _meet(self, layer: Layer, a: Tensor, output: Tensor) -> None:
+        """A call of a layer whose group is known: summed now, or as soon as what follows it has passed."""
+        links = self.topology.of_layer[layer.name].links
+        if not links or links in HEADS or self.source.uses_gradients:
+            return self._observe(layer, a, output, None)
+
+        def done(chain: Chain) -> None:
+            self._unfinished.discard(chain)
+            self._observe(layer, a, output, chain.slope())
+
+        chain = Chain(links, done)
+        self._unfinished.add(chain)
+        self._watch.follow(output, chain)
+
+    def _observe(self, layer: Layer, a: Tensor, output: Tensor, slope: Tensor | None) -> None:
         group = self.topology.of_layer[layer.name]
         if len(group.members) > 1:  # its Φ is summed at the first member's call with this tensor
             last = self._last_input.get(group.name)
             if last is not None and last() is a:
                 return
             self._last_input[group.name] = weakref.ref(a)
-        mask = self._masks.flat(group.stream, a.shape[:-1])
-        activation = None if group.activation is None else self._module(group.activation)
-        self.source.observe(self._sums(group), layer, a, output, mask, activation)
+        shape = layer.positions(output)
+        mask = self._masks.flat(group.stream, shape)
+        rows = slice(None)
+        if layer.is_convolution and self.config.conv_rows > 1:
+            # counted over the micro-batches of a step, so that how a batch is split changes nothing
+            rows = slice(-self._first_row % self.config.conv_rows, None, self.config.conv_rows)
+            mask = None if mask is None else mask.view(shape)[rows].flatten()
+        most = self.config.conv_memory * _MIB_OF_FLOATS
+        call = Call(self._sums(group), layer, layer.batched(a.detach())[rows], mask, rows, most)
+        if group.links in HEADS:
+            self.source.observe_head(call, output, group.links == HEADS[1])
+        else:
+            plain = slope is None and group.links and not self.source.uses_gradients
+            self.source.observe(call, output, torch.ones_like(output) if plain else slope)
 
     def _sums(self, group: Group) -> GroupSums:
         if group.name not in self.sums:
             members = [self.layers[name] for name in group.members]
-            self.sums[group.name] = GroupSums(factor_blocks(members, self._max_factor_dim))
+            self.sums[group.name] = GroupSums(factor_blocks(members, self.config.max_factor_dim))
         return self.sums[group.name]
 
     def _keep_rows(self, layer: Layer, a: Tensor, output: Tensor) -> None:
         if not output.requires_grad:
             return
-        # counted over the micro-batches of a step, so that how a batch is split changes nothing
         start = -self._first_row % self._rate_rows if self._inside else 0
         forward = self._forwards
-        kept = a.detach()[start :: self._rate_rows].clone()
+        kept = layer.batched(a.detach())[start :: self._rate_rows].clone()
         samples = self.rows.setdefault(layer.name, RowSamples())
 
         def receive(g: Tensor) -> None:
             if self.source.in_pass:
                 return
-            samples.add(forward, kept, g.detach()[start :: self._rate_rows].clone())
+            samples.add(forward, kept, layer.batched(g.detach())[start :: self._rate_rows].clone())
 
         output.register_hook(receive)
-
-    def _module(self, name: str) -> nn.Module:
-        model = self._model()
-        assert model is not None
-        return model.get_submodule(name)

@@ -5,8 +5,10 @@ Groups whose Φ has one layout (k blocks of size b) are kept in one batch. Every
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,15 +26,17 @@ def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """One group's Φ: its name, its columns, and for λ the first member's m where φ' = 1 (E[a aᵀ] is kept), else 1."""
+    """One group's Φ: its name, its columns, its units (matrices: groups of a convolution), and for λ the first
+    member's m where φ' = 1 (E[a aᵀ] is kept), else 1."""
 
     name: str
     columns: int
     scale: float
+    units: int = 1
 
 
 class FactorBank:
-    """Φ of G groups with k blocks of size b.
+    """Φ of G groups with k blocks of size b; each unit of a group is a row of its own.
 
     Args:
         specs: the groups.
@@ -54,10 +58,11 @@ class FactorBank:
         like: Tensor,
     ) -> None:
         self.specs = specs
-        self.index = {spec.name: i for i, spec in enumerate(specs)}
+        starts = [0, *accumulate(spec.units for spec in specs)]
+        self.rows = {spec.name: range(starts[i], starts[i + 1]) for i, spec in enumerate(specs)}
         self.k, self.b = blocks
         self.config = config
-        count = len(specs)
+        count = starts[-1]
         self.phi = like.new_zeros(count, self.k, *packed_shape(self.b))
         self.weight = like.new_zeros(count)
         eye = pack(torch.eye(self.b, dtype=like.dtype, device=like.device))
@@ -66,21 +71,25 @@ class FactorBank:
         self.condition = like.new_ones(count)
         self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=like.device)
-        self._columns = like.new_tensor([float(spec.columns) for spec in specs])
-        self._scale = like.new_tensor([spec.scale for spec in specs])
+        self._columns = like.new_tensor([float(spec.columns) for spec in specs for _ in range(spec.units)])
+        self._scale = like.new_tensor([spec.scale for spec in specs for _ in range(spec.units)])
         self._due: dict[int, Tensor] = {}
         for offset in sorted(set(offsets)):
-            members = [i for i, own in enumerate(offsets) if own == offset]
-            self._due[offset] = torch.tensor(members, device=like.device)
+            members = [spec.name for spec, own in zip(specs, offsets, strict=True) if own == offset]
+            self._due[offset] = torch.tensor(self.rows_of(members), device=like.device)
         self.inverted = False
 
+    def rows_of(self, names: Iterable[str]) -> tuple[int, ...]:
+        """The rows of these groups, one after the other."""
+        return tuple(row for name in names for row in self.rows[name])
+
     def update(self, new: dict[str, Tensor]) -> None:
-        """Eq. 14 with the factors of one step: name → Φ [k, b, b], undamped. Non-finite ones are left out."""
-        names = [name for name in new if name in self.index]
+        """Eq. 14 with the factors of one step: name → Φ [u, k, b, b], undamped. Non-finite ones are left out."""
+        names = [name for name in new if name in self.rows]
         if not names:
             return
-        rows = index_tensor(tuple(self.index[name] for name in names), self.phi.device)
-        packed = pack(torch.stack([new[name].to(self.phi.dtype) for name in names]))
+        rows = index_tensor(self.rows_of(names), self.phi.device)
+        packed = pack(torch.cat([new[name].to(self.phi.dtype) for name in names]))
         old_weight = self.weight[rows]
         average, weight = running_average(self.phi[rows], packed, old_weight, self.config.ema_decay)
         self.phi[rows], self.weight[rows] = average, weight
@@ -91,7 +100,7 @@ class FactorBank:
         failed one keeps the last."""
         early = 0 < step < self.config.inverse_interval and is_due(step, self.config.inverse_interval, self.config)
         if not self.inverted or early:
-            self._refresh(torch.arange(len(self.specs), device=self.phi.device))
+            self._refresh(torch.arange(self.phi.shape[0], device=self.phi.device))
             self.inverted = True
         elif (due := self._due.get(step % self.config.inverse_interval)) is not None:
             self._refresh(due)
@@ -112,7 +121,7 @@ class FactorBank:
             self._keep("root", rows, *inverse_sqrt(phi, shift, c.inverse_root))
 
     def _keep(self, kind: str, rows: Tensor, value: Tensor, ok: Tensor, condition: Tensor) -> None:
-        good = ok.all(1)  # of all blocks of a group
+        good = ok.all(1)  # of all blocks of a row
         store = self.derived[kind]
         store[rows] = torch.where(good[:, None, None, None], pack(value), store[rows])
         self.condition[rows] = torch.where(good, condition.amax(1), self.condition[rows])
@@ -125,12 +134,12 @@ class FactorBank:
         average = unpack(self.phi[rows], self.b) / weight.clamp_min(torch.finfo(weight.dtype).tiny)[:, None, None, None]
         return torch.where(seen, average, torch.eye(self.b, dtype=average.dtype, device=average.device))
 
-    def get(self, kind: str, rows: Tensor) -> Tensor:
-        """``inverse`` or ``root`` of these groups, dense: [n, k, b, b]."""
-        return unpack(self.derived[kind][rows], self.b)
+    def get(self, kind: str, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``inverse`` or ``root`` of these groups, dense: [n, k, b, b], in `dtype` if given."""
+        return unpack(self.derived[kind][rows].to(dtype), self.b)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state with the groups in the first dimension."""
+        """Every tensor of the state, with a row of each unit of each group in the first dimension."""
         return {"phi": self.phi, "weight": self.weight, "damping": self.damping, "condition": self.condition} | {
             kind: value for kind, value in self.derived.items()
         }

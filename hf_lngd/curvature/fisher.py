@@ -6,15 +6,46 @@ forward pass only. ``empirical`` and ``true`` use gradients of a loss and keep e
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .layers import Layer, activation_derivative
+from .layers import Layer
 from .sums import GroupSums
 
+
+@dataclass
+class Call:
+    """One call of a layer, as far as it is summed.
+
+    Attributes:
+        a: the layer's input, detached; only the rows of the batch that count.
+        mask: [N], 1 where a position counts, or None.
+        rows: which rows of the batch those are.
+    """
+
+    sums: GroupSums
+    layer: Layer
+    a: Tensor
+    mask: Tensor | None
+    rows: slice
+    most: int
+
+    def add(self, g2: Tensor | None) -> None:
+        """Add the call to the sums: g2 [units, N, m], or None where it is 1."""
+        for a, where in self.layer.inputs(self.a, self.most):
+            part = None if g2 is None else g2[:, where]
+            self.sums.add(a, part, None if self.mask is None else self.mask[where])
+
+    def chosen(self, output: Tensor) -> Tensor:
+        """[units, N, m]: a tensor of the output's shape, the rows that count."""
+        return self.layer.outputs(self.layer.batched(output)[self.rows])
+
+
 # The edge stands for the output as it was: an activation may have worked in place since.
-Observation = tuple[GroupSums, Layer, Tensor, GradientEdge, Tensor | None]
+Observation = tuple[Call, GradientEdge]
 
 
 class FisherSource:
@@ -52,36 +83,37 @@ class FisherSource:
         """True while calls wait for :meth:`backward`."""
         return bool(self._waiting)
 
-    def observe(
-        self,
-        sums: GroupSums,
-        layer: Layer,
-        a: Tensor,
-        output: Tensor,
-        mask: Tensor | None,
-        activation: nn.Module | None,
-    ) -> None:
-        """Take in one call of a layer: a [..., d], output [..., m], mask [N]."""
+    def observe(self, call: Call, output: Tensor, slope: Tensor | None) -> None:
+        """Take in one call of a layer: its output, and φ' of what follows in the same shape (None: 1)."""
         if self.kind == "empirical":
             if output.requires_grad:
-                inputs = a.detach()
-                output.register_hook(lambda g: _add_gradient(sums, layer, inputs, g, mask))
+                output.register_hook(lambda g: _add_gradient(call, g))
             return
         if self.kind == "true":
             if output.requires_grad:
-                self._waiting.append((sums, layer, a.detach(), get_gradient_edge(output), mask))
+                self._waiting.append((call, get_gradient_edge(output)))
             return
         with torch.no_grad():
-            derivative = None if activation is None else activation_derivative(activation, output)
-            g2 = None if derivative is None else derivative.square()
-            inputs = layer.inputs(a)
+            g2 = None if slope is None else call.chosen(slope).square()
             if self.kind == "sampled":
-                noise = torch.randn(
-                    inputs.shape[0], layer.out_features, dtype=inputs.dtype, device=inputs.device,
-                    generator=self.generator(inputs.device),
-                )  # fmt: skip
-                g2 = noise.square_() if g2 is None else g2 * noise.square_()
-            sums.add(inputs, g2, mask)
+                shape = call.chosen(output).shape
+                dtype = torch.promote_types(output.dtype, torch.float32)
+                draw = self.generator(output.device)
+                noise = torch.randn(*shape, dtype=dtype, device=output.device, generator=draw).square_()
+                g2 = noise if g2 is None else g2 * noise
+            call.add(g2)
+
+    def observe_head(self, call: Call, logits: Tensor, independent: bool) -> None:
+        """Take in the head, whose predictive distribution is the model's own: E[g²] = p(1 − p).
+
+        Args:
+            logits: [..., classes].
+            independent: each class is a yes or no of its own (multi-label), else one of them is true.
+        """
+        with torch.no_grad():
+            scores = call.chosen(logits).to(torch.promote_types(logits.dtype, torch.float32))
+            p = scores.sigmoid() if independent else scores.softmax(-1)
+            call.add(p * (1 - p))
 
     def backward(self, logits: Tensor, mask: Tensor | None) -> None:
         """``true``: draw a label a row from softmax(logits), and take in the gradients of their log-likelihood.
@@ -104,15 +136,15 @@ class FisherSource:
             self.sampled_terms = self.sampled_terms + (mask != 0).sum()
         else:
             self.sampled_terms = self.sampled_terms + labels.shape[0]
-        edges = [edge for _, _, _, edge, _ in waiting]
+        edges = [edge for _, edge in waiting]
         self.in_pass = True
         try:
             gradients = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True)
         finally:
             self.in_pass = False
-        for (sums, layer, a, _, position_mask), g in zip(waiting, gradients, strict=True):
+        for (call, _), g in zip(waiting, gradients, strict=True):
             if g is not None:
-                _add_gradient(sums, layer, a, g, position_mask)
+                _add_gradient(call, g)
 
     def scale(self, terms: Tensor | int) -> Tensor | float | None:
         """What the sums are multiplied by to become Φ; None: one over the number of positions.
@@ -155,7 +187,7 @@ def generators_of(state: dict[str, Tensor]) -> dict[torch.device, torch.Generato
     return generators
 
 
-def _add_gradient(sums: GroupSums, layer: Layer, a: Tensor, g: Tensor, mask: Tensor | None) -> None:
+def _add_gradient(call: Call, g: Tensor) -> None:
     with torch.no_grad():
-        inputs = layer.inputs(a)
-        sums.add(inputs, g.detach().reshape(-1, g.shape[-1]).to(inputs.dtype).square(), mask)
+        dtype = torch.promote_types(g.dtype, torch.float32)
+        call.add(call.chosen(g.detach()).to(dtype).square())

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 # Polar Express (Amsel, Persson, Musco, Gower 2025): the minimax quintic of each step for singular values in
-# [1e-3, 1]; the last one repeats. Applied to the Gram matrix here, so eigenvalues in [1e-6, 1].
-_POLAR_EXPRESS = (
+# [1e-3, 1]; the last one repeats. `inverse_sqrt` applies them to a Gram matrix, so to eigenvalues in [1e-6, 1].
+POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
@@ -147,7 +147,7 @@ def _newton_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, T
     bound = torch.minimum(shifted.abs().sum(-1).amax(-1), shifted.norm(dim=(-2, -1))) * 1.01
     residual = shifted / bound[..., None, None]
     root = _eye_like(matrix).expand_as(matrix)
-    for a, b, c in _POLAR_EXPRESS:
+    for a, b, c in POLAR_EXPRESS:
         quintic = b * residual + c * (residual @ residual)
         quintic.diagonal(dim1=-2, dim2=-1).add_(a)
         root = root @ quintic

@@ -1,7 +1,8 @@
 """One step of many layers of the same shape at once: momentum, direction, rate.
 
 A bank holds the layers with one weight shape, one layout of Φ and one device; their momenta are one tensor, so that
-each operation below is one call for all of them.
+each operation below is one call for all of them. A layer with several matrices (a grouped convolution: its units) has
+a row for each; what is a layer's and not a matrix's (its rate) is taken over all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .factors import (
     normalized,
     orthogonalize,
     psi_inverse,
+    quadratic_form,
     rms_rate,
     running_average,
     trust_rate,
@@ -56,7 +58,7 @@ class LayerBank:
     Args:
         layers: the layers.
         factors: the bank that holds their Φ.
-        rows: [L], each layer's group in `factors`.
+        rows: [L · u], the rows of `factors` that belong to each layer's matrices.
         estimate_psi: Ψ is estimated (the layers feed an activation, or g² is drawn), else it is 1/m throughout.
         offset: number of layers in the banks before: staggers the recomputed roots over all banks.
         config: the optimizer's.
@@ -75,16 +77,18 @@ class LayerBank:
     ) -> None:
         self.layers, self.factors, self.rows, self.config, self.offset = layers, factors, rows, config, offset
         first = layers[0]
-        self.m, self.columns = first.out_features, first.columns
+        self.m, self.columns, self.units = first.out_features, first.columns, first.units
         # Φ = m·E[a aᵀ] where φ' = 1, and what layers share is E[a aᵀ]
         self.scale = 1.0 if estimate_psi else float(self.m)
-        count = len(layers)
+        count = len(layers) * self.units
         self.momentum = like.new_zeros(count, self.m, self.columns)
         self.psi = like.new_zeros(count, self.m) if estimate_psi else None
         self.psi_weight = like.new_zeros(count) if estimate_psi else None
-        self.rate = like.new_zeros(count)
+        self.rate = like.new_zeros(len(layers))
         self.row_square = like.new_zeros(count, self.m) if config.row_decay and config.direction != "natural" else None
         self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
+        half = config.matrix_dtype == "bfloat16" and like.dtype == torch.float32
+        self._product_dtype = torch.bfloat16 if half else like.dtype
         self.side = gram_side(self.m, self.columns)
         self.gram: Tensor | None = None
         self.polar: Tensor | None = None
@@ -92,24 +96,27 @@ class LayerBank:
         if config.direction == "gram":
             n = self.columns if self.side == "right" else self.m
             self.gram = like.new_zeros(count, *packed_shape(n))
-            half = config.gram_dtype == "bfloat16" and like.dtype == torch.float32
-            dtype = torch.bfloat16 if half else like.dtype
-            self.polar = torch.eye(n, dtype=dtype, device=like.device).repeat(count, 1, 1)
+            self.polar = torch.eye(n, dtype=self._product_dtype, device=like.device).repeat(count, 1, 1)
             self._n = n
 
     # Ψ
 
     def update_psi(self, new: dict[str, Tensor]) -> None:
-        """Eq. 14 for Ψ: layer → [m], trace 1."""
+        """Eq. 14 for Ψ: layer → [u, m], trace 1."""
         if self.psi is None or self.psi_weight is None:
             return
-        index = [i for i, layer in enumerate(self.layers) if layer.name in new]
-        if index:
-            fresh = torch.stack([new[self.layers[i].name].to(self.psi.dtype) for i in index])
-            rows = index_tensor(tuple(index), self.psi.device)
+        seen = [i for i, layer in enumerate(self.layers) if layer.name in new]
+        if seen:
+            fresh = torch.cat([new[self.layers[i].name].to(self.psi.dtype) for i in seen])
+            rows = self.rows_of(seen)
             self.psi[rows], self.psi_weight[rows] = running_average(
                 self.psi[rows], fresh, self.psi_weight[rows], self.config.ema_decay
             )
+
+    def rows_of(self, layers: list[int]) -> Tensor:
+        """The rows of these layers' matrices, one after the other."""
+        rows = tuple(i * self.units + j for i in layers for j in range(self.units))
+        return index_tensor(rows, self.momentum.device)
 
     def dense_psi(self, index: Tensor | slice) -> Tensor:
         """Ψ, bias-corrected and undamped: [n, m]; 1/m where it is not estimated or not seen yet."""
@@ -124,7 +131,7 @@ class LayerBank:
 
     def update(self, present: list[int], lr: float | Tensor, step: int, samples: dict[str, RowSamples],
                row_scale: Tensor | float) -> Sequence[Tensor]:  # fmt: skip
-        """What is to be subtracted from the layers `present` (those with a gradient): a [m, columns] each.
+        """What is to be subtracted from the layers `present` (those with a gradient): a [u, m, columns] each.
 
         Args:
             present: indices of layers.
@@ -133,27 +140,31 @@ class LayerBank:
             row_scale: T × rows seen / rows kept, which makes Σ q² over the rows kept DᵀFD.
         """
         whole = len(present) == len(self.layers)
-        index: slice | Tensor = slice(None) if whole else index_tensor(tuple(present), self.momentum.device)
+        index: slice | Tensor = slice(None) if whole else self.rows_of(present)
         average = self.config.momentum_on == "gradient"
         grad = self._averaged_gradient(present, index) if average else self._gradient(present)
         direction = self._scale_rows(self.direction(grad, present, index, step), index)
         rate = self._rate(direction, grad, present, index, samples, row_scale)
-        self.rate[index] = rate
-        update = direction.mul_((rate * lr)[:, None, None])
+        if whole:
+            self.rate.copy_(rate)
+        else:
+            self.rate[index_tensor(tuple(present), rate.device)] = rate
+        update = direction.mul_((rate * lr).repeat_interleave(self.units)[:, None, None])
         if not average:
             update = self._averaged_update(update, index)
-        return update.unbind(0)
+        return update.unflatten(0, (-1, self.units)).unbind(0)
 
     def direction(self, grad: Tensor, present: list[int], index: slice | Tensor, step: int) -> Tensor:
-        """D of these layers: grad [n, m, d] → [n, m, d]. May recompute the roots of ``gram`` that are due."""
+        """D of these layers: grad [n · u, m, d] → the same. May recompute the roots of ``gram`` that are due."""
         c, rows = self.config, self.rows[index]
         if c.direction == "natural":
             psi_inv = psi_inverse(self.dense_psi(index), c.damping, c.damping_rho, c.damping_min, c.damping_max)
             psi_inv = psi_inv / self.scale  # what is inverted is E[a aᵀ], see `scale`
             return natural_direction(grad, self.factors.get("inverse", rows), psi_inv)
         if c.direction == "polar":
-            root = self.factors.get("root", rows)
-            return apply_right(orthogonalize(apply_right(grad, root)), root)
+            root = self.factors.get("root", rows, self._product_dtype)
+            white = apply_right(grad.to(root.dtype), root)
+            return apply_right(orthogonalize(white), root).to(grad.dtype)
         self._refresh_polar(grad, present, step)
         assert self.polar is not None
         polar = self.polar[index]
@@ -180,8 +191,8 @@ class LayerBank:
         self.started = True
         if not turn:
             return
-        due = index_tensor(tuple(turn), grad.device)
-        chosen = index_tensor(tuple(present[row] for row in turn), grad.device)
+        due = self.rows_of(turn)
+        chosen = self.rows_of([present[row] for row in turn])
         # eigh passes over the small negative eigenvalues that half precision brings, Newton's iteration does not
         full = self.gram.dtype
         low = full if uses_newton(self.config.inverse_root, grad.device) else self.polar.dtype
@@ -208,12 +219,7 @@ class LayerBank:
     # Its parts
 
     def _gradient(self, present: list[int]) -> Tensor:
-        layers = [self.layers[i] for i in present]
-        grad = torch.stack([_gradient_of(layer.weight) for layer in layers]).to(self.momentum.dtype)
-        if layers[0].bias is None:
-            return grad
-        bias = torch.stack([_gradient_of(layer.bias) for layer in layers]).to(grad.dtype)
-        return torch.cat((grad, bias.unsqueeze(-1)), -1)
+        return torch.cat([self.layers[i].gradient(self.momentum.dtype) for i in present])
 
     def _averaged_gradient(self, present: list[int], index: slice | Tensor) -> Tensor:
         """M ← τM + (1 − τ)G; returns M, or with Nesterov τM + (1 − τ)G once more."""
@@ -235,34 +241,31 @@ class LayerBank:
 
     def _rate(self, direction: Tensor, grad: Tensor, present: list[int], index: slice | Tensor,
               samples: dict[str, RowSamples], row_scale: Tensor | float) -> Tensor:  # fmt: skip
-        c = self.config
+        """α_l of each layer: [n]."""
+        c, u = self.config, self.units
         if c.rate == "rms":
-            return rms_rate(direction, c.rate_scale)
+            return rms_rate(direction.view(len(present), u * self.m, self.columns), c.rate_scale)
         if c.rate == "none":
             return direction.new_ones(len(present))
         if c.rate == "trust":
             rows = self.rows[index]
             phi = self.factors.dense(rows) * self.scale
-            return trust_rate(direction, phi, self.dense_psi(index), c.rate_scale)
+            form = quadratic_form(direction, phi, self.dense_psi(index))
+            return trust_rate(form.view(-1, u).sum(-1), c.rate_scale)
         squares = [
-            samples[self.layers[i].name].sum_of_squares(direction[row])
+            samples[self.layers[i].name].sum_of_squares(self.layers[i], direction[row * u : (row + 1) * u])
             if self.layers[i].name in samples
             else direction.new_zeros(())
             for row, i in enumerate(present)
         ]
-        slope = (direction * grad).sum((-2, -1))
+        slope = (direction * grad).sum((-2, -1)).view(-1, u).sum(-1)
         return adaptive_rate(slope, torch.stack(squares) * row_scale, c.rate_mu)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state, with the layers in the first dimension."""
+        """Every tensor of the state, with the layers' matrices (of the rate: the layers) in the first dimension."""
         named = {"momentum": self.momentum, "psi": self.psi, "psi_weight": self.psi_weight, "rate": self.rate}
         return {
             k: v
             for k, v in {**named, "gram": self.gram, "polar": self.polar, "row_square": self.row_square}.items()
             if v is not None
         }
-
-
-def _gradient_of(parameter: Tensor | None) -> Tensor:
-    assert parameter is not None
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,43 +1,101 @@
 """Which modules LNGD can own, and the tensors of one call of them in a canonical form.
 
-A layer is one weight matrix. Two modules that share it (tied) are one layer, whose statistics are pooled.
+A layer is one weight: a matrix, or for a grouped convolution one matrix a group (its units). Two modules that share
+it (tied) are one layer, whose statistics are pooled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from .factors import block_layout
-
-# Modules that apply one function to each entry: φ'(s) is the derivative of that function. By module of
-# definition, so that transformers' GELUs count and this package need not import transformers.
-_ELEMENTWISE_HOMES = ("torch.nn.modules.activation", "transformers.activations")
-_NOT_ELEMENTWISE = ("Softmax", "LogSoftmax", "Softmax2d", "Softmin", "GLU", "MultiheadAttention", "PReLU", "RReLU")
+from .patches import Window, chunks
 
 # Below this width a whole Φ costs next to nothing, so `max_factor_dim="auto"` does not cut further.
 _SMALLEST_BLOCK = 64
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a module's weight and input become matrices.
+
+    Attributes:
+        kind: ``linear`` (weight [m, d]), ``transposed`` (transformers' Conv1D: weight [d, m]), ``convolution``.
+        units: matrices in the weight: groups of a convolution, else 1.
+        out_features: m of each.
+        in_features: d of each: channels of a group times kernel.
+        window: of a convolution.
+    """
+
+    kind: str
+    units: int
+    out_features: int
+    in_features: int
+    window: Window | None = None
+
+    def reads_like(self, other: Geometry) -> bool:
+        """Both make the same rows of the same input."""
+        return (self.units, self.in_features, self.window) == (other.units, other.in_features, other.window)
+
+
+def geometry_of(module: nn.Module) -> Geometry | None:
+    """The geometry of a module that LNGD can own: its forward is torch's own, with a plain weight; else None."""
+    weight: Any = module._parameters.get("weight")  # a parametrization would have taken it away
+    if weight is None:
+        return None
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return Geometry("linear", 1, *weight.shape)
+    for kind in _CONVOLUTIONS:
+        plain = isinstance(module, kind) and type(module).forward is kind.forward
+        if plain and type(module)._conv_forward is kind._conv_forward:  # type: ignore[attr-defined]
+            units = int(module.groups)  # type: ignore[arg-type]
+            window = Window.of(module)  # type: ignore[arg-type]
+            return Geometry("convolution", units, weight.shape[0] // units, weight[0].numel(), window)
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return Geometry("transposed", 1, weight.shape[1], weight.shape[0])
+    return None
 
 
 @dataclass
 class Layer:
-    """A linear map owned by LNGD: weight [m, d], with the bias as column d + 1 of the factor if `bias_name`."""
+    """A linear map owned by LNGD: `units` matrices [m, d]; with `bias_name` the bias is column d + 1 of the factor."""
 
     name: str
     weight_name: str
     bias_name: str | None
-    out_features: int
-    in_features: int
+    geometry: Geometry
     modules: list[tuple[str, nn.Module]] = field(default_factory=list)
 
     @property
+    def units(self) -> int:
+        """Matrices in the weight."""
+        return self.geometry.units
+
+    @property
+    def out_features(self) -> int:
+        """m, rows of a matrix."""
+        return self.geometry.out_features
+
+    @property
+    def in_features(self) -> int:
+        """d, columns of a matrix without the bias."""
+        return self.geometry.in_features
+
+    @property
     def columns(self) -> int:
-        """Columns of the layer's gradient matrix: d, or d + 1 with the bias."""
+        """Columns of the layer's gradient matrices: d, or d + 1 with the bias."""
         return self.in_features + (self.bias_name is not None)
+
+    @property
+    def is_convolution(self) -> bool:
+        """Its input and output are [B, channels, *spatial]."""
+        return self.geometry.window is not None
 
     @property
     def module(self) -> nn.Module:
@@ -54,13 +112,79 @@ class Layer:
         """The bias, if it is part of the factor."""
         return None if self.bias_name is None else self.module.bias  # type: ignore[return-value]
 
-    def inputs(self, a: Tensor) -> Tensor:
-        """A call's input [..., d] → [N, columns] in at least float32, detached, ones for the bias."""
-        flat = a.detach().reshape(-1, a.shape[-1])
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        if self.bias_name is not None:
-            flat = torch.cat((flat, flat.new_ones(flat.shape[0], 1)), 1)
-        return flat
+    # Weights as matrices
+
+    def gradient(self, dtype: torch.dtype) -> Tensor:
+        """The gradient as matrices, [units, m, columns]; zeros where there is none."""
+        matrices = self._matrices(_gradient_of(self.weight)).to(dtype)
+        if self.bias is None:
+            return matrices
+        return torch.cat((matrices, _gradient_of(self.bias).to(dtype).view(self.units, -1, 1)), -1)
+
+    def like_weight(self, matrices: Tensor) -> Tensor:
+        """[units, m, columns] → the shape of the weight, without the bias's column."""
+        matrices = matrices[..., : self.in_features]
+        return matrices[0].T if self.geometry.kind == "transposed" else matrices.reshape(self.weight.shape)
+
+    def like_bias(self, matrices: Tensor) -> Tensor:
+        """[units, m, d + 1] → the bias's column, [units · m]."""
+        return matrices[..., self.in_features].flatten()
+
+    def _matrices(self, weight: Tensor) -> Tensor:
+        if self.geometry.kind == "transposed":
+            return weight.T.unsqueeze(0)
+        return weight.reshape(self.units, self.out_features, self.in_features)
+
+    # Calls
+
+    def batched(self, x: Tensor) -> Tensor:
+        """A convolution's input or output with its batch dimension, which torch lets a caller leave out."""
+        window = self.geometry.window
+        return x.unsqueeze(0) if window is not None and x.dim() == len(window.kernel) + 1 else x
+
+    def positions(self, output: Tensor) -> torch.Size:
+        """The shape of an output without its features: what a mask has to fit."""
+        output = self.batched(output)
+        return torch.Size((output.shape[0], *output.shape[2:])) if self.is_convolution else output.shape[:-1]
+
+    def inputs(self, a: Tensor, most: int) -> Iterator[tuple[Tensor, slice]]:
+        """A call's input as rows in at least float32, detached, ones for the bias.
+
+        Args:
+            a: [..., d], or [B, channels, *spatial].
+            most: numbers in a piece; a linear layer's input is one piece, which copies nothing.
+
+        Yields:
+            [units, n, columns], and which of all N positions they are.
+        """
+        a = self.batched(a.detach())
+        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        window = self.geometry.window
+        if window is None:
+            flat = a.reshape(1, -1, a.shape[-1])
+            yield self._with_ones(flat), slice(0, flat.shape[1])
+            return
+        for rows, where in chunks(a, window, self.units, most):
+            yield self._with_ones(rows), where
+
+    def _with_ones(self, rows: Tensor) -> Tensor:
+        return rows if self.bias_name is None else torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
+
+    def outputs(self, value: Tensor) -> Tensor:
+        """A tensor in the shape of the output, [..., m] or [B, channels, *spatial] → [units, N, m]."""
+        value = self.batched(value)
+        if self.is_convolution:
+            value = value.movedim(1, -1)
+        return value.reshape(-1, self.units, self.out_features).transpose(0, 1)
+
+    def apply(self, a: Tensor, matrices: Tensor) -> Tensor:
+        """The layer's output for input a with other weights: [units, m, columns] → the shape of the output."""
+        weight = self.like_weight(matrices)
+        bias = None if self.bias_name is None else self.like_bias(matrices)
+        a = self.batched(a)
+        if self.is_convolution:
+            return self.module._conv_forward(a, weight, bias)  # type: ignore[operator]
+        return torch.nn.functional.linear(a, weight.T if self.geometry.kind == "transposed" else weight, bias)
 
 
 def factor_blocks(layers: list[Layer], max_factor_dim: int | str) -> tuple[int, int]:
@@ -73,41 +197,12 @@ def factor_blocks(layers: list[Layer], max_factor_dim: int | str) -> tuple[int, 
     return block_layout(columns, max(limit, _SMALLEST_BLOCK))
 
 
-def is_linear(module: nn.Module) -> bool:
-    """A linear map whose forward is nn.Linear's own, with a plain weight (no parametrization)."""
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain and "weight" in module._parameters
-
-
-def is_elementwise(module: nn.Module) -> bool:
-    """An activation module that works entry by entry and has no parameters."""
-    kind = type(module)
-    return (
-        kind.__module__ in _ELEMENTWISE_HOMES
-        and kind.__name__ not in _NOT_ELEMENTWISE
-        and next(module.parameters(), None) is None
-    )
-
-
-def activation_derivative(activation: nn.Module, s: Tensor) -> Tensor:
-    """φ'(s), entry by entry: s [..., m] → [N, m] in at least float32. The module's own hooks do not run.
-
-    Forward mode: reverse mode saves tensors, which non-reentrant checkpointing counts when this runs within it.
-    Reentrant checkpointing, which does not, switches forward mode off: then reverse mode it is.
-    """
-    # a copy for the module: an in-place activation may not change the caller's tensor
-    value = s.detach().to(torch.promote_types(s.dtype, torch.float32), copy=True)
-    with torch.no_grad(), forward_ad.dual_level():
-        output = activation.forward(forward_ad.make_dual(value, torch.ones_like(value)))
-        derivative = forward_ad.unpack_dual(output).tangent
-    if derivative is None:
-        with torch.enable_grad():
-            leaf = s.detach().to(value.dtype).requires_grad_()
-            (derivative,) = torch.autograd.grad(activation.forward(leaf.clone()).sum(), leaf)
-    return derivative.detach().reshape(-1, s.shape[-1])
-
-
 def call_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The input tensor of a module's call, positional or by name."""
-    value = args[0] if args else kwargs.get("input")
+    value = args[0] if args else kwargs.get("input", kwargs.get("x"))
     return value if isinstance(value, Tensor) else None
+
+
+def _gradient_of(parameter: Tensor | None) -> Tensor:
+    assert parameter is not None
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

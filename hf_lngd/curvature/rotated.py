@@ -78,7 +78,7 @@ class RotatedTable:
         grad = weight.grad.to(s["mean"].dtype)
         if turn:
             self._turn(grad)
-        low = torch.bfloat16 if c.gram_dtype == "bfloat16" and grad.dtype == torch.float32 else grad.dtype
+        low = torch.bfloat16 if c.matrix_dtype == "bfloat16" and grad.dtype == torch.float32 else grad.dtype
         basis = s["basis"].to(low)
         rotated = (grad.to(low) @ basis).to(grad.dtype)
         s["step"] += 1

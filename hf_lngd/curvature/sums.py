@@ -7,24 +7,31 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .factors import input_statistic, output_statistic, row_products, trace
+from .factors import input_statistic, output_statistic, trace
+from .layers import Layer
 
 
 @dataclass
 class GroupSums:
-    """S = Σ_t w_t a_t a_tᵀ as [k, b, b], v = Σ_t ‖a_t‖² g_t² as [m] (None where φ' = 1), n positions."""
+    """S = Σ_t w_t a_t a_tᵀ as [u, k, b, b], v = Σ_t ‖a_t‖² g_t² as [u, m] (None where φ' = 1), n positions.
+
+    Attributes:
+        blocks: (k, b).
+        thinned: rows of the batch in the step for each row that was summed: 1 where all were.
+    """
 
     blocks: tuple[int, int]
     s: Tensor | None = None
     v: Tensor | None = None
     n: Tensor | None = None
+    thinned: float = 1.0
 
     def add(self, a: Tensor, g2: Tensor | None, mask: Tensor | None) -> None:
-        """Add the positions of one call.
+        """Add some positions.
 
         Args:
-            a: inputs [N, d].
-            g2: squared gradients [N, m] with respect to the pre-activation, or None where they are all one.
+            a: inputs [u, N, d].
+            g2: squared gradients [u, N, m] with respect to the pre-activation, or None where they are all one.
             mask: [N], 1 where the position counts, or None.
         """
         if a.is_meta:  # which knows no autocast
@@ -34,7 +41,7 @@ class GroupSums:
 
     def _add(self, a: Tensor, g2: Tensor | None, mask: Tensor | None) -> None:
         weight = None if mask is None else mask.to(a.dtype)
-        count = a.new_full((), a.shape[0]) if weight is None else weight.sum()
+        count = a.new_full((), a.shape[-2]) if weight is None else weight.sum()
         if g2 is not None:
             g2 = g2.to(a.dtype) if weight is None else g2.to(a.dtype) * weight[:, None]
             v = output_statistic(a, g2)
@@ -45,15 +52,15 @@ class GroupSums:
         self.n = count if self.n is None else self.n + count
 
     def factors(self, scale: Tensor | float | None = None) -> tuple[Tensor, Tensor | None]:
-        """Φ = S·scale (Eq. 4; `scale` 1/n by default) and Ψ = v / tr S (Eq. 5), tr Ψ = 1.
+        """Φ = S·scale (Eq. 4; `scale` 1/n by default) [u, k, b, b] and Ψ = v / tr S (Eq. 5) [u, m], tr Ψ = 1.
 
         With no positions at all Φ is NaN, which the running average passes over.
         """
         assert self.s is not None and self.n is not None
-        phi = self.s / self.n if scale is None else self.s * scale
+        phi = self.s / self.n if scale is None else self.s * (scale * self.thinned)
         if self.v is None:
             return phi, None
-        size = trace(self.s)  # may overflow where v does not: then Ψ is no more to be used than Φ
+        size = trace(self.s)[:, None]  # may overflow where v does not: then Ψ is no more to be used than Φ
         return phi, torch.where(torch.isfinite(size), self.v / size, torch.nan)
 
 
@@ -62,7 +69,7 @@ class RowSamples:
     """What Eq. 12-13 needs of one layer: inputs and output gradients of some rows of the batch.
 
     Attributes:
-        calls: forward pass → list of (a [n, ..., d], g [n, ..., m]), one entry a call of the layer.
+        calls: forward pass → list of (a [n, ...], g [n, ...]), one entry a call of the layer.
     """
 
     calls: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -71,22 +78,18 @@ class RowSamples:
         """Keep the rows of one call."""
         self.calls.setdefault(forward, []).append((a, g))
 
-    def sum_of_squares(self, direction: Tensor) -> Tensor:
-        """Σ q_n² over the rows kept, q_n = Σ_t g_tᵀ D a_t: direction [m, d], or [m, d + 1] with the bias → [].
+    def sum_of_squares(self, layer: Layer, direction: Tensor) -> Tensor:
+        """Σ q_n² over the rows kept, q_n = Σ_t g_tᵀ D a_t: direction [u, m, columns] → [].
 
         A layer that is called twice in one forward adds both calls to a row's q; other forwards are other rows.
         """
         total = direction.new_zeros(())
         for calls in self.calls.values():
-            q = sum(_row_products(direction, a, g) for a, g in calls)
+            q = sum(_row_products(layer, direction, a, g) for a, g in calls)
             total = total + torch.as_tensor(q).square().sum()
         return total
 
 
-def _row_products(direction: Tensor, a: Tensor, g: Tensor) -> Tensor:
-    rows = a.shape[0]
-    a = a.reshape(rows, -1, a.shape[-1]).to(direction.dtype)
-    g = g.reshape(rows, -1, g.shape[-1]).to(direction.dtype)
-    if direction.shape[-1] == a.shape[-1] + 1:
-        a = torch.cat((a, a.new_ones(*a.shape[:-1], 1)), -1)
-    return row_products(direction, a, g)
+def _row_products(layer: Layer, direction: Tensor, a: Tensor, g: Tensor) -> Tensor:
+    """q_n: D a is what the layer would give with D for its weight."""
+    return (layer.apply(a.to(direction.dtype), direction) * g.to(direction.dtype)).flatten(1).sum(1)

@@ -8,21 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass
 class Group:
-    """Layers that share one Φ: they read the same tensor, with the same mask, and none feeds an activation.
+    """Layers that share one Φ: they read the same tensor, with the same mask, and nothing that counts follows.
 
-    A layer that feeds an activation, or that is seen under a Fisher which differs a layer, is alone in its group.
+    A layer that something follows, or that is seen under a Fisher which differs a layer, is alone in its group.
 
     Attributes:
         members: layer names; the first names the group.
-        activation: module name of the elementwise function after the only member, or None (φ' = 1).
+        links: what follows the only member, see `chains.Chain`; empty: φ' = 1. ``softmax`` or ``sigmoid`` alone: a head
+            with the model's own predictive distribution.
         stream: which of the batch's masks applies, see `masks.BatchMasks`.
     """
 
     members: list[str]
-    activation: str | None = None
+    links: tuple[str, ...] = ()
     stream: str | None = None
 
     @property
@@ -41,9 +44,9 @@ class Topology:
     def __post_init__(self) -> None:
         self.of_layer: dict[str, Group] = {name: group for group in self.groups for name in group.members}
 
-    def add(self, layer: str, activation: str | None, stream: str | None) -> Group:
+    def add(self, layer: str, links: tuple[str, ...], stream: str | None) -> Group:
         """A new group with this layer alone."""
-        group = Group([layer], activation, stream)
+        group = Group([layer], links, stream)
         self.groups.append(group)
         self.of_layer[layer] = group
         return group
@@ -57,18 +60,30 @@ class Topology:
         """End the search: layers that were never called get a group of their own, empty until they are."""
         for name in layers:
             if name not in self.of_layer:
-                self.add(name, None, None)
+                self.add(name, (), None)
         self.frozen = True
 
     def state(self) -> list[dict[str, Any]]:
         """Plain lists and strings, for a checkpoint."""
-        return [
-            {"members": list(g.members), "activation": g.activation or "", "stream": g.stream or ""}
-            for g in self.groups
-        ]
+        return [{"members": list(g.members), "links": list(g.links), "stream": g.stream or ""} for g in self.groups]
 
     @classmethod
     def from_state(cls, state: list[dict[str, Any]]) -> Topology:
         """The inverse of :meth:`state`."""
-        groups = [Group(list(g["members"]), g["activation"] or None, g["stream"] or None) for g in state]
+        groups = [Group(list(g["members"]), tuple(g["links"]), g["stream"] or None) for g in state]
         return cls(groups, frozen=True)
+
+
+# The links of a head whose predictive distribution is the model's own: one class is true, or each is a yes or no.
+HEADS: tuple[tuple[str, ...], ...] = (("softmax",), ("sigmoid",))
+
+
+def head_link(output: Tensor, model_output: Any, config: Any) -> tuple[str, ...]:
+    """One of `HEADS` if a layer's output is the logits that the model returned, of classes; else ()."""
+    logits = model_output if isinstance(model_output, Tensor) else getattr(model_output, "logits", None)
+    if logits is None and isinstance(model_output, dict):
+        logits = model_output.get("logits")
+    problem = getattr(config, "problem_type", None)
+    if logits is not output or output.shape[-1] < 2 or problem == "regression":
+        return ()
+    return HEADS[1] if problem == "multi_label_classification" else HEADS[0]

@@ -1,0 +1,126 @@
+"""What each field of `LNGDConfig` accepts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+FISHERS = ("expected", "sampled", "true", "empirical")
+DIRECTIONS = ("natural", "polar", "gram")
+RATES = ("adaptive", "rms", "trust", "none")
+DAMPINGS = ("relative", "paper")
+MOMENTUM_ON = ("gradient", "update")
+BIASES = ("factor", "fallback")
+EMBEDDINGS = ("fallback", "exact", "rotated")
+MATRIX_DTYPES = ("bfloat16", "full")
+ROOTS = ("auto", "eigh", "newton")
+CHAINS = ("activation", "full")
+HEADS = ("gaussian", "categorical")
+
+
+def invalid(name: str, value: Any, accepted: str) -> ValueError:
+    """The error for a field: names it, the value and what is accepted."""
+    return ValueError(f"{name}: got {value!r}, accepted: {accepted}")
+
+
+def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of those accepted."""
+    if value not in accepted:
+        raise invalid(name, value, ", ".join(accepted))
+
+
+def _choice(accepted: tuple[str, ...]) -> Callable[[str, Any], None]:
+    return lambda name, value: one_of(name, value, accepted)
+
+
+def _number(accepted: str, test: Callable[[float], bool]) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not test(value):
+            raise invalid(name, value, f"a number {accepted}")
+
+    return check
+
+
+def _integer(least: int) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise invalid(name, value, f"an integer, at least {least}")
+
+    return check
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise invalid(name, value, "true or false")
+
+
+def _auto_or_integer(name: str, value: Any) -> None:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise invalid(name, value, "auto or an integer, at least 1")
+
+
+def _regex(name: str, value: Any) -> None:
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise invalid(name, value, f"a regular expression ({error})") from None
+
+
+def _betas(name: str, value: Any) -> None:
+    pair = isinstance(value, tuple) and len(value) == 2
+    if not pair or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in value):
+        raise invalid(name, value, "two numbers in [0, 1), written 0.9:0.999 in optim_args")
+
+
+def _optional_rate(name: str, value: Any) -> None:
+    if value is not None:
+        _number("above 0, or none", lambda x: x > 0)(name, value)
+
+
+_POSITIVE = _number("above 0", lambda x: x > 0)
+_NOT_NEGATIVE = _number("at least 0", lambda x: x >= 0)
+_FRACTION = _number("in [0, 1)", lambda x: 0 <= x < 1)
+
+# field → what raises ValueError for a bad value of it.
+CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "fisher": _choice(FISHERS),
+    "direction": _choice(DIRECTIONS),
+    "rate": _choice(RATES),
+    "rate_scale": _POSITIVE,
+    "rate_mu": _NOT_NEGATIVE,
+    "rate_rows": _integer(1),
+    "damping": _choice(DAMPINGS),
+    "damping_rho": _POSITIVE,
+    "damping_min": _POSITIVE,
+    "damping_max": _POSITIVE,
+    "momentum": _FRACTION,
+    "nesterov": _flag,
+    "momentum_on": _choice(MOMENTUM_ON),
+    "ema_decay": _FRACTION,
+    "factor_interval": _integer(1),
+    "inverse_interval": _integer(1),
+    "stagger": _flag,
+    "early_factors": _flag,
+    "polar_interval": _auto_or_integer,
+    "gram_decay": _FRACTION,
+    "matrix_dtype": _choice(MATRIX_DTYPES),
+    "row_decay": _FRACTION,
+    "inverse_root": _choice(ROOTS),
+    "weight_decay": _NOT_NEGATIVE,
+    "bias": _choice(BIASES),
+    "max_factor_dim": _auto_or_integer,
+    "embedding": _choice(EMBEDDINGS),
+    "exclude": _regex,
+    "fallback_lr": _optional_rate,
+    "fallback_lr_scale": _POSITIVE,
+    "betas": _betas,
+    "eps": _POSITIVE,
+    "seed": _integer(0),
+    "chain": _choice(CHAINS),
+    "head": _choice(HEADS),
+    "conv_rows": _integer(1),
+    "conv_memory": _integer(1),
+}
