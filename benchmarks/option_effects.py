@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.multi30k_task import prepare
+from benchmarks.multi30k_task import make_task
 from benchmarks.rivals import Settings
 from benchmarks.runs import Results, train
 
@@ -104,12 +104,12 @@ def main(arguments: list[str] | None = None) -> None:
         if args.data is None:
             raise ValueError("--data: needed to run anything; only --table does without")
         torch.set_num_threads(args.threads)
-        data = prepare(args.data)
+        task = make_task(args.data)
         for seed in args.seeds:
             for fields in tqdm(list(VARIANTS)[args.part[0] :: args.part[1]], desc=f"seed {seed}"):
                 settings = variant(fields, base)
                 if not results.find("option", "lngd", settings, seed=seed):
-                    row = train("lngd", settings, seed, args.steps, data, lambda step, loss: None)
+                    row = train("lngd", settings, seed, args.steps, task, lambda step, loss: None)
                     results.add({"phase": "option", **row})
     print(table(results, base, args.seeds))
 

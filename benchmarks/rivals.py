@@ -1,7 +1,8 @@
 """The optimizers that the benchmarks compare, each from the same settings.
 
-Matrices (the weights of linear layers) get the rival's own update at rate `lr`; everything else (embeddings, norms,
-biases) gets AdamW at rate `other_lr`. Decoupled weight decay acts on matrices and embeddings, not on norms and biases.
+Matrices (the weights of linear layers and convolutions) get the rival's own update at rate `lr`; everything else
+(embeddings, norms, biases) gets AdamW at rate `other_lr`. Decoupled weight decay acts on matrices and embeddings, not
+on norms and biases.
 """
 
 from __future__ import annotations
@@ -104,9 +105,10 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """(weights of linear layers, embeddings, norms and biases); a weight tied to an embedding is an embedding."""
+    """(weights of linear layers and convolutions, embeddings, all else); a weight tied to an embedding is one."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - embeddings
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, kinds)} - embeddings
     trained = [p for p in model.parameters() if p.requires_grad]
     return (
         [p for p in trained if id(p) in linear],
@@ -139,9 +141,29 @@ def adamw(model: nn.Module, settings: Settings) -> Together:
     return Together([_adamw([matrices, *adamw_groups(model, settings)])])
 
 
+class FlatMuon(torch.optim.Muon):
+    """torch.optim.Muon, which takes matrices only, on weights of any shape: convolutions as [out, in · kernel]."""
+
+    def __init__(self, params: list[nn.Parameter], **settings: Any) -> None:
+        self._weights = params
+        self._views = [nn.Parameter(p.detach().view(p.shape[0], -1)) for p in params]
+        super().__init__(self._views, **settings)
+
+    def step(self, closure: Any = None) -> Any:
+        """One step of those that have a gradient."""
+        for weight, view in zip(self._weights, self._views, strict=True):
+            view.grad = None if weight.grad is None else weight.grad.view(view.shape)
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of the weights."""
+        for weight in self._weights:
+            weight.grad = None
+
+
 def muon(model: nn.Module, settings: Settings) -> Together:
     """torch.optim.Muon, its update scaled to AdamW's size, beside AdamW."""
-    own = torch.optim.Muon(
+    own = FlatMuon(
         split(model)[0],
         lr=settings.lr,
         weight_decay=settings.weight_decay,
@@ -182,13 +204,6 @@ RIVALS: dict[str, Callable[[nn.Module, Settings], Together]] = {
     "lngd": lngd,
 }
 LABELS = {"adamw": "AdamW (two rates)", "muon": "Muon + AdamW", "soap": "SOAP + AdamW", "lngd": "LNGD"}
-# Where tuning starts: the best settings of a first search of nine runs each, from the design's own.
-STARTS = {
-    "adamw": Settings(7.5e-4, 1e-2, 0.4),
-    "muon": Settings(1.6e-2, 1e-2, 0.4),
-    "soap": Settings(4.2e-3, 1e-2, 0.2),
-    "lngd": Settings(1.6e-2, 1e-2, 0.4),
-}
 
 
 def rival(name: str) -> Callable[[nn.Module, Settings], Together]:

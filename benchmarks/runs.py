@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.multi30k_task import Data, batches, make_model, validation_loss
-from benchmarks.rivals import STARTS, Settings, rival
+from benchmarks.rivals import Settings, rival
+from benchmarks.tasks import Task
 
 Row = dict[str, Any]
-WARMUP = 60
 FINAL_RATE = 0.05
 CLIP = 1.0
 LOG_EVERY = 25
@@ -29,32 +28,39 @@ FINEST = 1.1
 RATES = ("lr", "other_lr", "fresh")
 
 
-def schedule(step: int, steps: int) -> float:
-    """The factor of both rates: linear warm-up over 60 steps (a third of a shorter run), then linear to 5 %."""
-    warmup = min(WARMUP, steps // 3)
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """The factor of both rates: linear warm-up (a third of a shorter run at the most), then linear to 5 %."""
+    warmup = min(warmup, steps // 3)
     if step < warmup:
         return (step + 1) / warmup
     return 1 - (1 - FINAL_RATE) * (step - warmup) / max(1, steps - warmup)
 
 
 def train(
-    name: str, settings: Settings, seed: int, steps: int, data: Data, progress: Callable[[int, float], None]
+    name: str,
+    settings: Settings,
+    seed: int,
+    steps: int,
+    task: Task,
+    progress: Callable[[int, float], None],
+    tuning: bool = False,
 ) -> Row:
     """Trains once and returns the row of results. Seconds are those of training: evaluation is left out.
 
     The seed decides weights, order of the data and dropout, so rivals of one seed are paired.
     """
-    model = make_model(seed)
+    model = task.make_model(seed)
     optimizer = rival(name)(model, settings)
     scheduler = [
-        torch.optim.lr_scheduler.LambdaLR(one, lambda step: schedule(step, steps)) for one in optimizer.optimizers
+        torch.optim.lr_scheduler.LambdaLR(one, lambda step: schedule(step, steps, task.warmup))
+        for one in optimizer.optimizers
     ]
     checkpoints = {round(steps * quarter / 4) for quarter in (1, 2, 3, 4)}
-    stream = batches(data, seed)
+    stream = task.batches(seed)
     model.train()
     seconds, window, first = 0.0, [], math.inf
     train_curve: list[tuple[int, float, float]] = []
-    validation_curve: list[tuple[int, float, float]] = []
+    curves: dict[str, list[tuple[int, float, float]]] = {"loss": []}
     diverged = False
     for step in range(1, steps + 1):
         start = time.perf_counter()
@@ -77,22 +83,27 @@ def train(
             window = []
         if step in checkpoints:
             optimizer.capture(False)
-            validation_curve.append((step, round(seconds, 3), round(validation_loss(model, data), 5)))
+            for metric, found in task.evaluate(model, tuning).items():
+                curves.setdefault(metric, []).append((step, round(seconds, 3), round(found, 5)))
             optimizer.capture(True)
         progress(step, value)
-    diverged = diverged or not validation_curve or not math.isfinite(validation_curve[-1][2])
+    diverged = diverged or not curves["loss"] or not math.isfinite(curves["loss"][-1][2])
     optimizer.close()
-    return {
-        "task": "multi30k",
+    row: Row = {
+        "task": task.name,
         "optimizer": name,
         "seed": seed,
         "settings": settings.to_dict(),
         "steps": steps,
         "seconds": round(seconds, 3),
-        "loss": None if diverged else validation_curve[-1][2],
+        "loss": None if diverged else curves["loss"][-1][2],
         "diverged": diverged,
         "train_curve": train_curve,
-        "validation_curve": validation_curve,
+        "validation_curve": curves["loss"],
+    }
+    if "accuracy" in curves:
+        row |= {"accuracy": None if diverged else curves["accuracy"][-1][2], "accuracy_curve": curves["accuracy"]}
+    return row | {
         "state_mib": round(optimizer.state_bytes() / 2**20, 3),
         "hardware": f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
@@ -198,10 +209,7 @@ def search(start: Settings, trials: int, loss_of: Callable[[Settings], float]) -
             best, queue = settings, [ahead]
 
 
-def tuning_starts(names: Iterable[str], fields: dict[str, str]) -> dict[str, Settings]:
+def tuning_starts(names: Iterable[str], starts: dict[str, Settings], fields: dict[str, str]) -> dict[str, Settings]:
     """Where the search of each rival starts; a variant of LNGD has its own fields."""
-    starts = {}
-    for name in names:
-        base = STARTS["lngd" if name.startswith("lngd-") else name]
-        starts[name] = replace(base, fields=fields.get(name, ""))
-    return starts
+    bases = {name: starts["lngd" if name.startswith("lngd-") else name] for name in names}
+    return {name: replace(base, fields=fields.get(name, "")) for name, base in bases.items()}

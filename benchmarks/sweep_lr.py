@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.multi30k_task import prepare
+from benchmarks.multi30k_task import make_task
 from benchmarks.rivals import Settings, label
 from benchmarks.runs import Results, Row, train
 from benchmarks.tables import table
@@ -68,14 +68,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     results = Results(args.results)
-    data = prepare(args.data)
+    task = make_task(args.data)
     with tqdm(total=len(RATES) * len(RIVALS) * args.steps, unit="step", smoothing=0.02) as bar:
         for rate in RATES:
             for name in RIVALS:
                 settings = Settings(rate, rate)
                 if not results.find("sweep", name, settings, steps=args.steps, seed=args.seed):
                     bar.set_description(f"{name} lr {rate:g}")
-                    row: Row = train(name, settings, args.seed, args.steps, data, lambda step, loss: bar.update(1))
+                    row: Row = train(name, settings, args.seed, args.steps, task, lambda step, loss: bar.update(1))
                     results.add({"phase": "sweep", **row})
     print(sweep_table(results, args.steps, args.seed))
 

@@ -1,4 +1,4 @@
-"""Markdown tables and the picture of `compare_multi30k.py`, from the file of results alone."""
+"""Markdown tables and the picture of `compare.py`, from the file of results alone."""
 
 from __future__ import annotations
 
@@ -86,9 +86,10 @@ def tuning_table(results: Results, names: Sequence[str], label: Label) -> str:
 
 
 def results_table(results: Results, names: Sequence[str], label: Label) -> str:
-    """Final loss, seconds, and seconds to AdamW's final loss; a diverged run is counted, not hidden."""
-    reference = [row["loss"] for row in reported(results, REFERENCE)]
-    target = mean(reference) if reference else None
+    """Final figures, seconds, and seconds to AdamW's final loss and accuracy; a diverged run is counted, not hidden."""
+    reference = reported(results, REFERENCE)
+    target = mean(row["loss"] for row in reference) if reference else None
+    images = any("accuracy" in row for name in names for row in reported(results, name))
     body = []
     for name in names:
         everything = results.find("report", name)
@@ -96,24 +97,42 @@ def results_table(results: Results, names: Sequence[str], label: Label) -> str:
         if not everything:
             continue
         diverged = sum(row["diverged"] for row in everything)
-        cells = [label(name), spread([row["loss"] for row in rows], 3), spread([row["seconds"] for row in rows], 1)]
+        cells = [label(name), spread([row["loss"] for row in rows], 3)]
+        if images:
+            cells.append(spread([100 * row["accuracy"] for row in rows], 1))
         within, own_end = None, None
         if rows and target is not None:
             within = time_to(mean_curve(rows, "validation_curve"), target)
             ends = end_points(results, name)
             own_end = time_to(ends, target) if len(ends) > 1 else None
-        cells += [f"{within:.1f}" if within else "never", f"{own_end:.1f}" if own_end else "–"]
+        cells += [spread([row["seconds"] for row in rows], 1), _seconds(within, "never")]
+        if images:
+            cells.append(_seconds(_time_to_accuracy(rows, reference), "never"))
+        cells += [_seconds(own_end, "–")]
         cells += [f"{mean(row['seconds'] / row['steps'] for row in rows) * 1e3:.0f}" if rows else "–"]
         cells += [f"{mean(row['state_mib'] for row in rows):.1f}" if rows else "–", f"{len(rows)}", f"{diverged}"]
         body.append(cells)
     if not body:
         return "no reported runs yet"
-    head = ["optimizer", "validation loss", "seconds", "seconds to AdamW's loss", "the same, own schedules"]
+    head = ["optimizer", "loss", *(["accuracy, %"] if images else []), "seconds", "seconds to AdamW's loss"]
+    head += [*(["to AdamW's accuracy"] if images else []), "to its loss, own schedules"]
     return table([*head, "ms a step", "state, MiB", "seeds", "diverged"], body)
 
 
-def draw(results: Results, names: Sequence[str], label: Label, path: Path) -> None:
-    """Loss against seconds: training (thin, mean over seeds) and validation (marked, its range over seeds).
+def _seconds(value: float | None, otherwise: str) -> str:
+    return otherwise if value is None else f"{value:.1f}"
+
+
+def _time_to_accuracy(rows: Sequence[Row], reference: Sequence[Row]) -> float | None:
+    if not rows or not reference:
+        return None
+    falling = [(seconds, -accuracy) for seconds, accuracy in mean_curve(rows, "accuracy_curve")]
+    return time_to(falling, -mean(row["accuracy"] for row in reference))
+
+
+def draw(results: Results, names: Sequence[str], label: Label, path: Path, title: str) -> None:
+    """Loss against seconds: training (mean over seeds) and evaluation (marked, its range over seeds); of images, the
+    accuracy.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -127,6 +146,8 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path) -> No
     if not shown:
         raise ValueError(f"{results.path}: no reported runs to draw; run with --report first")
     extra = iter(VARIANTS)
+    images = any("accuracy" in row for name in shown for row in reported(results, name))
+    which, digits = ("accuracy_curve", 3) if images else ("validation_curve", 2)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     for name in shown:
         rows = reported(results, name)
@@ -134,14 +155,14 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path) -> No
         width = 2.4 if name.startswith("lngd") else 1.6
         seconds, losses = zip(*mean_curve(rows, "train_curve"), strict=True)
         left.plot(seconds, losses, color=colour, linewidth=width, label=label(name))
-        curve = mean_curve(rows, "validation_curve")
+        curve = mean_curve(rows, which)
         seconds, losses = zip(*curve, strict=True)
-        low = [min(p[2] for p in points) for points in zip(*(r["validation_curve"] for r in rows), strict=True)]
-        high = [max(p[2] for p in points) for points in zip(*(r["validation_curve"] for r in rows), strict=True)]
+        low = [min(p[2] for p in points) for points in zip(*(r[which] for r in rows), strict=True)]
+        high = [max(p[2] for p in points) for points in zip(*(r[which] for r in rows), strict=True)]
         right.fill_between(seconds, low, high, color=colour, alpha=0.15, linewidth=0)
         right.plot(seconds, losses, color=colour, linewidth=width, marker="o", markersize=4, label=label(name))
         right.annotate(
-            f"{losses[-1]:.2f}",
+            f"{losses[-1]:.{digits}f}",
             (seconds[-1], losses[-1]),
             xytext=(5, -3),
             textcoords="offset points",
@@ -150,20 +171,23 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path) -> No
         )
     reference = reported(results, REFERENCE)
     if reference:
-        right.axhline(mean(r["loss"] for r in reference), color=COLOURS[REFERENCE], linewidth=0.8, linestyle=":")
+        final = mean(r["accuracy" if images else "loss"] for r in reference)
+        right.axhline(final, color=COLOURS[REFERENCE], linewidth=0.8, linestyle=":")
     left.set_title("Training loss", loc="left", fontsize=11)
-    right.set_title("Validation loss (band: range over seeds)", loc="left", fontsize=11)
+    right.set_title(
+        f"{'Test accuracy' if images else 'Validation loss'} (band: range over seeds)", loc="left", fontsize=11
+    )
     for axis in (left, right):
         axis.set_xlabel("seconds of training")
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
-    left.set_ylabel("cross entropy per target token (nats)")
+    left.set_ylabel("cross entropy (nats)")
     right.legend(frameon=False, fontsize=9)
     steps = reported(results, shown[0])[0]["steps"]
     seeds = max(len(reported(results, name)) for name in shown)
     figure.suptitle(
-        f"Multi30k English-German from scratch, {steps} steps, mean of {seeds} seeds"[: None if seeds > 1 else -1],
+        f"{title}, {steps} steps, mean of {seeds} seeds"[: None if seeds > 1 else -1],
         fontsize=12,
         x=0.01,
         ha="left",

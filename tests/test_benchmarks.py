@@ -8,12 +8,17 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks import compare_multi30k, multi30k_task, runs, sweep_lr, tables
-from benchmarks.rivals import RIVALS, STARTS, Settings, label, rival, split
-from benchmarks.step_time import compare
+from benchmarks import cifar10_tasks, compare, multi30k_task, runs, sweep_lr, tables
+from benchmarks.rivals import RIVALS, Settings, label, rival, split
+from benchmarks.step_time import compare as paired
 
 WORDS = ["red", "dog", "man", "sees", "two", "balls", "on", "grass", "girl", "runs", "park", "boat"]
 
@@ -38,7 +43,7 @@ def losses(best_lr: float, best_other: float) -> Callable[[Settings], float]:
 
 @pytest.mark.parametrize("trials", [1, 4, 8, 14])
 def test_every_search_has_as_many_trials(trials: int) -> None:
-    for start in STARTS.values():
+    for start in [*multi30k_task.STARTS.values(), *cifar10_tasks.STARTS.values()]:
         tried = list(runs.search(start, trials, losses(1e-3, 3e-2)))
         assert len(tried) == len({runs.place(settings) for settings in tried}) == trials
         assert tried[0] == start
@@ -63,11 +68,11 @@ def test_the_search_keeps_momentum_above_zero() -> None:
 
 
 def test_schedule() -> None:
-    assert runs.schedule(0, 300) == pytest.approx(1 / 60)
-    assert runs.schedule(59, 300) == runs.schedule(60, 300) == 1
-    assert runs.schedule(180, 300) == pytest.approx(1 - 0.95 / 2)
-    assert runs.schedule(300, 300) == pytest.approx(0.05)
-    assert runs.schedule(24, 75) == 1
+    assert runs.schedule(0, 300, 60) == pytest.approx(1 / 60)
+    assert runs.schedule(59, 300, 60) == runs.schedule(60, 300, 60) == 1
+    assert runs.schedule(180, 300, 60) == pytest.approx(1 - 0.95 / 2)
+    assert runs.schedule(300, 300, 60) == pytest.approx(0.05)
+    assert runs.schedule(24, 75, 60) == 1
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -81,12 +86,13 @@ def test_every_rival_owns_each_parameter_once(name: str) -> None:
     rates, decays = {}, {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            assert id(parameter) not in rates
-            rates[id(parameter)], decays[id(parameter)] = group["lr"], group["weight_decay"]
+            place = parameter.data_ptr()  # Muon's are views
+            assert place not in rates
+            rates[place], decays[place] = group["lr"], group["weight_decay"]
     optimizer.close()
-    assert {rates[id(p)] for p in matrices} == {1e-3} and {decays[id(p)] for p in matrices} == {0.3}
-    assert {rates[id(p)] for p in embeddings} == {2e-3} and {decays[id(p)] for p in embeddings} == {0.3}
-    assert {rates[id(p)] for p in rest} == {2e-3} and {decays[id(p)] for p in rest} == {0.0}
+    for members, rate, decay in ((matrices, 1e-3, 0.3), (embeddings, 2e-3, 0.3), (rest, 2e-3, 0.0)):
+        assert {rates[p.data_ptr()] for p in members} == {rate}
+        assert {decays[p.data_ptr()] for p in members} == {decay}
 
 
 def test_runs_of_one_seed_are_paired(folder: Path) -> None:
@@ -115,8 +121,8 @@ def test_tune_report_resume_and_plot(folder: Path, tmp_path: Path, capsys: pytes
     common = ["--data", str(folder), "--results", str(file), "--rivals", "adamw", "lngd", "--steps", "8", "12"]
     common += ["--threads", "1", "--trials", "2", "--seeds", "1", "2"]
     threads = torch.get_num_threads()
-    compare_multi30k.main([*common, "--tune"])
-    compare_multi30k.main([*common, "--report"])
+    compare.main([*common, "--tune"])
+    compare.main([*common, "--report"])
     rows = json.loads(file.read_text(encoding="utf-8"))
     assert [row["optimizer"] for row in rows if row["phase"] == "tune"] == ["adamw", "lngd"] * 2
     order = [(row["seed"], row["steps"], row["optimizer"]) for row in rows if row["phase"] == "report"]
@@ -127,7 +133,7 @@ def test_tune_report_resume_and_plot(folder: Path, tmp_path: Path, capsys: pytes
         assert row["loss"] == row["validation_curve"][-1][2] and not row["diverged"]
     # An interrupted study: the last two rows are lost, and only they are run again.
     file.write_text(json.dumps(rows[:-2]), encoding="utf-8")
-    compare_multi30k.main([*common, "--tune", "--report", "--plot"])
+    compare.main([*common, "--tune", "--report", "--plot"])
     again = json.loads(file.read_text(encoding="utf-8"))
     assert again[:-2] == rows[:-2] and len(again) == len(rows)
     assert (tmp_path / "r.png").stat().st_size > 10_000
@@ -135,8 +141,60 @@ def test_tune_report_resume_and_plot(folder: Path, tmp_path: Path, capsys: pytes
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few random images in CIFAR-10's format, and a tiny pretrained model."""
+    folder, draw = tmp_path_factory.mktemp("cifar10"), np.random.default_rng(0)
+    for part, count in (("train", 40), ("test", 12)):
+        pixels = [Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
+        rows = {"img": pixels, "label": [int(n) for n in draw.integers(0, 10, count)]}
+        features = Features({"img": ImageFeature(), "label": Value("int64")})
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{part}-0.parquet")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=64, patch_size=16)).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("task", ["cifar10-resnet", "cifar10-vit", "cifar10-efficientnet"])
+def test_image_tasks(task: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10_tasks, "TRAIN", 24)
+    monkeypatch.setattr(cifar10_tasks, "HELD_OUT", 12)
+    cifar10_tasks.load.cache_clear()
+    arguments = ["--task", task, "--data", str(images), "--model", str(images / "model"), "--threads", "1"]
+    arguments += ["--results", str(tmp_path / "r.json"), "--rivals", "adamw", "muon", "lngd", "--steps", "8"]
+    threads = torch.get_num_threads()
+    compare.main([*arguments, "--trials", "1", "--seeds", "1", "--tune", "--report", "--plot"])
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert len(rows) == 6 and {row["task"] for row in rows} == {task}
+    assert all(0 <= row["accuracy"] <= 1 and len(row["accuracy_curve"]) == 4 for row in rows)
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+    cifar10_tasks.load.cache_clear()
+
+
+def test_augmented_images_are_windows_of_the_image_in_its_border() -> None:
+    x = torch.arange(1, 33 * 32 + 1, dtype=torch.int32)[: 32 * 32].view(1, 1, 32, 32).repeat(64, 3, 1, 1)
+    out = cifar10_tasks.augment(x, torch.Generator().manual_seed(0))
+    border = torch.nn.functional.pad(x[0], (4,) * 4)
+    windows = [border[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    kinds = [next(k for k, w in enumerate(windows + [w.flip(-1) for w in windows]) if torch.equal(w, o)) for o in out]
+    assert 20 < sum(kind >= 81 for kind in kinds) < 44 and len(set(kinds)) > 30
+
+
+def test_flat_muon_is_muon_on_matrices() -> None:
+    torch.manual_seed(0)
+    conv, flat = torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.Linear(27, 4, bias=False)
+    flat.weight.data.copy_(conv.weight.data.view(4, 27))
+    grad = torch.randn(4, 27)
+    for layer in (conv, flat):
+        optimizer = rival("muon")(layer, Settings(1e-2, 1e-2)).optimizers[0]
+        layer.weight.grad = grad.view(layer.weight.shape).clone()
+        optimizer.step()
+    assert torch.equal(conv.weight.view(4, 27), flat.weight)
+
+
 def test_a_diverged_run_is_a_row(folder: Path) -> None:
-    row = runs.train("adamw", Settings(1e4, 1e4), 0, 8, multi30k_task.prepare(folder), lambda step, loss: None)
+    row = runs.train("adamw", Settings(1e4, 1e4), 0, 8, multi30k_task.make_task(folder), lambda step, loss: None)
     assert row["diverged"] and row["loss"] is None
     json.dumps(row)
 
@@ -195,6 +253,9 @@ def test_the_best_settings_are_the_best_over_tuning_seeds(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (["--rivals", "adam"], "--rivals: got 'adam'"),
+        (["--task", "mnist"], "--task: got 'mnist'"),
+        (["--tune", "--task", "cifar10-resnet", "--data", "no-such-folder"], "--data: no-such-folder has no train"),
+        (["--tune", "--task", "cifar10-efficientnet", "--data", "x"], "--model: got none"),
         (["--report", "--seeds", "101", "--data", "x"], "--seeds: "),
         (["--tune"], "--data: "),
         (["--trials", "0"], "--trials: got 0"),
@@ -206,11 +267,11 @@ def test_the_best_settings_are_the_best_over_tuning_seeds(tmp_path: Path) -> Non
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        compare_multi30k.main([*arguments, "--results", str(tmp_path / "none.json")])
+        compare.main([*arguments, "--results", str(tmp_path / "none.json")])
 
 
 def test_paired_ratio() -> None:
-    result = compare([1.1, 2.2, 3.3], [1.0, 2.0, 3.0])
+    result = paired([1.1, 2.2, 3.3], [1.0, 2.0, 3.0])
     assert result["ratio"] == result["ratio_of_medians"] == pytest.approx(1.1)
     assert result["standard_error"] == pytest.approx(0.1 / 3**0.5 / 2, rel=1e-2)
 

@@ -1,12 +1,11 @@
-"""Compares optimizers on Multi30k English-German: tunes each alike, then paired runs, a table and a picture.
+"""Compares optimizers on a task: tunes each alike, then paired runs, a table and a picture.
 
-    python -m benchmarks.compare_multi30k --data DIR --tune --report --plot
+    python -m benchmarks.compare --task multi30k --data DIR --tune --report --plot
 
-DIR holds `train.json.gz` and `validation.json.gz`, one `{"translation": {"en": ..., "de": ...}}` a line. Every run
-becomes a row of `benchmarks/results/multi30k.json`; runs that are there are not run again, so interrupted work goes on
-where it stopped. `--table` and `--plot` alone need no data.
+Every run becomes a row of `benchmarks/results/TASK.json`; runs that are there are not run again, so interrupted work
+goes on where it stopped. `--table` and `--plot` alone need no data. What DIR holds is said in `benchmarks/README.md`.
 
-`--trial "lr=8e-3,other_lr=1e-2,gram_decay=0.9"` runs LNGD once on a tuning seed with fields of its own: for finding
+`--trial "lr=8e-3,other_lr=1e-2,chain=full"` runs LNGD once on a tuning seed with fields of its own: for finding
 defaults.
 """
 
@@ -21,10 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.multi30k_task import Data, prepare
-from benchmarks.rivals import RIVALS, STARTS, Settings, label, rival
+from benchmarks.rivals import RIVALS, Settings, label, rival
 from benchmarks.runs import Results, Row, search, train, tuning_starts
 from benchmarks.tables import draw, results_table, tuning_table
+from benchmarks.tasks import TASKS, Task, load_task
 
 HERE = Path(__file__).resolve().parent
 
@@ -33,7 +32,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, help="folder of Multi30k's train.json.gz and validation.json.gz")
+    add("--task", default=next(iter(TASKS)), metavar="TASK", help=f"of {', '.join(TASKS)} (default: %(default)s)")
+    add("--data", type=Path, help="folder of the task's data")
+    add("--model", type=Path, help="folder of the pretrained model, for a task that fine-tunes one")
     add("--tune", action="store_true", help="tune each rival over --trials runs a tuning seed")
     add("--report", action="store_true", help="run each rival at its best settings on the reporting seeds, interleaved")
     add("--table", action="store_true", help="print the results as Markdown")
@@ -44,9 +45,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--trials", type=int, default=8, help="tuning runs a rival and tuning seed (default: %(default)s)")
     add("--tuning-seeds", type=int, nargs="+", default=[101], help="default: 101")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="reporting seeds, not those of tuning (default: 1 2 3)")
-    add("--steps", type=int, nargs="+", default=[300], help="lengths of the reported runs; tuning takes the longest")
+    add(
+        "--steps",
+        type=int,
+        nargs="+",
+        help="lengths of the reported runs; tuning takes the longest (default: the task's)",
+    )
     add("--threads", type=int, default=2, help="of torch (default: %(default)s)")
-    add("--results", type=Path, default=HERE / "results" / "multi30k.json", help="file of results")
+    add("--results", type=Path, help="file of results (default: results/TASK.json)")
     add(
         "--forget",
         nargs="+",
@@ -73,7 +79,9 @@ def check(args: argparse.Namespace) -> dict[str, str]:
     for name, least in (("trials", 1), ("threads", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}: got {getattr(args, name)}, accepted: at least {least}")
-    if min(args.steps) < 8:
+    if args.task not in TASKS:
+        raise ValueError(f"--task: got {args.task!r}, accepted: {', '.join(TASKS)}")
+    if args.steps and min(args.steps) < 8:
         raise ValueError(f"--steps: got {min(args.steps)}, accepted: at least 8")
     fields = {}
     for item in args.fields:
@@ -87,10 +95,9 @@ def check(args: argparse.Namespace) -> dict[str, str]:
 class Runner:
     """Runs what the file of results lacks, behind one progress bar."""
 
-    def __init__(self, results: Results, data: Data, steps: int, runs: int) -> None:
+    def __init__(self, results: Results, task: Task, steps: int, runs: int) -> None:
         self.results = results
-        self.data = data
-        self.steps = steps
+        self.task = task
         self.bar = tqdm(total=runs * steps, unit="step", smoothing=0.02, dynamic_ncols=True)
 
     def run(self, phase: str, name: str, settings: Settings, seed: int, steps: int) -> Row:
@@ -110,7 +117,7 @@ class Runner:
             if step % 10 == 0:
                 self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
-        row = {"phase": phase, **train(name, settings, seed, steps, self.data, progress)}
+        row = {"phase": phase, **train(name, settings, seed, steps, self.task, progress, phase != "report")}
         self.bar.update(steps - done)
         self.results.add(row)
         outcome = "diverged" if row["diverged"] else f"{row['loss']:.4f}"
@@ -120,11 +127,9 @@ class Runner:
         return row
 
 
-def tune(args: argparse.Namespace, fields: dict[str, str], results: Results) -> None:
+def tune(args: argparse.Namespace, fields: dict[str, str], results: Results, task: Task) -> None:
     """The same search for every rival, one trial of each in turn."""
-    runner = Runner(
-        results, prepare(args.data), max(args.steps), len(args.rivals) * args.trials * len(args.tuning_seeds)
-    )
+    runner = Runner(results, task, max(args.steps), len(args.rivals) * args.trials * len(args.tuning_seeds))
     scores: dict[tuple[str, Settings], float] = {}
 
     def score(name: str, settings: Settings) -> float:
@@ -135,7 +140,7 @@ def tune(args: argparse.Namespace, fields: dict[str, str], results: Results) -> 
         return scores[name, settings]
 
     searches = {}
-    for name, start in tuning_starts(args.rivals, fields).items():
+    for name, start in tuning_starts(args.rivals, task.starts, fields).items():
         searches[name] = search(start, args.trials, lambda settings, name=name: score(name, settings))  # type: ignore[misc]
     for _ in range(args.trials):
         for name, trials in searches.items():
@@ -145,10 +150,10 @@ def tune(args: argparse.Namespace, fields: dict[str, str], results: Results) -> 
     runner.bar.close()
 
 
-def report(args: argparse.Namespace, results: Results) -> None:
+def report(args: argparse.Namespace, results: Results, task: Task) -> None:
     """Paired, interleaved runs: for each seed and length every rival once, the first one another each time."""
     best = {name: results.best(name) for name in args.rivals}
-    runner = Runner(results, prepare(args.data), max(args.steps), len(args.rivals) * len(args.seeds) * len(args.steps))
+    runner = Runner(results, task, max(args.steps), len(args.rivals) * len(args.seeds) * len(args.steps))
     for turn, seed in enumerate(args.seeds):
         for steps in sorted(args.steps, reverse=True):
             start = turn % len(args.rivals)
@@ -157,7 +162,7 @@ def report(args: argparse.Namespace, results: Results) -> None:
     runner.bar.close()
 
 
-def try_fields(args: argparse.Namespace, results: Results) -> None:
+def try_fields(args: argparse.Namespace, results: Results, task: Task) -> None:
     """Single runs of LNGD; `lr`, `other_lr`, `fresh`, `weight_decay` are the settings', all else are LNGD's fields."""
     parsed = []
     for text in args.trial:
@@ -166,8 +171,8 @@ def try_fields(args: argparse.Namespace, results: Results) -> None:
             key: float(items.pop(key)) for key in ("lr", "other_lr", "fresh", "weight_decay") if key in items
         }
         own["fields"] = ",".join(f"{key}={value}" for key, value in items.items())
-        parsed.append(Settings(**{**STARTS["lngd"].to_dict(), **own}))
-    runner = Runner(results, prepare(args.data), max(args.steps), len(parsed))
+        parsed.append(Settings(**{**task.starts["lngd"].to_dict(), **own}))
+    runner = Runner(results, task, max(args.steps), len(parsed))
     for settings in parsed:
         runner.run("trial", "lngd", settings, args.tuning_seeds[0], max(args.steps))
     runner.bar.close()
@@ -178,21 +183,24 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     fields = check(args)
     torch.set_num_threads(args.threads)
-    results = Results(args.results)
+    results = Results(args.results or HERE / "results" / f"{args.task}.json")
     if args.forget:
         print(f"{results.drop(args.forget)} rows dropped")
-    if args.tune:
-        tune(args, fields, results)
-    if args.trial:
-        try_fields(args, results)
-    if args.report:
-        report(args, results)
+    if args.tune or args.trial or args.report:
+        task = load_task(args.task, args.data, args.model)
+        args.steps = args.steps or [task.steps]
+        if args.tune:
+            tune(args, fields, results, task)
+        if args.trial:
+            try_fields(args, results, task)
+        if args.report:
+            report(args, results, task)
     if args.table or args.plot:
         print(tuning_table(results, args.rivals, label))
         print(results_table(results, args.rivals, label))
     if args.plot:
-        picture = args.results.with_suffix(".png")
-        draw(results, args.rivals, label, picture)
+        picture = results.path.with_suffix(".png")
+        draw(results, args.rivals, label, picture, TASKS[args.task])
         print(f"drawn: {picture}")
 
 

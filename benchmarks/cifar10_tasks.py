@@ -1,0 +1,175 @@
+"""CIFAR-10 tasks: a small ResNet and a small ViT from scratch, and a pretrained EfficientNet.
+
+The folder holds the data set's parquet files (image bytes and labels). 12,800 images are trained on, the next 2,000
+decide the settings, and the first 2,000 test images are reported. Training images are cropped out of a border of four
+black pixels and flipped at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from benchmarks.rivals import Settings
+from benchmarks.tasks import Batch, Task
+
+TRAIN, HELD_OUT, CLASSES, SIDE, BORDER = 12_800, 2_000, 10, 32, 4
+BATCH, FINE_TUNING_BATCH = 128, 64
+STEPS = 4 * TRAIN // BATCH
+Images = tuple[Tensor, Tensor]
+
+
+@cache
+def load(folder: Path) -> dict[str, Images]:
+    """The images [N, 3, 32, 32] as bytes and labels [N] of each part: train, tune, test.
+
+    Raises:
+        ValueError: the folder lacks the files.
+    """
+    from datasets import load_dataset
+
+    found: dict[str, Images] = {}
+    wanted = {"train": TRAIN + HELD_OUT, "test": HELD_OUT}
+    for part, count in wanted.items():
+        files = sorted(str(path) for path in folder.glob(f"{part}*.parquet"))
+        if not files:
+            raise ValueError(f"--data: {folder} has no {part}*.parquet")
+        rows = load_dataset("parquet", data_files={part: files}, split=f"{part}[:{count}]")
+        image, label = ("img" if "img" in rows.column_names else "image"), "label"
+        rows = rows.cast_column(image, _image_feature()) if isinstance(rows[0][image], dict) else rows
+        pixels = np.stack([np.asarray(row.convert("RGB")) for row in rows[image]])
+        found[part] = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(rows[label])
+    x, y = found["train"]
+    return {"train": (x[:TRAIN], y[:TRAIN]), "tune": (x[TRAIN:], y[TRAIN:]), "test": found["test"]}
+
+
+def _image_feature() -> Any:
+    from datasets import Image
+
+    return Image()
+
+
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image [3, 32, 32] out of its own place in a black border, half of them mirrored."""
+    n = len(x)
+    corner = torch.randint(0, 2 * BORDER + 1, (2, n), generator=generator)
+    mirrored = torch.rand(n, generator=generator) < 0.5
+    x = nn.functional.pad(x, (BORDER,) * 4)
+    along = torch.arange(SIDE)
+    rows, columns = corner[0, :, None] + along, corner[1, :, None] + along
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    image = torch.arange(n)[:, None, None, None]
+    return x[image, torch.arange(3)[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def pixels(x: Tensor, side: int) -> Tensor:
+    """Bytes → about [-2, 2], enlarged to `side`."""
+    x = (x.float() / 255 - 0.473) / 0.251
+    return x if side == SIDE else nn.functional.interpolate(x, size=side, mode="bilinear", antialias=True)
+
+
+def batches(data: Images, batch: int, side: int, seed: int) -> Iterator[Batch]:
+    """Endless batches, each epoch in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = data
+    while True:
+        for chosen in torch.randperm(len(x), generator=generator).split(batch):
+            yield {"pixel_values": pixels(augment(x[chosen], generator), side), "labels": y[chosen]}
+
+
+@torch.no_grad()
+def evaluate(data: dict[str, Images], side: int, model: nn.Module, tuning: bool) -> dict[str, float]:
+    """Mean cross entropy and accuracy on the held-out images (tuning) or the test images."""
+    x, y = data["tune" if tuning else "test"]
+    was_training = model.training
+    model.eval()
+    logits = torch.cat([model(pixel_values=pixels(part, side)).logits for part in x.split(250)])
+    model.train(was_training)
+    return {
+        "loss": float(nn.functional.cross_entropy(logits, y)),
+        "accuracy": float((logits.argmax(-1) == y).float().mean()),
+    }
+
+
+def _resnet(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    shape = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(**shape, num_labels=CLASSES))
+    model.resnet.embedder.pooler = nn.Identity()  # the first convolution halves the image, which is small already
+    return model
+
+
+def _vit(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
+    return ViTForImageClassification(ViTConfig(**shape, image_size=SIDE, patch_size=4, num_labels=CLASSES))
+
+
+def _pretrained(folder: Path, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = AutoModelForImageClassification.from_pretrained(
+        folder, num_labels=CLASSES, ignore_mismatched_sizes=True, local_files_only=True
+    )
+    for name, parameter in model.named_parameters():  # constant gates with zero gradient
+        parameter.requires_grad_("squeeze_excite" not in name)
+    return model
+
+
+STARTS = {
+    "adamw": Settings(3e-3, 3e-3, 0.2),
+    "muon": Settings(8e-3, 3e-3, 0.2),
+    "soap": Settings(3e-3, 3e-3, 0.1),
+    "lngd": Settings(8e-3, 3e-3, 0.2),
+}
+FINE_TUNING_STARTS = {
+    "adamw": Settings(5e-4, 5e-3, 0.1),
+    "muon": Settings(1e-3, 5e-3, 0.1),
+    "soap": Settings(5e-4, 5e-3, 0.1),
+    "lngd": Settings(1e-3, 5e-3, 0.1),
+}
+
+
+def _task(folder: Path, **fields: Any) -> Task:
+    data, side, batch = load(folder), fields.pop("side", SIDE), fields.pop("batch", BATCH)
+    return Task(
+        **{"steps": STEPS, "warmup": STEPS // 10, "starts": STARTS, **fields},
+        batches=partial(batches, data["train"], batch, side),
+        evaluate=partial(evaluate, data, side),
+    )
+
+
+def resnet(folder: Path) -> Task:
+    """A ResNet of three stages (0.7 million parameters) from scratch, four epochs."""
+    return _task(folder, name="cifar10-resnet", make_model=_resnet)
+
+
+def vit(folder: Path) -> Task:
+    """A ViT of four layers (0.8 million parameters) from scratch, four epochs."""
+    return _task(folder, name="cifar10-vit", make_model=_vit)
+
+
+def fine_tuning(folder: Path, model: Path) -> Task:
+    """A pretrained EfficientNet at 64 × 64 pixels, 60 steps of 64 images."""
+    return _task(
+        folder,
+        name="cifar10-efficientnet",
+        make_model=partial(_pretrained, model),
+        starts=FINE_TUNING_STARTS,
+        side=64,
+        batch=FINE_TUNING_BATCH,
+        steps=60,
+        warmup=6,
+    )

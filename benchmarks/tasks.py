@@ -1,0 +1,70 @@
+"""What a benchmark trains: a model, its batches, its evaluation. One interface for every task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from benchmarks.rivals import Settings
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task with its data loaded.
+
+    Attributes:
+        name: of the file of results.
+        steps: length of a run.
+        warmup: steps of rising rates.
+        starts: where the search of each rival begins.
+        make_model: seed → a model, its weights decided by the seed alone.
+        batches: seed → endless training batches in an order that the seed alone decides.
+        evaluate: model, whether this run tunes → "loss" (mean cross entropy) and, for images, "accuracy" (a share).
+    """
+
+    name: str
+    steps: int
+    warmup: int
+    starts: dict[str, Settings]
+    make_model: Callable[[int], nn.Module]
+    batches: Callable[[int], Iterator[Batch]]
+    evaluate: Callable[[nn.Module, bool], dict[str, float]]
+
+
+# name → title of pictures
+TASKS = {
+    "multi30k": "Multi30k English-German from scratch",
+    "cifar10-resnet": "CIFAR-10, ResNet from scratch",
+    "cifar10-vit": "CIFAR-10, ViT from scratch",
+    "cifar10-efficientnet": "CIFAR-10, EfficientNet-Lite0 fine-tuned",
+}
+
+
+def load_task(name: str, data: Path, model: Path | None = None) -> Task:
+    """The task of this name with its data.
+
+    Args:
+        data: the folder of its data.
+        model: the folder of the pretrained model, for fine-tuning.
+
+    Raises:
+        ValueError: no such task, or its data are not there.
+    """
+    if name not in TASKS:
+        raise ValueError(f"--task: got {name!r}, accepted: {', '.join(TASKS)}")
+    if name == "multi30k":
+        from benchmarks.multi30k_task import make_task
+
+        return make_task(data)
+    from benchmarks import cifar10_tasks
+
+    if name == "cifar10-efficientnet":
+        if model is None:
+            raise ValueError("--model: got none, accepted: the folder of a pretrained image classifier")
+        return cifar10_tasks.fine_tuning(data, model)
+    return cifar10_tasks.resnet(data) if name == "cifar10-resnet" else cifar10_tasks.vit(data)
