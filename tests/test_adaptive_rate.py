@@ -33,13 +33,14 @@ def rates(optimizer: LNGD, gradients: dict[str, Tensor], terms: int) -> None:
     assert made is not None
     for bank in made.layer_banks:
         for i, layer in enumerate(bank.layers):
-            weight = gradients[layer.weight_name]
-            per_row = weight
+            per_row = gradients[layer.weight_name]
+            per_row = per_row.reshape(len(per_row), layer.units, layer.out_features, layer.in_features)
             if layer.bias_name is not None:
-                per_row = torch.cat((weight, gradients[layer.bias_name].unsqueeze(-1)), -1)
+                bias = gradients[layer.bias_name].view(len(per_row), layer.units, -1, 1)
+                per_row = torch.cat((per_row, bias), -1)
             total = per_row.sum(0)
-            direction = bank.direction(total[None], [i], torch.tensor([i]), 0)[0]
-            q = (per_row * direction).sum((1, 2))
+            direction = bank.direction(total.clone(), [i], bank.rows_of([i]), 0)
+            q = (per_row * direction).sum((1, 2, 3))
             expected = adaptive_rate((direction * total).sum(), terms * q.square().sum(), 1e-8)
             torch.testing.assert_close(bank.rate[i], expected, rtol=1e-8, atol=0)
 
@@ -96,6 +97,39 @@ def test_rows_that_are_left_out_are_made_up_for() -> None:
         found.append(torch.cat([bank.rate for bank in optimizer._preconditioner.layer_banks]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=0)
     torch.testing.assert_close(found[0], found[2], rtol=1e-10, atol=0)
+
+
+class Images(nn.Module):
+    """Convolutions of several kinds on images; no batch norm, which would mix the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.depthwise = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 3, padding="same", groups=4)
+        self.grouped, self.pointwise = nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.depthwise(torch.tanh(self.patches(x))))
+        return self.pointwise(self.grouped(x).permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_sample_of_images_is_an_image(parts: int) -> None:
+    model = Images().double()
+    optimizer = LNGD(model, lr=1e-3, **FIELDS, conv_rows=1)
+    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def loss(p: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(model, p, (image[None],)).square().sum() / 6
+
+    optimizer.eval()
+    gradients = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
+    optimizer.train()
+    for part in x.chunk(parts):
+        (model(part).square().sum() / 6).backward()
+    optimizer.step()
+    rates(optimizer, gradients, 6)
 
 
 def test_a_rate_is_never_negative() -> None:
