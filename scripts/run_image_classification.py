@@ -70,17 +70,18 @@ def prepare(
     share = bool(data_args.source("train") or data_args.dataset_name)
     rows = load_rows(data_args, model_args, parts, share, args.seed)
     classes, origin = choose_classes(rows, config)
+    for part in parts:
+        rows[part] = rows[part].sample(getattr(data_args, LIMITS[part]), args.seed)
+    numbers = {part: class_numbers(rows[part], classes, origin) for part in parts}
     image_model.set_classes(config, classes)
     processor = image_model.load_processor(model_args, data_args, config)
     set_seed(args.seed)
     model = image_model.load_model(model_args, config)
     sets = {}
     for part in parts:
-        chosen = rows[part].sample(getattr(data_args, LIMITS[part]), args.seed)
-        numbers = None if chosen.labels is None else class_numbers(chosen, classes, origin)
-        pixels, kept, folder = decode(chosen, processor, config.num_channels, data_args.skip_corrupt_images)
-        rows[part] = chosen.select(kept)
-        labels = None if numbers is None else numbers[kept]
+        pixels, kept, folder = decode(rows[part], processor, config.num_channels, data_args.skip_corrupt_images)
+        labels = None if rows[part].labels is None else numbers[part][kept]
+        rows[part] = rows[part].select(kept)
         augment = data_args.augment if part == "train" else "none"
         sets[part] = ImageSet(pixels, labels, augment, args.seed, keep=folder)
     first = next(iter(sets.values()))

@@ -53,26 +53,28 @@ def decode(rows: Rows, processor: Any, channels: int, skip_corrupt: bool) -> tup
     kept: list[int] = []
     corrupt: list[str] = []
     modes: Counter[str] = Counter()
-    for index, value in enumerate(logging.tqdm(rows, desc=f"Images of {rows.origin}", leave=False)):
-        try:
-            image, mode = in_mode(read_image(value, rows.base), channels)
-        except Exception as error:  # Pillow's decoders raise whatever their format leads them to
-            where = rows.where(index)
-            if not skip_corrupt:
-                message = f"{where}: cannot be read as an image ({one_line(error, 200)}); --skip_corrupt_images true"
-                raise UsageError(rows.argument, f"{message} leaves such images out") from error
-            corrupt.append(where)
-            continue
-        if mode:
-            modes[mode] += 1
-        resized = resize(image, processor)
-        if pixels is None:
-            pixels, folder = _allocate((len(rows), *resized.shape))
-        if resized.shape != pixels.shape[1:]:
-            size = f"got {list(resized.shape)} after the image processor, the first has {list(pixels.shape[1:])}"
-            raise UsageError("image_size", f"{rows.where(index)}: {size}, accepted: one size, e.g. --image_size 224")
-        pixels[len(kept)] = resized
-        kept.append(index)
+    # A bar for what takes longer; closed before anything is raised, so that the error has a line of its own.
+    with logging.tqdm(rows, desc=f"Images of {rows.origin}", delay=2) as bar:
+        for index, value in enumerate(bar):
+            try:
+                image, mode = in_mode(read_image(value, rows.base), channels)
+            except Exception as error:  # Pillow's decoders raise whatever their format leads them to
+                where = rows.where(index)
+                if not skip_corrupt:
+                    message = f"{where}: cannot be read as an image ({one_line(error, 200)}); --skip_corrupt_images"
+                    raise UsageError(rows.argument, f"{message} true leaves such images out") from error
+                corrupt.append(where)
+                continue
+            if mode:
+                modes[mode] += 1
+            resized = resize(image, processor)
+            if pixels is None:
+                pixels, folder = _allocate((len(rows), *resized.shape))
+            if resized.shape != pixels.shape[1:]:
+                size = f"got {list(resized.shape)} after the image processor, the first has {list(pixels.shape[1:])}"
+                raise UsageError("image_size", f"{rows.where(index)}: {size}, accepted: one size for all")
+            pixels[len(kept)] = resized
+            kept.append(index)
     _tell(rows, corrupt, modes, channels)
     if pixels is None:
         raise UsageError(rows.argument, f"{rows.origin}: none of {len(rows)} images can be read")

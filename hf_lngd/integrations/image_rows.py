@@ -171,6 +171,8 @@ def _from_file(argument: str, path: str, data: DataArguments, model: ModelArgume
         loaded = datasets.load_dataset(kind, data_files={part: path}, split=part, cache_dir=model.cache_dir)
     except Exception as error:  # as above
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(error):
+            raise UsageError(argument, f"{path} is empty, accepted: at least one image") from error
         raise UsageError(argument, f"{path}: cannot be read as {kind}: {cause}") from error
     return _columns(loaded, data, argument, path, Path(path).parent, part)
 
