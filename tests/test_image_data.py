@@ -202,6 +202,15 @@ def test_workers_make_the_same_batches() -> None:
     assert torch.equal(single["pixel_values"], alone[0]["pixel_values"])
 
 
+def test_workers_that_outlive_an_epoch_follow_it() -> None:
+    images = ImageSet(noise(8, 3, 8, 8), None, "crop_flip")
+    loader = DataLoader(images, 8, num_workers=1, persistent_workers=True, collate_fn=Normalise(PROCESSOR, (3, 8, 8)))
+    for epoch in range(2):
+        images.set_epoch(epoch)
+        (made,) = loader
+        assert torch.equal(made["pixel_values"], loader.collate_fn(images.__getitems__(range(8)))["pixel_values"])
+
+
 def test_a_split_takes_of_each_class_alike() -> None:
     labels = ["a"] * 20 + ["b"] * 40 + ["c"] * 20
     rows = rows_of([[[i]] for i in range(80)], labels)

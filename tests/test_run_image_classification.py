@@ -243,7 +243,7 @@ def test_resume_goes_on_to_the_same_end(
     def weights(folder: str, **more: Any) -> dict[str, torch.Tensor]:
         options = {"config_name": configs[family], "output_dir": tmp_path / folder, "train_dir": folders["train_dir"]}
         options |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim_args": "factor_interval=3"}
-        run({**options, "per_device_train_batch_size": 10, "augment": "crop_flip", **more}, "--do_train", "--use_cpu")
+        run({**options, "per_device_train_batch_size": 12, "augment": "crop_flip", **more}, "--do_train", "--use_cpu")
         return AutoModelForImageClassification.from_pretrained(tmp_path / folder).state_dict()
 
     whole = weights("whole")
@@ -291,6 +291,22 @@ def test_grey_models_and_json_arguments(
     run_image_classification.main()
     assert list(AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean) == [0.5]
     assert 'convert("L")' in (tmp_path / "out" / "README.md").read_text(encoding="utf-8").replace("'", '"')
+
+
+@pytest.mark.parametrize("name", ["data set", "a [b] c"])
+def test_a_data_set_in_a_folder_and_odd_names(
+    name: str, configs: dict[str, str], tmp_path: Path, run: Callable[..., list[str]]
+) -> None:
+    root = tmp_path / name
+    for part, each in (("train", 3), ("validation", 1), ("test", 1)):
+        write_folder(root / part, each)
+    source = {"dataset_name": root} if name == "data set" else {"train_dir": root / "train", "test_dir": root / "test"}
+    options = {"config_name": configs["vit"], "output_dir": tmp_path / "out", "max_steps": 1, "train_val_split": 0.34}
+    run({**options, **source}, *ALL)
+    result = numbers(tmp_path / "out")
+    assert result["train_samples"] == (18 if name == "data set" else 11)
+    assert "eval_accuracy" in result and "predict_accuracy" in result
+    assert not [line for line in result if "loss" in line and not math.isfinite(result[line])]
 
 
 def test_push_to_hub_uploads_our_card(
@@ -386,6 +402,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], str]] = 
         {"validation_dir": None, "train_val_split": 0.01},
         "train_val_split: got 0.01 for 12 images",
     ),
+    "lengths": (None, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: got 'group_by_length'"),
     "size": (None, {"image_size": 0}, "image_size: got 0, accepted: an integer, at least 1"),
     "no size": (None, {"image_size": None}, "image_size: got none, and the configuration has none"),
     "channels": (None, {"config_overrides": "num_channels=4"}, "config_overrides: num_channels: got 4, accepted: 3"),

@@ -118,5 +118,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LNGDTrainingA
     for part, needed in wanted.items():
         if needed and not data.dataset_name and not data.source(part):
             raise UsageError(f"{part}_dir", f"got none, accepted: a folder, --{part}_file, or --dataset_name")
+    if "length" in str(training.train_sampling_strategy):
+        got = training.train_sampling_strategy
+        raise UsageError("train_sampling_strategy", f"got {got!r}, accepted: random, sequential: images have no length")
     training.resume_from_checkpoint = find_checkpoint(training)
     return model, data, training

@@ -40,11 +40,18 @@ class ImageSet(Dataset[Batch]):
         self.pixels, self.augment, self.seed, self._keep = pixels, augment, seed, keep
         self.labels = None if labels is None else torch.from_numpy(labels)
         self.pad = max(1, round(max(pixels.shape[-2:]) / 8))  # 4 at 32 × 32
-        self.set_epoch(0)
+        # Shared with the processes of a data loader, which may outlive an epoch.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._draw(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw shifts and mirrorings anew; the Trainer's data loader calls it."""
-        draw, count = np.random.default_rng([self.seed, int(epoch)]), len(self)
+        """Shifts and mirrorings of another epoch from here on; the Trainer's data loader calls it."""
+        self._epoch.fill_(int(epoch))
+        self._draw(int(epoch))
+
+    def _draw(self, epoch: int) -> None:
+        self._drawn = epoch
+        draw, count = np.random.default_rng([self.seed, epoch]), len(self)
         shifts = draw.integers(0, 2 * self.pad + 1, (count, 2), dtype=np.int16)
         self.shifts = shifts if "crop" in self.augment else np.full_like(shifts, self.pad)
         mirrored = draw.integers(0, 2, count, dtype=np.int8).astype(bool)
@@ -61,6 +68,8 @@ class ImageSet(Dataset[Batch]):
         chosen = np.asarray(indices)
         pixels = torch.from_numpy(self.pixels[chosen])
         if self.augment != "none":
+            if self._drawn != int(self._epoch):
+                self._draw(int(self._epoch))
             pixels = shift(pixels, torch.from_numpy(self.shifts[chosen]).long(), self.pad)
             if "flip" in self.augment:
                 mirrored = torch.from_numpy(self.mirrored[chosen])

@@ -32,7 +32,7 @@ def load_processor(args: ModelArguments, data: DataArguments, config: Any) -> An
     if data.image_size:
         square = {"height": data.image_size, "width": data.image_size}
         edge = {"shortest_edge": data.image_size}
-        processor.size = edge if "shortest_edge" in dict(processor.size) else square
+        processor.size = edge if "shortest_edge" in dict(getattr(processor, "size", None) or {}) else square
         if getattr(processor, "crop_size", None) is not None:
             processor.crop_size = square
     return processor

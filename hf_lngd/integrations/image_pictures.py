@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Above, names of classes could not be read beside the matrix: the most confused pairs are listed instead.
 NAMED_CLASSES = 30
@@ -31,13 +34,16 @@ def confused_pairs(counts: NDArray[np.int64], most: int = LISTED_PAIRS) -> list[
 
 
 def _short(name: str, length: int) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """A name cut in its middle: many differ at their ends alone."""
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
 
 def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:  # pictures are an extra of the package
+        logger.warning_once("no pictures: matplotlib is not installed; pip install 'hf_lngd[plot]'")
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -62,7 +68,7 @@ def draw_confusion(path: Path, labels: Any, predicted: Any, classes: Sequence[st
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     named = count <= NAMED_CLASSES
     side = min(9.0, max(4.5, 1.5 + 0.32 * count))
-    figure, axis = plt.subplots(figsize=(side + (1 if named else 3.5), side), layout="constrained")
+    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
     # The square root keeps 1 % visible beside 90 %.
     drawn = axis.imshow(shares, cmap="viridis", norm="linear" if count <= 2 else _root(), interpolation="nearest")
     figure.colorbar(drawn, ax=axis, shrink=0.8, label="share of the true class")
@@ -74,7 +80,7 @@ def draw_confusion(path: Path, labels: Any, predicted: Any, classes: Sequence[st
         axis.set_xticks([])
         axis.set_yticks([])
         lines = [
-            f"{_short(classes[i], 16)} → {_short(classes[j], 16)}: {times}" for i, j, times in confused_pairs(counts)
+            f"{_short(classes[i], 27)} → {_short(classes[j], 27)}: {times}" for i, j, times in confused_pairs(counts)
         ]
         text = "\n".join(["most confused (true → predicted)", "", *(lines or ["none"])])
         figure.text(1.0, 0.5, text, fontsize=9, va="center", ha="left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,8 +152,8 @@ def _from_folder(argument: str, path: str, data: DataArguments, model: ModelArgu
     try:
         loaded = datasets.load_dataset(
             "imagefolder",
-            data_dir=path,
-            data_files={part: "**"},  # names like test_1.png would otherwise make parts
+            # Given as a pattern: names like test_1.png would otherwise make parts.
+            data_files={part: f"{glob.escape(os.path.abspath(path))}/**"},
             drop_labels=not folders,
             split=part,
             cache_dir=model.cache_dir,
@@ -168,7 +169,9 @@ def _from_file(argument: str, path: str, data: DataArguments, model: ModelArgume
         raise UsageError(argument, f"got {path!r}, which is empty, accepted: at least one image")
     kind = "parquet" if path.endswith(".parquet") else "json"
     try:
-        loaded = datasets.load_dataset(kind, data_files={part: path}, split=part, cache_dir=model.cache_dir)
+        loaded = datasets.load_dataset(
+            kind, data_files={part: glob.escape(path)}, split=part, cache_dir=model.cache_dir
+        )
     except Exception as error:  # as above
         cause = error.__cause__ or error
         if "corresponds to no data" in str(error):
