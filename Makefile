@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml scripts/make_env.py
 demo: $(STAMP) ## train en-de translation from scratch with LNGD, then with AdamW; BLEU, translations, a picture (15 minutes)
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
-demo-vision: $(STAMP) ## train a small ResNet on digits with LNGD, then with AdamW; accuracy, pictures (2 minutes)
+demo-vision: $(STAMP) ## train a small ResNet on digits with LNGD, then with AdamW; accuracy, pictures (1 minute)
 	$(BIN)/python scripts/demo_vision.py $(DEMO_ARGS)
 
 test: $(STAMP) ## the test suite

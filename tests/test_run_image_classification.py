@@ -259,7 +259,7 @@ def test_resume_goes_on_to_the_same_end(
 
 
 def test_fine_tuning_evaluation_and_prediction_without_labels(
-    configs: dict[str, str], folders: dict[str, str], tmp_path: Path, run: Callable[..., list[str]]
+    configs: dict[str, str], folders: dict[str, str], tmp_path: Path, run: Callable[..., list[str]], capsys: Any
 ) -> None:
     first = tmp_path / "first"
     options = {"config_name": configs["vit"], "train_dir": folders["train_dir"], "output_dir": first}
@@ -278,8 +278,14 @@ def test_fine_tuning_evaluation_and_prediction_without_labels(
     options = {"model_name_or_path": first, "output_dir": tmp_path / "third", "train_dir": part, "max_steps": 1}
     with pytest.raises(SystemExit):
         run(options, "--do_train", "--use_cpu")
+    last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    assert last.startswith(f"error: ignore_mismatched_sizes: got false, but {first} has other sizes than 2 classes")
     run({**options, "ignore_mismatched_sizes": "true"}, "--do_train", "--use_cpu")
     assert AutoConfig.from_pretrained(tmp_path / "third").id2label == {0: "cat", 1: "dog"}
+    options = {"model_name_or_path": tmp_path / "third", "output_dir": tmp_path / "fourth"}
+    with pytest.raises(SystemExit):
+        run({**options, "validation_dir": folders["validation_dir"]}, "--do_eval", "--use_cpu")
+    assert "label 'bird' is not in the model: cat, dog" in capsys.readouterr().err
 
 
 def test_grey_models_and_json_arguments(
@@ -294,6 +300,17 @@ def test_grey_models_and_json_arguments(
     run_image_classification.main()
     assert list(AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean) == [0.5]
     assert 'convert("L")' in (tmp_path / "out" / "README.md").read_text(encoding="utf-8").replace("'", '"')
+
+
+def test_answers_that_are_held_back(configs: dict[str, str], tmp_path: Path, run: Callable[..., list[str]]) -> None:
+    train = write_file(tmp_path / "train.parquet", 2, "image")
+    held = datasets.Dataset.from_dict({"image": [picture(0, 1).tolist()] * 2, "label": [-1, -1]})
+    held.to_parquet(tmp_path / "test.parquet")
+    options = {"config_name": configs["vit"], "output_dir": tmp_path / "out", "max_steps": 1, "train_file": train}
+    run({**options, "test_file": tmp_path / "test.parquet"}, "--do_train", "--do_predict", "--use_cpu")
+    assert "predict_accuracy" not in numbers(tmp_path / "out")
+    lines = (tmp_path / "out" / "predictions.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 3 and lines[1].startswith(f'"{tmp_path}/test.parquet, row 1",')
 
 
 @pytest.mark.parametrize("name", ["data set", "a [b] c"])

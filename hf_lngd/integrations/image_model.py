@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .image_args import DataArguments, ModelArguments
-from .script_model import LOADING_ERRORS, hub_options, make_model
+from .script_model import LOAD_ERRORS, hub_options, make_model
 from .usage import UsageError
 
 
@@ -27,7 +27,7 @@ def load_processor(args: ModelArguments, data: DataArguments, config: Any) -> An
     field = "image_processor_name" if args.image_processor_name else "model_name_or_path"
     try:
         processor = AutoImageProcessor.from_pretrained(name, **hub_options(args))
-    except LOADING_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise UsageError(field, f"got {name!r}, from which no image processor can be loaded: {error}") from error
     if data.image_size:
         square = {"height": data.image_size, "width": data.image_size}

@@ -13,8 +13,15 @@ from transformers import AutoConfig
 from .usage import UsageError
 
 # What loading raises for a folder that is not there, a broken file, another kind of model, a missing library.
-LOADING_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, StrictDataclassError),
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    ImportError,
+    RuntimeError,
+    AttributeError,
+    StrictDataclassError,
 )
 
 # A comma between two overrides, not one inside a list.
@@ -43,7 +50,7 @@ def load_config(args: Any, **changes: Any) -> Any:
     name = args.config_name or args.model_name_or_path
     try:
         config = AutoConfig.from_pretrained(name, **hub_options(args), **changes)
-    except LOADING_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise UsageError(field, f"got {name!r}, which has no configuration: {error}") from error
     return override(config, args.config_overrides)
 
@@ -58,7 +65,7 @@ def make_model(factory: Any, args: Any, config: Any, kind: str, **options: Any) 
         if args.model_name_or_path:
             return factory.from_pretrained(args.model_name_or_path, config=config, **hub_options(args), **options)
         return factory.from_config(config, trust_remote_code=args.trust_remote_code)
-    except LOADING_ERRORS as error:
+    except LOAD_ERRORS as error:
         field = "model_name_or_path" if args.model_name_or_path else "config_name"
         name = args.model_name_or_path or args.config_name
         if args.config_overrides:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
-from .script_model import LOADING_ERRORS, hub_options, load_config, make_model
+from .script_model import LOAD_ERRORS, hub_options, load_config, make_model
 from .translation_args import DataArguments, ModelArguments
 from .usage import UsageError
 
@@ -25,7 +25,7 @@ def load_tokenizer(args: ModelArguments) -> Any:
     name = args.tokenizer_name or args.model_name_or_path
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=args.use_fast_tokenizer, **hub_options(args))
-    except LOADING_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise UsageError(field, f"got {name!r}, from which no tokenizer can be loaded: {error}") from error
     if tokenizer.pad_token_id is None:
         raise UsageError(field, f"got {name!r}, accepted: a tokenizer with a padding token")
