@@ -20,7 +20,7 @@ from transformers import set_seed
 from hf_lngd import LNGDTrainer
 from hf_lngd.integrations import image_model
 from hf_lngd.integrations.image_args import DataArguments, ModelArguments, parse
-from hf_lngd.integrations.image_batches import ImageSet, Normalise
+from hf_lngd.integrations.image_batches import ImageSet, Normalise, TellEpoch
 from hf_lngd.integrations.image_pixels import decode
 from hf_lngd.integrations.image_report import ImageCard, ImageScores, only_logits, write_pictures, write_predictions
 from hf_lngd.integrations.image_rows import Rows, class_numbers, load_rows
@@ -100,6 +100,7 @@ def prepare(
         processing_class=processor,
         data_collator=collator,
         compute_metrics=scores,
+        callbacks=[TellEpoch(sets["train"])] if args.do_train else None,
     )
     return trainer, sets, rows, classes, scores
 

@@ -184,7 +184,7 @@ def test_augmentation(augment: str) -> None:
 def test_augmentation_is_the_seeds_and_the_epochs() -> None:
     def pixels(seed: int, epoch: int) -> torch.Tensor:
         images = ImageSet(noise(16, 3, 8, 8), None, "crop_flip", seed)
-        images.set_epoch(epoch)
+        images.begin_epoch(epoch)
         torch.rand(epoch + 1)  # torch's random state has no part in it
         return images.__getitems__(range(16))["pixel_values"]
 
@@ -206,7 +206,7 @@ def test_workers_that_outlive_an_epoch_follow_it() -> None:
     images = ImageSet(noise(8, 3, 8, 8), None, "crop_flip")
     loader = DataLoader(images, 8, num_workers=1, persistent_workers=True, collate_fn=Normalise(PROCESSOR, (3, 8, 8)))
     for epoch in range(2):
-        images.set_epoch(epoch)
+        images.begin_epoch(epoch)
         (made,) = loader
         assert torch.equal(made["pixel_values"], loader.collate_fn(images.__getitems__(range(8)))["pixel_values"])
 

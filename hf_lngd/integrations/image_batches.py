@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 Batch = dict[str, Tensor]
 
@@ -44,8 +45,8 @@ class ImageSet(Dataset[Batch]):
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._draw(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Shifts and mirrorings of another epoch from here on; the Trainer's data loader calls it."""
+    def begin_epoch(self, epoch: int) -> None:
+        """Shifts and mirrorings of this epoch from here on."""
         self._epoch.fill_(int(epoch))
         self._draw(int(epoch))
 
@@ -78,6 +79,21 @@ class ImageSet(Dataset[Batch]):
         if self.labels is not None:
             batch["labels"] = self.labels[torch.from_numpy(chosen)]
         return batch
+
+
+class TellEpoch(TrainerCallback):
+    """Tells the training images which epoch begins.
+
+    accelerate's loaders do so (``set_epoch``) only as long as no batches are skipped and there is one process: a
+    resumed run would see the pixels of the first epoch.
+    """
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """`state.epoch` has a fraction where a run is resumed within an epoch."""
+        self.images.begin_epoch(int(state.epoch or 0))
 
 
 def shift(pixels: Tensor, corners: Tensor, pad: int) -> Tensor:

@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from transformers.utils import logging
 
 from .image_rows import Rows
 from .usage import UsageError, one_line
+
+try:
+    from PIL import Image, ImageOps
+except ImportError as error:
+    raise ImportError("Pillow is not installed; pip install 'hf_lngd[vision]'") from error
 
 logger = logging.get_logger(__name__)
 
