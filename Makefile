@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=10 $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-all lint format clean
+.PHONY: help env demo demo-vision test test-all lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -30,6 +30,9 @@ $(STAMP): pyproject.toml scripts/make_env.py
 
 demo: $(STAMP) ## train en-de translation from scratch with LNGD, then with AdamW; BLEU, translations, a picture (15 minutes)
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
+
+demo-vision: $(STAMP) ## train a small ResNet on digits with LNGD, then with AdamW; accuracy, pictures (1 minute)
+	$(BIN)/python scripts/demo_vision.py $(DEMO_ARGS)
 
 test: $(STAMP) ## the test suite
 	$(PYTEST) -m "not slow"

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,21 @@ def command(run: Run, output: Path, seed: int, learning_rate: float, extra: list
 
 
 def train(run: Run, output: Path, seed: int, learning_rate: float, extra: list[str]) -> dict[str, Any]:
-    """Trains once, its progress bar in sight; returns the results that the script wrote, and the curves with seconds.
+    """Trains once; see `execute`."""
+    return execute(run.label, command(run, output, seed, learning_rate, extra), output)
+
+
+def execute(label: str, arguments: list[str], output: Path) -> dict[str, Any]:
+    """Runs a script, its progress bar in sight; returns the results that it wrote, and the curves with seconds.
 
     Raises:
         SystemExit: the run failed; its own message stands above.
     """
-    arguments = command(run, output, seed, learning_rate, extra)
     print(f"\n$ python {shlex.join(arguments)}\n", flush=True)
     curve = output / "loss_curve.json"
     watched = [sys.executable, "scripts/stopwatch.py", str(curve), *arguments]
     if subprocess.run(watched, cwd=ROOT, check=False).returncode:
-        sys.exit(f"error: {run.label}: the run failed, see above")
+        sys.exit(f"error: {label}: the run failed, see above")
     results = json.loads((ROOT / output / "all_results.json").read_text(encoding="utf-8"))
     return {**results, "curves": json.loads((ROOT / curve).read_text(encoding="utf-8"))}
 
@@ -159,7 +164,25 @@ def smooth(values: list[float], weight: float = 0.3) -> list[float]:
     return smoothed
 
 
-def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+@dataclass(frozen=True)
+class Labels:
+    """The words of the picture: its title, the loss, and what a run's results say at its end."""
+
+    title: str
+    loss: str
+    score: Callable[[dict[str, Any]], str]
+    ticks: tuple[float, ...]
+
+
+LABELS = Labels(
+    title="English to German from nothing: the bundled Tatoeba sample",
+    loss="cross entropy per target token (nats, log scale)",
+    score=lambda result: f"BLEU {result['predict_bleu']:.1f} on test",
+    ticks=(0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8),
+)
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path, labels: Labels = LABELS) -> None:
     """Both training losses (line) and validation losses (marks) against seconds of training."""
     import matplotlib
 
@@ -182,16 +205,16 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
                 marker="o",
                 markersize=6,
                 markeredgecolor="white",
-                label=f"{run.label}, validation: BLEU {result['predict_bleu']:.1f} on test",
+                label=f"{run.label}, validation: {labels.score(result)}",
             )
     axis.set_yscale("log")
-    ticks = [tick for tick in (0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8) if axis.get_ylim()[0] <= tick <= axis.get_ylim()[1]]
+    ticks = [tick for tick in labels.ticks if axis.get_ylim()[0] <= tick <= axis.get_ylim()[1]]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlim(left=0)
     axis.set_xlabel("seconds of training (evaluation left out)")
-    axis.set_ylabel("cross entropy per target token (nats, log scale)")
-    axis.set_title("English to German from nothing: the bundled Tatoeba sample", loc="left", fontsize=12)
+    axis.set_ylabel(labels.loss)
+    axis.set_title(labels.title, loc="left", fontsize=12)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=9)

@@ -13,19 +13,18 @@ Whatever is wrong with arguments or data ends the script before training, with s
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from hf_lngd import LNGDSeq2SeqTrainer
+from hf_lngd.integrations.script_run import make_trainer, train
 from hf_lngd.integrations.translation_args import DataArguments, ModelArguments, parse
 from hf_lngd.integrations.translation_data import first, load_pairs, tokenize
 from hf_lngd.integrations.translation_model import limit_lengths, load_model, load_tokenizer, set_languages
-from hf_lngd.integrations.translation_report import CardWriter, TranslationScores, write_predictions, write_routing
-from hf_lngd.integrations.usage import UsageError, exit_on_usage_error
+from hf_lngd.integrations.translation_report import TranslationCard, TranslationScores, write_predictions
+from hf_lngd.integrations.usage import exit_on_usage_error
 
 LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 
@@ -38,7 +37,7 @@ def main() -> None:
     """
     model_args, data_args, args = parse(sys.argv[1:])
     trainer, parts, scores = prepare(model_args, data_args, args)
-    card = CardWriter(trainer, model_args, data_args, ["python", *sys.argv])
+    card = TranslationCard(trainer, model_args, data_args, ["python", *sys.argv])
     trainer.card_writer = card
     if args.do_train:
         train(trainer, args.resume_from_checkpoint)
@@ -97,60 +96,21 @@ def prepare(
         label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
         pad_to_multiple_of=8 if args.fp16 else None,
     )
-    return make_trainer(model, args, collator, parts, tokenizer, scores), parts, scores
-
-
-def make_trainer(
-    model: Any, args: Any, collator: Any, parts: dict[str, Any], tokenizer: Any, scores: TranslationScores
-) -> LNGDSeq2SeqTrainer:
-    """The trainer; what it refuses is the user's to change.
-
-    Raises:
-        UsageError: the output folder cannot be written, the Hub cannot be reached, LNGD cannot run this way.
-    """
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError("output_dir", f"got {args.output_dir!r}, which cannot be made: {error.strerror}") from error
-    if not os.access(args.output_dir, os.W_OK):
-        raise UsageError("output_dir", f"got {args.output_dir!r}, accepted: a folder that can be written")
-    try:
-        return LNGDSeq2SeqTrainer(
-            model=model,
-            args=args,
-            train_dataset=parts.get("train"),
-            eval_dataset=parts.get("validation"),
-            processing_class=tokenizer,
-            data_collator=collator,
-            compute_metrics=scores if args.predict_with_generate else None,
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UsageError(blame(error, args), error) from error
-
-
-def blame(error: Exception, args: Any) -> str:
-    """The argument behind an error of the Trainer's construction."""
-    if str(error).startswith("LNGD"):
-        return "optim"
-    if any(name in str(error) for name in args.report_to):
-        return "report_to"
-    return "push_to_hub" if args.push_to_hub else "arguments"
-
-
-def train(trainer: LNGDSeq2SeqTrainer, checkpoint: str | None) -> None:
-    """Train, save the model, its tokenizer, the metrics, the routing."""
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        write_routing(trainer.args.output_dir, trainer.optimizer)
+    trainer = make_trainer(
+        LNGDSeq2SeqTrainer,
+        args,
+        model=model,
+        train_dataset=parts.get("train"),
+        eval_dataset=parts.get("validation"),
+        processing_class=tokenizer,
+        data_collator=collator,
+        compute_metrics=scores if args.predict_with_generate else None,
+    )
+    return trainer, parts, scores
 
 
 def finish(
-    trainer: LNGDSeq2SeqTrainer, scores: TranslationScores, card: CardWriter, prefix: str, split: str, metrics: Any
+    trainer: LNGDSeq2SeqTrainer, scores: TranslationScores, card: TranslationCard, prefix: str, split: str, metrics: Any
 ) -> None:
     """Print and save the metrics of a part of the data, with the scores' signatures."""
     signatures = scores.signatures if f"{prefix}_bleu" in metrics else {}

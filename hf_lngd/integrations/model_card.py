@@ -17,7 +17,7 @@ from .training_args import is_lngd, lngd_settings
 # Values of these arguments never go into a card.
 SECRETS = ("--token", "--hub_token", "--hub-token", "--push_to_hub_token")
 
-_LIBRARIES = ("hf_lngd", "torch", "transformers", "accelerate", "datasets", "tokenizers", "sacrebleu")
+_LIBRARIES = ("hf_lngd", "torch", "transformers", "accelerate", "datasets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,8 @@ class CardFacts:
         architecture: e.g. MarianMTModel.
         parameters: how many.
         usage: a code example.
+        pictures: (what it shows, its file in the model's folder).
+        libraries: whose versions are told beside those of every model's.
         routing: LNGD's routing table.
         log_history: the Trainer's.
     """
@@ -78,6 +80,8 @@ class CardFacts:
     architecture: str = ""
     parameters: int = 0
     usage: str | None = None
+    pictures: Sequence[tuple[str, str]] = ()
+    libraries: Sequence[str] = ()
     routing: str | None = None
     log_history: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
@@ -134,6 +138,7 @@ def _body(facts: CardFacts, args: Any) -> str:
         sections += ["## Use", f"```python\n{facts.usage.strip()}\n```"]
     if facts.scores:
         sections += ["## Results", _score_table(facts.scores)]
+    sections += [f"![{what}]({file})" for what, file in facts.pictures]
     sections += ["## Training data", _data(facts)]
     sections += ["## Training", _settings(args)]
     if facts.command:
@@ -143,7 +148,7 @@ def _body(facts: CardFacts, args: Any) -> str:
         sections += [losses]
     if facts.routing:
         sections += ["Which parameter is whose:", f"```\n{facts.routing}\n```"]
-    sections += ["## Versions", "\n".join(f"- {name} {number}" for name, number in _versions())]
+    sections += ["## Versions", "\n".join(f"- {name} {number}" for name, number in _versions(facts.libraries))]
     return "\n\n".join(sections) + "\n"
 
 
@@ -152,14 +157,20 @@ def _introduction(facts: CardFacts, args: Any) -> str:
     origin = f"fine-tuned from `{facts.base_model}`" if facts.base_model else "trained from scratch"
     languages = f", {' to '.join(facts.languages)}" if facts.languages else ""
     optimizer = "LNGD (layer-wise natural gradient descent)" if is_lngd(args) else f"`{_plain(args.optim)}`"
-    return f"{kind}, {origin} for {facts.task}{languages}, with the optimizer {optimizer}."
+    return f"{kind}, {origin} for {facts.task.replace('-', ' ')}{languages}, with the optimizer {optimizer}."
 
 
 def _score_table(scores: Sequence[Score]) -> str:
-    rows = ["| split | metric | value | signature |", "|---|---|---|---|"]
+    """The signatures have a column where there are any; what lies in [0, 1] has two digits more."""
+    signed = any(score.signature for score in scores)
+    rows = ["| split | metric | value |", "|---|---|---|"]
+    if signed:
+        rows = ["| split | metric | value | signature |", "|---|---|---|---|"]
     for score in scores:
         signature = f"`{score.signature}`".replace("|", "\\|") if score.signature else ""
-        rows.append(f"| {score.split} | {score.name} | {score.value:.2f} | {signature} |")
+        digits = 4 if score.value <= 1 else 2
+        row = f"| {score.split} | {score.name} | {score.value:.{digits}f} |"
+        rows.append(f"{row} {signature} |" if signed else row)
     return "\n".join(rows)
 
 
@@ -239,9 +250,9 @@ def without_secrets(command: Sequence[str]) -> list[str]:
     return shown
 
 
-def _versions() -> list[tuple[str, str]]:
+def _versions(more: Sequence[str]) -> list[tuple[str, str]]:
     found = []
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *more):
         try:
             found.append((name, version(name)))
         except PackageNotFoundError:

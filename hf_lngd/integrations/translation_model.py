@@ -5,17 +5,14 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
+from .script_model import LOAD_ERRORS, hub_options, load_config, make_model
 from .translation_args import DataArguments, ModelArguments
 from .usage import UsageError
 
 logger = logging.get_logger(__name__)
-
-# What loading raises for a folder that is not there, a broken file, another kind of model, a missing library.
-_LOADING = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, StrictDataclassError)
 
 
 def load_tokenizer(args: ModelArguments) -> Any:
@@ -27,15 +24,8 @@ def load_tokenizer(args: ModelArguments) -> Any:
     field = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
     name = args.tokenizer_name or args.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            cache_dir=args.cache_dir,
-            use_fast=args.use_fast_tokenizer,
-            revision=args.model_revision,
-            token=args.token,
-            trust_remote_code=args.trust_remote_code,
-        )
-    except _LOADING as error:
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=args.use_fast_tokenizer, **hub_options(args))
+    except LOAD_ERRORS as error:
         raise UsageError(field, f"got {name!r}, from which no tokenizer can be loaded: {error}") from error
     if tokenizer.pad_token_id is None:
         raise UsageError(field, f"got {name!r}, accepted: a tokenizer with a padding token")
@@ -48,53 +38,10 @@ def load_model(args: ModelArguments, tokenizer: Any) -> Any:
     Raises:
         UsageError: names the argument.
     """
-    shared = {
-        "cache_dir": args.cache_dir,
-        "revision": args.model_revision,
-        "token": args.token,
-        "trust_remote_code": args.trust_remote_code,
-    }
-    config_field = "config_name" if args.config_name else "model_name_or_path"
-    config_name = args.config_name or args.model_name_or_path
-    try:
-        config = AutoConfig.from_pretrained(config_name, **shared)
-    except _LOADING as error:
-        raise UsageError(config_field, f"got {config_name!r}, which has no configuration: {error}") from error
-    override(config, args.config_overrides)
-    try:
-        if args.model_name_or_path:
-            model = AutoModelForSeq2SeqLM.from_pretrained(args.model_name_or_path, config=config, **shared)
-        else:
-            model = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=args.trust_remote_code)
-    except _LOADING as error:
-        field = "model_name_or_path" if args.model_name_or_path else "config_name"
-        name = args.model_name_or_path or args.config_name
-        if args.config_overrides:
-            field, name = "config_overrides", args.config_overrides
-        raise UsageError(field, f"got {name!r}, which makes no translation model: {error}") from error
+    model = make_model(AutoModelForSeq2SeqLM, args, load_config(args), "translation")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     return model
-
-
-def override(config: Any, text: str | None) -> None:
-    """Apply ``name=value,name=value`` to a configuration.
-
-    Raises:
-        UsageError: an unknown name (the closest are listed), a value of the wrong kind.
-    """
-    for item in text.split(",") if text else []:
-        name, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or "=" in value:
-            raise UsageError("config_overrides", f"got {item!r}, accepted: name=value,name=value")
-        if not hasattr(config, name):
-            close = difflib.get_close_matches(name, config.to_dict(), n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"accepted: fields of {type(config).__name__}"
-            raise UsageError("config_overrides", f"unknown name {name!r}; {hint}")
-        try:
-            config.update_from_string(f"{name}={value}")
-        except (ValueError, TypeError, StrictDataclassError) as error:
-            raise UsageError("config_overrides", f"{name}: got {value!r}: {error}") from error
 
 
 def set_languages(model: Any, tokenizer: Any, data: DataArguments) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..metrics import load_metric
-from .diagnostics import lngd_of
-from .model_card import CardFacts, Score, write_model_card
-from .translation_args import DataArguments, ModelArguments
+from .script_run import CardWriter, read_attribution
 
 PREDICTIONS = "generated_predictions.txt"
-ROUTING = "routing.json"
 
 _USAGE = """
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -67,71 +62,25 @@ def write_predictions(folder: str | Path, texts: Sequence[str]) -> None:
     (Path(folder) / PREDICTIONS).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
 
 
-def write_routing(folder: str | Path, optimizer: Any) -> None:
-    """``routing.json``: LNGD's config and each parameter's owner and reason; removed where another optimizer ran."""
-    path, lngd = Path(folder) / ROUTING, lngd_of(optimizer)
-    if lngd is None:
-        path.unlink(missing_ok=True)
-        return
-    routing = {
-        "optimizer": "lngd",
-        "config": lngd.config.to_dict(),
-        "groups": [{"name": group["name"], "tensors": len(group["params"])} for group in lngd.param_groups],
-        "memory": lngd.memory_usage(),
-        "parameters": [dataclasses.asdict(route) for route in lngd.routing()],
-    }
-    path.write_text(json.dumps(routing, indent=2) + "\n", encoding="utf-8")
+class TranslationCard(CardWriter):
+    """The card of a translation model."""
 
+    metrics = {"bleu": ("bleu", "BLEU"), "chrf": ("chrf", "chrF")}
 
-class CardWriter:
-    """Writes the card of a translation model; called again by the Trainer before it pushes.
-
-    Args:
-        trainer: after training or evaluation.
-        model: arguments of the run.
-        data: arguments of the run.
-        command: the command line, in parts.
-    """
-
-    def __init__(self, trainer: Any, model: ModelArguments, data: DataArguments, command: Sequence[str]) -> None:
-        self.trainer, self.model, self.data, self.command = trainer, model, data, list(command)
-        self.scores: list[Score] = []
-
-    def add(self, split: str, metrics: dict[str, Any], prefix: str, signatures: dict[str, str]) -> None:
-        """Take the scores out of the Trainer's metrics."""
-        for metric, name in (("bleu", "BLEU"), ("chrf", "chrF")):
-            value = metrics.get(f"{prefix}_{metric}")
-            if value is not None:
-                signature = signatures.get(metric)
-                self.scores.append(Score(metric=metric, name=name, value=value, split=split, signature=signature))
-
-    def __call__(self) -> Path:
-        """Write README.md into the output folder."""
-        args, data, net = self.trainer.args, self.data, self.trainer.model
-        lngd = lngd_of(self.trainer.optimizer)
-        name = (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1]
+    def own_facts(self, name: str) -> dict[str, Any]:
+        """Languages, data set, a code example."""
+        data = self.data
         file = data.train_file or data.validation_file or data.test_file or ""
         dataset = data.dataset_name or Path(file).resolve().parent.name or Path(file).name
-        facts = CardFacts(
-            name=name,
-            task="translation",
-            dataset_name=dataset,
-            dataset_type=dataset,
-            dataset_config=data.dataset_config_name,
-            examples=len(self.trainer.train_dataset or ()),
-            scores=self.scores,
-            command=self.command,
-            languages=[data.source_key, data.target_key],
-            base_model=self.model.model_name_or_path,
-            license=data.data_license,
-            attribution=_attribution(data),
-            architecture=type(net).__name__,
-            parameters=sum(p.numel() for p in net.parameters()),
-            usage=self._usage(args.hub_model_id or args.output_dir),
-            routing=None if lngd is None else lngd.routing_table(),
-            log_history=self.trainer.state.log_history,
-        )
-        return write_model_card(args.output_dir, facts, args)
+        return {
+            "task": "translation",
+            "dataset_name": dataset,
+            "dataset_type": dataset,
+            "languages": [data.source_key, data.target_key],
+            "attribution": read_attribution(data.data_attribution, data.train_file),
+            "usage": self._usage(name),
+            "libraries": ("tokenizers", "sacrebleu"),
+        }
 
     def _usage(self, name: str) -> str:
         data = self.data
@@ -146,16 +95,3 @@ class CardWriter:
             length=data.eval_target_length,
         )
         return text.replace("'' + ", "")
-
-
-def _attribution(data: DataArguments) -> str | None:
-    """The text that was given, or the file beside the training data, its headings one level down."""
-    if data.data_attribution:
-        return data.data_attribution
-    if not data.train_file:
-        return None
-    path = Path(data.train_file).parent / "ATTRIBUTION.md"
-    if not path.is_file():
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return "\n".join(f"##{line}" if line.startswith("#") else line for line in lines)

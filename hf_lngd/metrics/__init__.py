@@ -17,7 +17,7 @@ def load_metric(name: str) -> Any:
     """An `evaluate.Metric` from this package.
 
     Args:
-        name: ``sacrebleu``: BLEU and chrF with their signatures.
+        name: ``sacrebleu``: BLEU and chrF with their signatures; ``accuracy``: accuracy and top-k accuracy.
 
     Raises:
         ValueError: no such metric; the names are listed.
