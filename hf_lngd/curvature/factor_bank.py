@@ -24,6 +24,11 @@ def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
+def product_dtype(config: LNGDConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a step's matrix products where the state has this one."""
+    return torch.bfloat16 if config.matrix_dtype == "bfloat16" and dtype == torch.float32 else dtype
+
+
 @dataclass(frozen=True)
 class FactorSpec:
     """One group's Φ: its name, its columns, its units (matrices: groups of a convolution), and for λ the first
@@ -65,8 +70,10 @@ class FactorBank:
         count = starts[-1]
         self.phi = like.new_zeros(count, self.k, *packed_shape(self.b))
         self.weight = like.new_zeros(count)
-        eye = pack(torch.eye(self.b, dtype=like.dtype, device=like.device))
-        self.derived = {kind: eye.expand_as(self.phi).clone() for kind in sorted(kinds)}
+        # a root that every step multiplies with in half precision is kept ready for that, in as much memory
+        self.ready = config.direction == "polar" and product_dtype(config, like.dtype) != like.dtype
+        eye = self._stored(torch.eye(self.b, dtype=like.dtype, device=like.device))
+        self.derived = {kind: eye.repeat(count, self.k, 1, 1) for kind in sorted(kinds)}
         self.damping = like.new_zeros(count)
         self.condition = like.new_ones(count)
         self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
@@ -123,9 +130,12 @@ class FactorBank:
     def _keep(self, kind: str, rows: Tensor, value: Tensor, ok: Tensor, condition: Tensor) -> None:
         good = ok.all(1)  # of all blocks of a row
         store = self.derived[kind]
-        store[rows] = torch.where(good[:, None, None, None], pack(value), store[rows])
+        store[rows] = torch.where(good[:, None, None, None], self._stored(value), store[rows])
         self.condition[rows] = torch.where(good, condition.amax(1), self.condition[rows])
         self.failures += (~good).sum()
+
+    def _stored(self, value: Tensor) -> Tensor:
+        return value.to(product_dtype(self.config, value.dtype)) if self.ready else pack(value)
 
     def dense(self, rows: Tensor) -> Tensor:
         """Φ as kept, bias-corrected and undamped: [n, k, b, b]; the identity for a group not seen yet."""
@@ -136,7 +146,8 @@ class FactorBank:
 
     def get(self, kind: str, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``inverse`` or ``root`` of these groups, dense: [n, k, b, b], in `dtype` if given."""
-        return unpack(self.derived[kind][rows].to(dtype), self.b)
+        found = self.derived[kind][rows].to(dtype)
+        return found if self.ready else unpack(found, self.b)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with a row of each unit of each group in the first dimension."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import LNGDConfig
-from .factor_bank import FactorBank, index_tensor
+from .factor_bank import FactorBank, index_tensor, product_dtype
 from .factors import (
     adaptive_rate,
     apply_right,
@@ -87,8 +87,7 @@ class LayerBank:
         self.rate = like.new_zeros(len(layers))
         self.row_square = like.new_zeros(count, self.m) if config.row_decay and config.direction != "natural" else None
         self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
-        half = config.matrix_dtype == "bfloat16" and like.dtype == torch.float32
-        self._product_dtype = torch.bfloat16 if half else like.dtype
+        self._product_dtype = product_dtype(config, like.dtype)
         self.side = gram_side(self.m, self.columns)
         self.gram: Tensor | None = None
         self.polar: Tensor | None = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LNGDConfig
+from .factor_bank import product_dtype
 from .inverses import pack, packed_shape, unpack
 
 
@@ -78,7 +79,7 @@ class RotatedTable:
         grad = weight.grad.to(s["mean"].dtype)
         if turn:
             self._turn(grad)
-        low = torch.bfloat16 if c.matrix_dtype == "bfloat16" and grad.dtype == torch.float32 else grad.dtype
+        low = product_dtype(c, grad.dtype)
         basis = s["basis"].to(low)
         rotated = (grad.to(low) @ basis).to(grad.dtype)
         s["step"] += 1
