@@ -50,7 +50,7 @@ _FAST: dict[str, Any] = {
     "seed": 0,
     "chain": "activation",
     "head": "gaussian",
-    "conv_rows": 4,
+    "conv_rows": 8,
     "conv_memory": 64,
 }
 

@@ -48,11 +48,11 @@ model that was trained on them, names tatoeba.org.
 
 ## What was selected and changed
 
-`scripts/make_demo_data.py` made these files. It selected sentences of {shortest} to {longest} words a side; one
-translation a sentence, compared without case and punctuation, so that no two pairs of this sample, of the same part or
-of different ones, share their English or their German; and of these the pairs whose rarest word is most frequent. It
-changed white space (one blank between words), curly quotation marks and apostrophes to straight ones, and the Unicode
-form to NFC. It put the pairs into another order. Nothing else was changed.
+`scripts/make_demo_data.py` made these files. It selected sentences of {shortest} to {longest} words a side, without
+quoted speech; one translation a sentence, compared without case and punctuation, so that no two pairs of this sample,
+of the same part or of different ones, share their English or their German; and of these the pairs whose rarest word is
+most frequent. It changed white space (one blank between words), curly quotation marks and apostrophes to straight
+ones, and the Unicode form to NFC. It put the pairs into another order. Nothing else was changed.
 
 `tokenizer/` was trained on `train.json.gz` alone: byte-pair encoding, {vocabulary:,} pieces for both languages.
 """
@@ -106,7 +106,13 @@ def select(pairs: Iterable[Pair], count: int, shortest: int, longest: int) -> li
     Raises:
         ValueError: fewer pairs than that qualify.
     """
-    pool = [pair for pair in pairs if all(shortest <= len(words(side)) <= longest for side in pair)]
+    pool = [
+        pair
+        for pair in pairs
+        if all(
+            shortest <= len(words(side)) <= longest and '"' not in side for side in pair
+        )  # speech is rare: not learnt
+    ]
     frequency = [collections.Counter(word for pair in pool for word in words(pair[side])) for side in (0, 1)]
 
     def commonness(pair: Pair) -> tuple[float, float, Pair]:

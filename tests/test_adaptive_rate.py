@@ -132,6 +132,18 @@ def test_a_sample_of_images_is_an_image(parts: int) -> None:
     rates(optimizer, gradients, 6)
 
 
+def test_work_in_place_on_an_output_hides_no_gradient() -> None:
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace), nn.Linear(8, 3)).double()
+        optimizer = LNGD(model, lr=1e-3, **FIELDS)
+        model(torch.randn(6, 2, 4, dtype=torch.float64)).square().mean().backward()  # a view: three dimensions
+        optimizer.step()
+        found.append([float(bank.rate[0]) for bank in optimizer._preconditioner.layer_banks])
+    assert found[0] == found[1] and all(rate > 0 for rate in found[0])
+
+
 def test_a_rate_is_never_negative() -> None:
     rate = adaptive_rate(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([1.0, 0.0, 0.5]), 0.5)
     torch.testing.assert_close(rate, torch.tensor([0.0, 0.0, 2.0]))

@@ -186,6 +186,12 @@ CASES: dict[str, tuple[Body, Body, tuple[str, ...], bool]] = {
         (),
         False,
     ),
+    "shaped like itself": (
+        lambda n, x, s: n.silu(n.batch_norm(s.unflatten(0, (3, 3)).flatten(0, 1)).reshape_as(s)),
+        lambda n, x, s: silu_slope(n.batch_norm(s)) * gamma(n.batch_norm, s, [0]),
+        ("layout", "layout", "batch_norm", "layout", "SiLU"),
+        False,
+    ),
     "itself squared": (lambda n, x, s: s * s, lambda n, x, s: torch.ones_like(s), (), False),
     "a question is no use": (
         lambda n, x, s: n.silu(s) if s.isfinite().all() and s.shape[0] and s.dim() else s,

@@ -55,6 +55,14 @@ def test_no_sentence_stands_twice(parts: dict[str, list[tuple[str, str]]], side:
             seen[key] = part
 
 
+def test_no_quoted_speech(parts: dict[str, list[tuple[str, str]]]) -> None:
+    assert not any('"' in side for pairs in parts.values() for pair in pairs for side in pair)
+    speech = [("He said that it was good.", "Er sagte, es sei gut."), ('He said "good".', "Er sagte „gut“.")] * 3
+    assert make_demo_data.select(speech, 1, 1, 9) == speech[:1]
+    with pytest.raises(ValueError, match="1 pairs qualify"):
+        make_demo_data.select(speech, 2, 1, 9)
+
+
 def test_key_ignores_case_and_punctuation() -> None:
     key = make_demo_data.key
     assert key("Ist das wahr?") == key("ist das WAHR!") == key("  Ist „das“ wahr ...")
@@ -102,7 +110,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nouns = ["Hund", "Ball", "Baum", "Tisch", "Stuhl", "Brief"]
     english = ["dog", "ball", "tree", "table", "chair", "letter"]
     rows = [
-        {"en": f"I  see the {english[i]} {j} now.", "de": f"Ich sehe jetzt den „{nouns[i]}“ {j}."}
+        {"en": f"I  see the {english[i]} {j} now.", "de": f"Ich sehe jetzt den ‚{nouns[i]}‘ {j}."}
         for i in range(6)
         for j in range(10)
     ]
@@ -127,7 +135,7 @@ def test_the_same_source_gives_the_same_bytes(source: Path, tmp_path: Path) -> N
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), path
     pairs = [pair for part in PARTS for pair in make_demo_data.read_pairs(tmp_path / "a" / f"{part}.json.gz")]
     assert len(pairs) == 60 and len({make_demo_data.key(de) for _, de in pairs}) == 60
-    assert not any("„" in de or "  " in en for en, de in pairs)
+    assert not any("‚" in de or "  " in en for en, de in pairs)
 
 
 def test_too_small_a_source_is_an_error(source: Path, tmp_path: Path) -> None:

@@ -108,9 +108,10 @@ def test_true_of_a_deep_layer_is_the_sum_over_labels(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(found, (torch.outer(x[0], x[0]) * fisher.trace()).detach(), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("shape", [(9, 4), (3, 3, 4), (3, 1, 3, 4)], ids=str)  # with three a linear output is a view
 @pytest.mark.parametrize("fisher", ["true", "empirical", "sampled", "expected"])
-def test_activations_in_place_are_differentiated_all_the_same(fisher: str) -> None:
-    x, found = torch.randn(9, 4, dtype=torch.float64), []
+def test_activations_in_place_are_differentiated_all_the_same(fisher: str, shape: tuple[int, ...]) -> None:
+    x, found = torch.randn(*shape, dtype=torch.float64), []
     for inplace in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.SiLU(inplace=inplace), nn.Linear(4, 3)).double()

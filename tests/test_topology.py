@@ -8,6 +8,7 @@ from core_helpers import core_backward, core_batch, core_marian, core_step
 from hf_helpers import hf_seq2seq_model, hf_tokenizer
 from reference import factors
 from torch import Tensor, nn
+from transformers import FSMTConfig, FSMTForConditionalGeneration
 
 from hf_lngd import LNGD
 from hf_lngd.curvature.masks import BatchMasks
@@ -156,6 +157,22 @@ def test_target_mask_without_labels() -> None:
     ids = torch.tensor([[0, 5, 6, 1, 0], [0, 5, 6, 7, 8], [0, 5, 6, 7, 1]])
     masks = BatchMasks({"input_ids": ids, "decoder_input_ids": ids}, Config())
     assert masks.by_stream["targets"].tolist() == [[True] * 3 + [False] * 2, [True] * 5, [True] * 4 + [False]]
+
+
+@pytest.mark.parametrize("target", [8, 6], ids=["as many tokens as sentences", "fewer"])
+def test_masks_of_a_model_that_works_time_first(target: int) -> None:
+    tokens = {"src_vocab_size": 40, "tgt_vocab_size": 40, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
+    rest = {"dropout": 0.0, "attention_dropout": 0.0, "decoder_start_token_id": 1}
+    torch.manual_seed(0)
+    model = FSMTForConditionalGeneration(FSMTConfig(langs=["en", "de"], **tokens, **sizes, **heads, **rest))
+    batch = core_batch(rows=8, source=8, target=target)
+    optimizer = LNGD(model, lr=0.0)
+    model(**batch).loss.backward()
+    counts = {name: int(sums.n) for name, sums in optimizer._capture.finish().items()}
+    assert counts["model.encoder.layers.0.fc1"] == int(batch["attention_mask"].sum())
+    assert counts["model.decoder.layers.0.fc1"] == int((batch["labels"] != -100).sum())
 
 
 def test_a_batch_that_is_named_beforehand_counts() -> None:

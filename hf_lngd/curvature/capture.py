@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import LNGDConfig
 from .chains import Chain, ChainWatch
-from .fisher import Call, FisherSource
+from .fisher import Call, FisherSource, origin
 from .layers import Layer, call_input, factor_blocks
 from .links import is_elementwise
 from .masks import BatchMasks, bind_batch
@@ -304,11 +304,11 @@ class Capture:
         start = -self._first_row % self._rate_rows if self._inside else 0
         forward = self._forwards
         kept = layer.batched(a.detach())[start :: self._rate_rows].clone()
-        samples = self.rows.setdefault(layer.name, RowSamples())
+        samples, shape = self.rows.setdefault(layer.name, RowSamples()), output.shape
 
         def receive(g: Tensor) -> None:
             if self.source.in_pass:
                 return
-            samples.add(forward, kept, layer.batched(g.detach())[start :: self._rate_rows].clone())
+            samples.add(forward, kept, layer.batched(g.detach().view(shape))[start :: self._rate_rows].clone())
 
-        output.register_hook(receive)
+        origin(output).register_hook(receive)

@@ -15,8 +15,22 @@ from torch.overrides import TorchFunctionMode
 
 from .links import Link, function_link, module_link
 
+# What these take from their second argument on is a shape or dtype, not the tensor.
+_LIKE = {"reshape_as", "view_as", "expand_as", "type_as"}
 # Questions about a tensor, and copies of it that no gradient flows through, do not use it.
-_NEUTRAL = {"__get__", "detach", "isinf", "isnan", "isfinite", "register_hook", "requires_grad_", "size", "dim"}
+_NEUTRAL = {
+    "__get__",
+    "detach",
+    "isinf",
+    "isnan",
+    "isfinite",
+    "register_hook",
+    "requires_grad_",
+    "size",
+    "dim",
+    "zeros_like",
+    "ones_like",
+}
 
 
 class Chain:
@@ -124,10 +138,12 @@ class ChainWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._silent or not self._nodes or getattr(func, "__name__", "") in _NEUTRAL:
+        if self._silent or not self._nodes or _name(func) in _NEUTRAL:
             return func(*args, **kwargs)
         touched = [
-            (place, *found) for place, value in enumerate(_tensors(args, kwargs)) for found in self._chains_at(value)
+            (place, *found)
+            for place, value in enumerate(_tensors(args[:1] if _name(func) in _LIKE else args, kwargs))
+            for found in self._chains_at(value)
         ]
         if not touched:
             return func(*args, **kwargs)
@@ -169,8 +185,12 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     return [*args, *kwargs.values(), *inner]
 
 
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", "")
+
+
 def _in_place(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
+    name = _name(func)
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_BY_ARGUMENT
 
 

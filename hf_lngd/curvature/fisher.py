@@ -45,7 +45,18 @@ class Call:
 
 
 # The edge stands for the output as it was: an activation may have worked in place since.
-Observation = tuple[Call, GradientEdge]
+Observation = tuple[Call, GradientEdge, torch.Size]
+
+
+def origin(output: Tensor) -> Tensor:
+    """The tensor to watch for the gradient of a layer's output.
+
+    A linear layer's output is a view where its input has three dimensions or more. Work on a view in place takes a hook
+    on it out of the graph, not one on what it is a view of.
+    """
+    base = output._base if output._is_view() else None
+    whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    return base if base is not None and whole and base.requires_grad else output
 
 
 class FisherSource:
@@ -85,13 +96,14 @@ class FisherSource:
 
     def observe(self, call: Call, output: Tensor, slope: Tensor | None) -> None:
         """Take in one call of a layer: its output, and φ' of what follows in the same shape (None: 1)."""
+        output_shape = output.shape
         if self.kind == "empirical":
             if output.requires_grad:
-                output.register_hook(lambda g: _add_gradient(call, g))
+                origin(output).register_hook(lambda g: _add_gradient(call, g.view(output_shape)))
             return
         if self.kind == "true":
             if output.requires_grad:
-                self._waiting.append((call, get_gradient_edge(output)))
+                self._waiting.append((call, get_gradient_edge(origin(output)), output_shape))
             return
         with torch.no_grad():
             g2 = None if slope is None else call.chosen(slope).square()
@@ -136,15 +148,15 @@ class FisherSource:
             self.sampled_terms = self.sampled_terms + (mask != 0).sum()
         else:
             self.sampled_terms = self.sampled_terms + labels.shape[0]
-        edges = [edge for _, edge in waiting]
+        edges = [edge for _, edge, _ in waiting]
         self.in_pass = True
         try:
             gradients = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True)
         finally:
             self.in_pass = False
-        for (call, _), g in zip(waiting, gradients, strict=True):
+        for (call, _, shape), g in zip(waiting, gradients, strict=True):
             if g is not None:
-                _add_gradient(call, g)
+                _add_gradient(call, g.view(shape))
 
     def scale(self, terms: Tensor | int) -> Tensor | float | None:
         """What the sums are multiplied by to become Φ; None: one over the number of positions.

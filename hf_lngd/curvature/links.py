@@ -28,7 +28,7 @@ _PRODUCTS = {"mul", "multiply", "__mul__", "__rmul__", "__imul__"}
 _QUOTIENTS = {"div", "divide", "true_divide", "__truediv__", "__itruediv__"}
 _DROPOUTS = {"dropout", "dropout1d", "dropout2d"}
 _SAME = {"contiguous", "to", "float", "double", "clone", "type_as"}
-_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
+_RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
 _PERMUTES = {"permute", "transpose", "movedim", "swapaxes"}
 # Arguments in their order, of the functions of torch.nn.functional that norms call.
 _NORMS = {

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 INPUTS = "inputs"
 TARGETS = "targets"
 _IGNORED_LABEL = -100
+# Models whose layers see [T, B, d]: a mask of as many tokens as sentences fits either way round.
+_TIME_FIRST = ("fsmt",)
 
 
 class BatchMasks:
@@ -40,6 +42,8 @@ class BatchMasks:
             targets = _target_mask(tensors, config)
             if targets is not None:
                 self.by_stream[TARGETS] = targets
+        if getattr(config, "model_type", None) in _TIME_FIRST:
+            self.by_stream = {stream: mask.mT for stream, mask in self.by_stream.items()}
 
     def stream_of(self, name: str, shape: torch.Size, reads_encoder: bool) -> str | None:
         """Which mask belongs to a layer whose input has this shape, features left off.

@@ -53,7 +53,11 @@ class RotatedTable:
         return self.tensors
 
     def _turn(self, grad: Tensor) -> None:
-        """A new basis; the mean is turned into it, the square is kept as SOAP does (the basis moves slowly)."""
+        """A new basis, with the moments turned into it: the square as a diagonal second moment turns.
+
+        SOAP keeps the square. A table's rows are seen rarely: the square of a row that was seen once is near zero along
+        some old axes, and a mean that is turned onto them would make a step of many learning rates.
+        """
         s, d = self.tensors, grad.shape[-1]
         fresh = grad.mT @ grad
         size = fresh.diagonal().sum()
@@ -66,7 +70,8 @@ class RotatedTable:
             basis = torch.linalg.eigh(gram).eigenvectors.contiguous()
         except torch.linalg.LinAlgError:  # no convergence: the last basis will do until the next turn
             return
-        s["mean"] = s["mean"] @ (s["basis"].mT @ basis)
+        turn = s["basis"].mT @ basis
+        s["mean"], s["square"] = s["mean"] @ turn, s["square"] @ turn.square()
         s["gram"], s["basis"] = pack(gram), basis
 
     @torch.no_grad()
