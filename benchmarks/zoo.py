@@ -19,6 +19,7 @@ from benchmarks.zoo_translation import ABSENT_TRANSLATION, TRANSLATION
 
 ZOO: dict[str, Entry] = {entry.name: entry for entry in [*IMAGES, *TRANSLATION]}
 ABSENT: dict[str, str] = {**ABSENT_IMAGES, **ABSENT_TRANSLATION}
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 MAPPINGS = ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES")
 
 
@@ -47,9 +48,12 @@ def build(entry: Entry, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn
     torch.manual_seed(seed)
     model = getattr(transformers, entry.class_name)._from_config(_config(entry), attn_implementation="eager")
     for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__)):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", module)):  # some forwards read the configuration
+            for name, value in vars(holder).items():
+                if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, DROPOUTS))):
+                    setattr(holder, name, 0.0)
+        if isinstance(vars(module).get("dtype"), torch.dtype):
+            module.dtype = dtype  # a router's: it turns its weight into it
     model.config.use_cache = False
     return model.to(dtype).train()
 

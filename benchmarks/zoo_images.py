@@ -260,6 +260,19 @@ _MORE: list[tuple[str, str, str, dict[str, Any], int | Inputs]] = [
     ("regnet, x", "regnet", CLASSES["regnet"], {**_RESIDUAL, "groups_width": 8, "layer_type": "x"}, 32),
 ]
 
+# What the rows of these names have besides: fields of `Entry`.
+_NOTES: dict[str, dict[str, Any]] = {
+    "bit": {"low": "its convolutions standardize their weight in a forward of their own, so what is multiplied is no "
+                   "parameter"},  # fmt: skip
+    **dict.fromkeys(
+        ("siglip", "siglip2"),
+        {
+            "rests": (r"vision_model\.head\.", "the pooling head, which the classifier does not use"),
+            "low": "the pooling head: its attention is torch's own, and the classifier does not use it",
+        },
+    ),
+}
+
 ABSENT_IMAGES = {
     "dinat": "needs the package natten, whose attention has no other implementation",
     "shieldgemma2": "no classifier of pixels: a language model asked about an image and a written policy",
@@ -269,7 +282,7 @@ ABSENT_IMAGES = {
 
 def _entry(name: str, architecture: str, class_name: str, fields: dict[str, Any], images: int | Inputs) -> Entry:
     inputs = pixels(images) if isinstance(images, int) else images
-    return Entry(name, architecture, class_name, {**fields, "num_labels": LABELS}, inputs)
+    return Entry(name, architecture, class_name, {**fields, "num_labels": LABELS}, inputs, **_NOTES.get(name, {}))
 
 
 IMAGES: list[Entry] = sorted(
