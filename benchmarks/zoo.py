@@ -5,6 +5,7 @@ A few thousand to a hundred thousand parameters each, random weights, no dropout
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,7 +47,9 @@ def unknown() -> list[str]:
 def build(entry: Entry, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The model in training mode, eager attention (the one that every architecture has), nothing random in it."""
     torch.manual_seed(seed)
-    model = getattr(transformers, entry.class_name)._from_config(_config(entry), attn_implementation="eager")
+    model = getattr(transformers, entry.class_name)._from_config(
+        _config(entry, entry.fields), attn_implementation="eager"
+    )
     for module in model.modules():
         for holder in (module, getattr(module, "config", module)):  # some forwards read the configuration
             for name, value in vars(holder).items():
@@ -64,5 +67,11 @@ def batch(entry: Entry, rows: int = 4, seed: int = 0, dtype: torch.dtype = torch
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
 
 
-def _config(entry: Entry) -> Any:
-    return CONFIG_MAPPING[entry.architecture](**entry.fields)
+def build_full(entry: Entry) -> nn.Module:
+    """The model with the configuration's default sizes, those of a published one, without memory (meta device)."""
+    with torch.device("meta"):
+        return getattr(transformers, entry.class_name)(_config(entry, entry.full))
+
+
+def _config(entry: Entry, fields: Mapping[str, Any]) -> Any:
+    return CONFIG_MAPPING[entry.architecture](**fields)

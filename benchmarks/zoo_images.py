@@ -79,6 +79,8 @@ _PERCEIVER = {
     "num_self_attends_per_block": 2,
     "num_self_attention_heads": 2,
     "num_cross_attention_heads": 1,
+    "qk_channels": 16,
+    "v_channels": 16,
     "image_size": 8,
 }
 _RELATIVE = {"use_relative_position_bias": True, "use_mask_token": False}
@@ -120,8 +122,18 @@ _SMALL: dict[str, tuple[dict[str, Any], int | Inputs]] = {
         },
         32,
     ),
-    "focalnet": ({"image_size": 16, "patch_size": 2, "embed_dim": 8, "hidden_sizes": [16, 16], "depths": [1, 2],
-                  "focal_levels": [2, 2], "focal_windows": [3, 3]}, 16),  # fmt: skip
+    "focalnet": (
+        {
+            "image_size": 16,
+            "patch_size": 2,
+            "embed_dim": 8,
+            "hidden_sizes": [16, 16],
+            "depths": [1, 2],
+            "focal_levels": [2, 2],
+            "focal_windows": [3, 3],
+        },
+        16,
+    ),  # fmt: skip
     "hgnet_v2": (
         {
             "embedding_size": 8,
@@ -171,7 +183,12 @@ _SMALL: dict[str, tuple[dict[str, Any], int | Inputs]] = {
         32,
     ),
     "mobilevitv2": (
-        {"image_size": 64, "width_multiplier": 0.05, "base_attn_unit_dims": [160, 160, 160], "n_attn_blocks": [1, 1, 1]},
+        {
+            "image_size": 64,
+            "width_multiplier": 0.05,
+            "base_attn_unit_dims": [160, 160, 160],
+            "n_attn_blocks": [1, 1, 1],
+        },
         64,
     ),
     "poolformer": (
@@ -202,7 +219,10 @@ _SMALL: dict[str, tuple[dict[str, Any], int | Inputs]] = {
         },
         16,
     ),
-    "pvt": ({**_PYRAMID, "image_size": 16, "patch_sizes": [4, 2], "strides": [4, 2], "sequence_reduction_ratios": [2, 1]}, 16),
+    "pvt": (
+        {**_PYRAMID, "image_size": 16, "patch_sizes": [4, 2], "strides": [4, 2], "sequence_reduction_ratios": [2, 1]},
+        16,
+    ),
     "pvt_v2": ({**_PYRAMID, "image_size": [16, 16], "sr_ratios": [2, 1], "out_indices": [1], "out_features": None}, 16),
     "regnet": ({**_RESIDUAL, "groups_width": 8}, 32),
     "resnet": (_RESIDUAL, 32),
@@ -260,17 +280,20 @@ _MORE: list[tuple[str, str, str, dict[str, Any], int | Inputs]] = [
     ("regnet, x", "regnet", CLASSES["regnet"], {**_RESIDUAL, "groups_width": 8, "layer_type": "x"}, 32),
 ]
 
-# What the rows of these names have besides: fields of `Entry`.
+_POOLING_HEAD = (r"vision_model\.head\.", "the pooling head, which the classifier does not use")
+_ONE_HEAD = {"num_cross_attention_heads": 1}  # the default's eight do not divide these models' inputs
+# What rows have besides: fields of `Entry`.
 _NOTES: dict[str, dict[str, Any]] = {
-    "bit": {"low": "its convolutions standardize their weight in a forward of their own, so what is multiplied is no "
-                   "parameter"},  # fmt: skip
-    **dict.fromkeys(
-        ("siglip", "siglip2"),
-        {
-            "rests": (r"vision_model\.head\.", "the pooling head, which the classifier does not use"),
-            "low": "the pooling head: its attention is torch's own, and the classifier does not use it",
-        },
-    ),
+    "bit": {
+        "low": "its convolutions standardize their weight in a forward of their own: what multiplies is no parameter"
+    },
+    "perceiver, Fourier": {"full": _ONE_HEAD},
+    "perceiver, convolution": {
+        "full": _ONE_HEAD,
+        "low": "its one convolution pads in a forward of its own, and is a large part of a tiny model only",
+    },
+    "siglip": {"rests": _POOLING_HEAD},
+    "siglip2": {"rests": _POOLING_HEAD},
 }
 
 ABSENT_IMAGES = {

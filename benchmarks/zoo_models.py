@@ -22,6 +22,7 @@ class Entry:
         class_name: of the model, in transformers.
         fields: of its configuration.
         inputs: makes a batch of so many rows with a generator.
+        full: what the configuration of a full-size model needs besides its defaults.
         rests: a regular expression of the layers that see nothing here, and why: (pattern, reason).
         low: why LNGD owns less of it than of others.
         single: why the model cannot compute in float64; it is checked in float32 then.
@@ -33,6 +34,7 @@ class Entry:
     class_name: str
     fields: Mapping[str, Any]
     inputs: Inputs
+    full: Mapping[str, Any] = field(default_factory=dict)
     rests: tuple[str, str] | None = None
     low: str = ""
     single: str = ""

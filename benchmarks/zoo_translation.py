@@ -111,6 +111,7 @@ _BERT = {
     "intermediate_size": 24,
     "max_position_embeddings": 32,
 }
+_BERT_DECODER = {"model_type": "bert", "is_decoder": True, "add_cross_attention": True}
 _PROPHET = {
     **_SPECIAL,
     "vocab_size": WORDS,
@@ -124,7 +125,6 @@ _PROPHET = {
     "max_position_embeddings": 32,
     "num_buckets": 8,
 }
-_MOE = "routing over the whole batch: an expert's capacity and the routers' losses depend on how it is split"
 _FSMT_SINGLE = "its causal mask puts float64's smallest number into float32"
 _PROPHET_SINGLE = "its softmax is float32, whatever the model is, and its mask overflows there"
 _EXPERTS = {"num_experts": 2, "expert_capacity": 64, "router_jitter_noise": 0.0}
@@ -146,13 +146,21 @@ _ROWS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         "encoder-decoder",
         {
             "encoder": _BERT,
-            "decoder": {**_BERT, "is_decoder": True, "add_cross_attention": True},
+            "decoder": {**_BERT, **_BERT_DECODER},
             "pad_token_id": 0,
             "decoder_start_token_id": 1,
         },
-        {"rests": (r"encoder\.pooler", "BERT's pooler, whose output no decoder reads")},
+        {
+            "rests": (r"encoder\.pooler", "BERT's pooler, whose output no decoder reads"),
+            "full": {"encoder": {"model_type": "bert"}, "decoder": _BERT_DECODER},
+        },
     ),
-    ("fsmt", "fsmt", {**_FSMT, "src_vocab_size": WORDS, "tgt_vocab_size": WORDS}, {"single": _FSMT_SINGLE, "inputs": with_decoder_inputs}),
+    (
+        "fsmt",
+        "fsmt",
+        {**_FSMT, "src_vocab_size": WORDS, "tgt_vocab_size": WORDS},
+        {"single": _FSMT_SINGLE, "inputs": with_decoder_inputs},
+    ),
     (
         "led",
         "led",
@@ -192,7 +200,12 @@ _ROWS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("t5", "t5", _T5, {}),
     ("t5, gated (v1.1)", "t5", {**_T5, **_GATED}, {}),
-    ("t5gemma", "t5gemma", {"encoder": _GEMMA, "decoder": _GEMMA, "vocab_size": WORDS, "tie_word_embeddings": True}, {}),
+    (
+        "t5gemma",
+        "t5gemma",
+        {"encoder": _GEMMA, "decoder": _GEMMA, "vocab_size": WORDS},
+        {},
+    ),
     ("umt5", "umt5", {**_T5, **_GATED}, {}),
 ]
 
