@@ -1,10 +1,10 @@
-"""The measured effect of each of LNGD's options: one changed at a time on the Multi30k task.
+"""The measured effect of each of LNGD's options: one changed at a time on a task.
 
-    python -m benchmarks.option_effects --data DIR
+    python -m benchmarks.option_effects --task multi30k --data DIR
 
-Each variant runs on the same seed or seeds at the default's tuned rates (`benchmarks/results/multi30k.json`);
-directions and rates of another size at a rate of their own, given in the table. Rows go to
-`benchmarks/results/options.json`; what is there is not run again. `--table` alone prints the table and needs no data.
+Each variant runs on the same seed or seeds at the default's tuned rates (`benchmarks/results/TASK.json`); directions
+and rates of another size at a rate of their own, given in the table. Rows go to `results/options-TASK.json`; what is
+there is not run again. `--table` alone prints the table and needs no data.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.multi30k_task import make_task
 from benchmarks.rivals import Settings
 from benchmarks.runs import Results, train
+from benchmarks.tasks import TASKS, load_task
 
 HERE = Path(__file__).resolve().parent
 
 # fields → factor on the default's `lr`: natural and adaptive updates have a size of their own.
-VARIANTS: dict[str, float] = {
+TRANSLATION: dict[str, float] = {
     "": 1.0,
     "direction=gram": 1.0,
     "direction=natural,damping_rho=0.3": 0.25,
     "direction=natural,damping_rho=0.3,rate=adaptive": 1.0,
     "preset=paper,factor_interval=20,inverse_interval=20": 1.0,
     "fisher=sampled": 1.0,
-    "damping=paper": 1.0,
     "damping_rho=0.1": 1.0,
     "damping_rho=1000": 1.0,
     "momentum=0.9": 0.5,
@@ -40,17 +40,31 @@ VARIANTS: dict[str, float] = {
     "momentum_on=update": 1.0,
     "factor_interval=100,inverse_interval=100": 1.0,
     "early_factors=false": 1.0,
-    "direction=gram,polar_interval=1": 1.0,
-    "direction=gram,polar_interval=8": 1.0,
-    "direction=gram,gram_decay=0.8": 1.0,
     "matrix_dtype=full": 1.0,
     "row_decay=0": 1.0,
     "weight_decay=0": 1.0,
     "bias=factor": 1.0,
-    "max_factor_dim=1024": 1.0,
     "embedding=fallback": 1.0,
     "embedding=exact": 1.0,
+    "chain=full": 1.0,
 }
+IMAGES: dict[str, float] = {
+    "": 1.0,
+    "chain=full": 1.0,
+    "head=categorical": 1.0,
+    "conv_rows=1": 1.0,
+    "conv_rows=32": 1.0,
+    "max_factor_dim=1152": 1.0,
+    "damping_rho=10": 1.0,
+    "damping_rho=1000": 1.0,
+    "direction=gram": 1.0,
+    "direction=natural,damping_rho=0.3": 0.25,
+    "preset=paper,factor_interval=20,inverse_interval=20": 1.0,
+    "row_decay=0": 1.0,
+    "bias=factor": 1.0,
+    "factor_interval=100,inverse_interval=100": 1.0,
+}
+VARIANTS = TRANSLATION | IMAGES
 
 
 def variant(fields: str, base: Settings) -> Settings:
@@ -63,7 +77,7 @@ def variant(fields: str, base: Settings) -> Settings:
     return settings
 
 
-def table(results: Results, base: Settings, seeds: list[int]) -> str:
+def table(results: Results, base: Settings, seeds: list[int], variants: Iterable[str]) -> str:
     """Markdown: variant, rate, mean loss, difference from the default paired by seed."""
 
     def losses(fields: str) -> list[float]:
@@ -72,7 +86,7 @@ def table(results: Results, base: Settings, seeds: list[int]) -> str:
 
     default = losses("")
     lines = ["| changed | lr | loss | against the default |", "|---|---|---|---|"]
-    for fields in VARIANTS:
+    for fields in variants:
         found = losses(fields)
         if len(found) < len(seeds) or len(default) < len(seeds):
             continue
@@ -89,29 +103,31 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs what is missing, then prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, help="folder of Multi30k's train.json.gz and validation.json.gz")
+    add("--task", default="multi30k", metavar="TASK", help=f"of {', '.join(TASKS)} (default: %(default)s)")
+    add("--data", type=Path, help="folder of the task's data")
     add("--table", action="store_true", help="only print the table of what is there")
     add("--seeds", type=int, nargs="+", default=[11], help="default: 11")
-    add("--steps", type=int, default=300, help="default: %(default)s")
+    add("--steps", type=int, help="default: the task's")
     add("--part", type=int, nargs=2, default=[0, 1], metavar=("I", "N"), help="only every Nth variant, from the Ith")
     add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
-    add("--tuned", type=Path, default=HERE / "results" / "multi30k.json", help="where the default's rates are from")
-    add("--results", type=Path, default=HERE / "results" / "options.json", help="file of results")
+    add("--tuned", type=Path, help="where the default's rates are from (default: results/TASK.json)")
+    add("--results", type=Path, help="file of results (default: results/options-TASK.json)")
     args = parser.parse_args(arguments)
-    base = replace(Results(args.tuned).best("lngd"), fields="")
-    results = Results(args.results)
+    base = replace(Results(args.tuned or HERE / "results" / f"{args.task}.json").best("lngd"), fields="")
+    results = Results(args.results or HERE / "results" / f"options-{args.task}.json")
+    variants = TRANSLATION if args.task == "multi30k" else IMAGES
     if not args.table:
         if args.data is None:
             raise ValueError("--data: needed to run anything; only --table does without")
         torch.set_num_threads(args.threads)
-        task = make_task(args.data)
+        task = load_task(args.task, args.data)
         for seed in args.seeds:
-            for fields in tqdm(list(VARIANTS)[args.part[0] :: args.part[1]], desc=f"seed {seed}"):
+            for fields in tqdm(list(variants)[args.part[0] :: args.part[1]], desc=f"seed {seed}"):
                 settings = variant(fields, base)
                 if not results.find("option", "lngd", settings, seed=seed):
-                    row = train("lngd", settings, seed, args.steps, task, lambda step, loss: None)
+                    row = train("lngd", settings, seed, args.steps or task.steps, task, lambda step, loss: None)
                     results.add({"phase": "option", **row})
-    print(table(results, base, args.seeds))
+    print(table(results, base, args.seeds, variants))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """What a step of LNGD costs beside AdamW's and Muon's, in time and in memory.
 
     python -m benchmarks.step_time
+    python -m benchmarks.step_time --model resnet
 
-Time: a Marian (d=256, 3+3 layers) on batches of 64 × 32 random tokens. Every contender has a model of its own; each
-round takes one step of every contender, the first one another each round, and costs are compared within rounds, so
-that what else the machine does meets all of them. Whole intervals are measured, so the seldom work (factors, inverses)
-counts.
+Time: a Marian (d=256, 3+3 layers) on batches of 64 × 32 random tokens, or the ResNet of the CIFAR-10 task on batches of
+128 random images. Every contender has a model of its own; each round takes one step of every contender, the first one
+another each round, and costs are compared within rounds, so that what else the machine does meets all of them. Whole
+intervals are measured, so the seldom work (factors, inverses) counts.
 
 Memory: optimizer state beside AdamW's, for that model and for a Transformer-big, the latter on the meta device.
-The result is `benchmarks/results/step_time.json` and a table.
+The results are `benchmarks/results/step_time.json`, `step_time_resnet.json` and tables.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import MarianConfig, MarianMTModel
 
+from benchmarks.cifar10_tasks import make_resnet as small_resnet
 from benchmarks.rivals import Settings, Together, adamw, muon, split
 from benchmarks.tables import table
 from hf_lngd import LNGD
 from hf_lngd.routing import ROTATED_EMBEDDING
 
 HERE = Path(__file__).resolve().parent
-BATCH, TOKENS = 64, 32
+BATCH, TOKENS, IMAGES = 64, 32, 128
 RATES = Settings(1e-3, 1e-3)
 # What a step costs once training has settled: `early_factors` adds work to the first 64 steps.
 SETTLED = {"early_factors": False}
@@ -45,14 +47,22 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     "gram": {"direction": "gram", **SETTLED},
     "fast": SETTLED,
 }
+IMAGE_CONTENDERS = {name: CONTENDERS[name] for name in ("adamw", "muon", "gram", "fast")}
 # (contender, what it is compared with, whole step or optimizer.step(), the ratio to stay below)
-TARGETS = [
+Target = tuple[str, str, str, float | None]
+TARGETS: list[Target] = [
     ("natural, interval 20", "adamw", "step", 1.08),
     ("natural, interval 100", "adamw", "step", 1.05),
     ("gram", "adamw", "step", None),
     ("gram", "muon", "step", None),
     ("gram", "muon", "optimizer", 0.7),
     ("fast", "adamw", "step", None),
+    ("fast", "muon", "step", None),
+    ("fast", "muon", "optimizer", None),
+]
+IMAGE_TARGETS: list[Target] = [
+    ("gram", "adamw", "step", 1.10),
+    ("fast", "adamw", "step", 1.10),
     ("fast", "muon", "step", None),
     ("fast", "muon", "optimizer", None),
 ]
@@ -126,18 +136,29 @@ class Contender:
         return self.step if which == "step" else self.update
 
 
-def time_steps(rounds: int, warmup: int) -> dict[str, Contender]:
+def sentences(generator: torch.Generator) -> dict[str, Tensor]:
+    """A batch for the Marian."""
+    tokens = torch.randint(3, 8_000, (2, BATCH, TOKENS), generator=generator)
+    return {"input_ids": tokens[0], "attention_mask": torch.ones_like(tokens[0]), "labels": tokens[1]}
+
+
+def images(generator: torch.Generator) -> dict[str, Tensor]:
+    """A batch for the ResNet."""
+    labels = torch.randint(0, 10, (IMAGES,), generator=generator)
+    return {"pixel_values": torch.randn(IMAGES, 3, 32, 32, generator=generator), "labels": labels}
+
+
+def time_steps(rounds: int, warmup: int, model_name: str) -> dict[str, Contender]:
     """Rounds of one step each of every contender; the warm-up rounds are not counted."""
     generator = torch.Generator().manual_seed(0)
     contenders = {}
-    for name in CONTENDERS:
+    for name in CONTENDERS if model_name == "marian" else IMAGE_CONTENDERS:
         torch.manual_seed(0)
-        model = small().train()
+        model = (small() if model_name == "marian" else small_resnet(0)).train()
         contenders[name] = Contender(model, make(name, model))
     names = list(contenders)
     for turn in tqdm(range(warmup + rounds), unit="round"):
-        tokens = torch.randint(3, 8_000, (2, BATCH, TOKENS), generator=generator)
-        batch = {"input_ids": tokens[0], "attention_mask": torch.ones_like(tokens[0]), "labels": tokens[1]}
+        batch = (sentences if model_name == "marian" else images)(generator)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             contenders[name].run(batch)
@@ -161,10 +182,10 @@ def compare(ours: list[float], theirs: list[float]) -> dict[str, float]:
     }
 
 
-def timing_rows(contenders: dict[str, Contender]) -> list[dict[str, Any]]:
-    """One row a comparison of `TARGETS`."""
+def timing_rows(contenders: dict[str, Contender], targets: list[Target]) -> list[dict[str, Any]]:
+    """One row a comparison."""
     rows = []
-    for name, reference, which, target in TARGETS:
+    for name, reference, which, target in targets:
         ours, theirs = contenders[name].seconds(which), contenders[reference].seconds(which)
         rows.append(
             {
@@ -246,8 +267,11 @@ def tables(result: dict[str, Any]) -> str:
         ]
         for row in result["memory"]
     ]
+    timing_table = table(["optimizer", "beside", "what", "ms", "its ms", "ratio", "target", "met"], timings)
+    if not memory:
+        return timing_table
     return (
-        table(["optimizer", "beside", "what", "ms", "its ms", "ratio", "target", "met"], timings)
+        timing_table
         + "\n"
         + table(["model", "optimizer", "state, MiB", "AdamW's, MiB", "ratio", "target", "met"], memory)
     )
@@ -256,15 +280,18 @@ def tables(result: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measures, writes the JSON file and prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=["marian", "resnet"], default="marian", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=100, help="counted rounds, whole hundreds (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
     parser.add_argument("--memory-only", action="store_true", help="leave the timings of the file as they are")
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "step_time.json", help="file to write")
+    parser.add_argument("--results", type=Path, help="file to write (default: of the model)")
     args = parser.parse_args(arguments)
+    is_marian = args.model == "marian"
+    args.results = args.results or HERE / "results" / ("step_time.json" if is_marian else "step_time_resnet.json")
     if args.rounds < 2 or args.warmup < 1 or args.threads < 1:
         raise ValueError("--rounds, --warmup, --threads: accepted: at least 2, 1, 1")
-    if args.rounds % 100:
+    if is_marian and args.rounds % 100:
         print("note: --rounds is no whole hundred, so interval 100's seldom work is over- or undercounted", flush=True)
     torch.set_num_threads(args.threads)
     known = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
@@ -273,9 +300,15 @@ def main(arguments: list[str] | None = None) -> None:
         "hardware": f"CPU, {args.threads} threads",
         "torch": torch.__version__,
         "rounds": args.rounds,
-        "timings": known.get("timings", []) if args.memory_only else timing_rows(time_steps(args.rounds, args.warmup)),
-        "memory": [memory_row(name, "Marian d=256, 3+3", "cpu") for name in lngd]
-        + [memory_row(name, "Transformer-big", "meta") for name in lngd],
+        "timings": known.get("timings", [])
+        if args.memory_only
+        else timing_rows(time_steps(args.rounds, args.warmup, args.model), TARGETS if is_marian else IMAGE_TARGETS),
+        "memory": [
+            memory_row(name, model, device)
+            for model, device in (("Marian d=256, 3+3", "cpu"), ("Transformer-big", "meta"))
+            for name in lngd
+            if is_marian
+        ],
     }
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -16,9 +16,20 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks import cifar10_tasks, compare, multi30k_task, runs, sweep_lr, tables
+from benchmarks import (
+    cifar10_tasks,
+    compare,
+    multi30k_task,
+    option_effects,
+    patch_memory,
+    runs,
+    step_time,
+    sweep_lr,
+    tables,
+)
 from benchmarks.rivals import RIVALS, Settings, label, rival, split
 from benchmarks.step_time import compare as paired
+from hf_lngd import LNGDConfig
 
 WORDS = ["red", "dog", "man", "sees", "two", "balls", "on", "grass", "girl", "runs", "park", "boat"]
 
@@ -281,3 +292,49 @@ def test_the_refined_rate_is_a_parabolas_lowest_point() -> None:
     assert sweep_lr.refine(bowl, 1e-3 if bowl[1e-3] < bowl[3e-3] else 3e-3) == pytest.approx(2e-3)
     assert sweep_lr.refine({1e-4: 1.0, 3e-4: 2.0}, 1e-4) == 1e-4
     assert sweep_lr.refine({1e-3: 2.0, 3e-3: 1.0, 1e-2: math.inf}, 3e-3) == 3e-3
+
+
+def test_option_effects_run_what_is_missing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = runs.Results(tmp_path / "tuned.json")
+    results.add(row_of("lngd", 101, [(10, 1.0, 3.0)], "tune"))
+    arguments = ["--data", str(folder), "--tuned", str(tmp_path / "tuned.json"), "--steps", "8"]
+    arguments += ["--results", str(tmp_path / "options.json"), "--part", "0", str(len(option_effects.TRANSLATION) // 2)]
+    threads = torch.get_num_threads()
+    option_effects.main(arguments)
+    option_effects.main(arguments)
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))
+    chosen = list(option_effects.TRANSLATION)[:: len(option_effects.TRANSLATION) // 2]
+    assert [row["settings"]["fields"] for row in rows] == chosen and chosen[0] == ""
+    assert "| nothing (the default) |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fields", sorted(option_effects.VARIANTS))
+def test_every_variant_is_a_valid_config(fields: str) -> None:
+    settings = option_effects.variant(fields, Settings(1e-2, 1e-2, 0.4))
+    LNGDConfig.from_optim_args(settings.fields)
+    assert settings.lr > 0
+
+
+@pytest.mark.parametrize("model", ["marian", "resnet"])
+def test_step_times_are_rows(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_time, "small", lambda: step_time.marian(16, 16, 2, 1, 8_000))
+    monkeypatch.setattr(step_time, "transformer_big", lambda: step_time.marian(16, 16, 2, 1, 100))
+    monkeypatch.setattr(step_time, "BATCH", 2)
+    monkeypatch.setattr(step_time, "IMAGES", 2)
+    threads = torch.get_num_threads()
+    step_time.main(["--model", model, "--rounds", "2", "--warmup", "1", "--results", str(tmp_path / "r.json")])
+    torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    targets = step_time.TARGETS if model == "marian" else step_time.IMAGE_TARGETS
+    assert [(row["optimizer"], row["reference"]) for row in result["timings"]] == [t[:2] for t in targets]
+    assert len(result["memory"]) == (8 if model == "marian" else 0)
+
+
+def test_patch_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch_memory, "IMAGES", 2)
+    threads = torch.get_num_threads()
+    patch_memory.main(["--rounds", "1", "--results", str(tmp_path / "r.json")])
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]
+    assert rows[0]["largest_mib"] < rows[-1]["largest_mib"]

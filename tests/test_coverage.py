@@ -17,8 +17,6 @@ from hf_lngd import LNGD
 
 RESULTS = Path(coverage.HERE) / "results"
 RERUN = "run `python -m benchmarks.coverage` and commit its files"
-# rotated.py turns the mean of a table into a new basis, but not its square
-KNOWN_SIZE = ("encoder-decoder, BERT to BERT", "fsmt", "t5gemma")
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +49,7 @@ def test_resume(name: str) -> None:
     coverage.check_resume(zoo.ZOO[name])
 
 
-def _known(name: str) -> Any:
-    bug = pytest.mark.xfail(reason="rotated tables: an update of many learning rates", strict=True)
-    return pytest.param(name, marks=bug) if name in KNOWN_SIZE else name
-
-
-@pytest.mark.parametrize("name", [_known(name) for name in zoo.ZOO])
+@pytest.mark.parametrize("name", zoo.ZOO)
 def test_size(name: str) -> None:
     coverage.check_size(zoo.ZOO[name])
 
@@ -84,7 +77,7 @@ def test_the_table_is_what_the_file_says(committed: dict[str, Any]) -> None:
     for name, entry in zoo.ZOO.items():
         assert (rows[name]["architecture"], rows[name]["class"]) == (entry.architecture, entry.class_name), RERUN
         assert rows[name]["remark"] == coverage.remark(entry, rows[name]["share"]), RERUN
-        assert rows[name]["covered"] == (name not in KNOWN_SIZE), RERUN
+        assert rows[name]["covered"], RERUN
     assert len(coverage.covered(committed["models"])) >= 40
 
 
