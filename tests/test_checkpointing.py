@@ -22,7 +22,7 @@ def run(fields: dict[str, object], **checkpointing: object) -> tuple[dict, LNGD]
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("fields", [{}, {"direction": "natural"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"direction": "natural"}, {"chain": "full"}], ids=str)
 def test_recomputed_forwards_do_not_count(fields: dict[str, object], reentrant: bool) -> None:
     plain, optimizer = run(fields)
     again, other = run(fields, use_reentrant=reentrant)
