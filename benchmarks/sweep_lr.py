@@ -22,17 +22,19 @@ from benchmarks.runs import Results, Row, train
 from benchmarks.tables import table
 
 HERE = Path(__file__).resolve().parent
-RIVALS = ("adamw", "lngd")
+# LNGD once with updates of AdamW's settled size (the default) and once of AdamW's size in its first steps
+RIVALS = {"adamw": ("adamw", ""), "lngd": ("lngd", ""), "lngd rate_scale=1": ("lngd", "rate_scale=1")}
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def sweep_table(results: Results, steps: int, seed: int) -> str:
     """Validation loss at each rate, the best in bold, and the best rate of a parabola through its neighbours."""
     body = []
-    for name in RIVALS:
+    for title, (name, fields) in RIVALS.items():
         losses: dict[float, float] = {}
         for row in results.find("sweep", name, steps=steps, seed=seed):
-            losses[row["settings"]["lr"]] = math.inf if row["diverged"] else row["loss"]
+            if row["settings"]["fields"] == fields:
+                losses[row["settings"]["lr"]] = math.inf if row["diverged"] else row["loss"]
         if not losses:
             continue
         best = min(losses, key=lambda rate: losses[rate])
@@ -40,7 +42,7 @@ def sweep_table(results: Results, steps: int, seed: int) -> str:
         for rate in sorted(losses):
             text = "diverged" if math.isinf(losses[rate]) else f"{losses[rate]:.3f}"
             cells.append(f"**{text}**" if rate == best else text)
-        body.append([label(name).split(" (")[0], *cells, f"{refine(losses, best):.2g}"])
+        body.append([title.replace(name, label(name).split(" (")[0]), *cells, f"{refine(losses, best):.2g}"])
     return table(["one rate for all", *(f"{rate:g}" for rate in sorted(RATES)), "best rate"], body)
 
 
@@ -71,10 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
     task = make_task(args.data)
     with tqdm(total=len(RATES) * len(RIVALS) * args.steps, unit="step", smoothing=0.02) as bar:
         for rate in RATES:
-            for name in RIVALS:
-                settings = Settings(rate, rate)
+            for title, (name, fields) in RIVALS.items():
+                settings = Settings(rate, rate, fields=fields)
                 if not results.find("sweep", name, settings, steps=args.steps, seed=args.seed):
-                    bar.set_description(f"{name} lr {rate:g}")
+                    bar.set_description(f"{title} lr {rate:g}")
                     row: Row = train(name, settings, args.seed, args.steps, task, lambda step, loss: bar.update(1))
                     results.add({"phase": "sweep", **row})
     print(sweep_table(results, args.steps, args.seed))
