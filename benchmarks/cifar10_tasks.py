@@ -115,8 +115,8 @@ def make_resnet(seed: int) -> nn.Module:
 
 def _vit(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    shape = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
-    return ViTForImageClassification(ViTConfig(**shape, image_size=SIDE, patch_size=4, num_labels=CLASSES))
+    shape = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512}
+    return ViTForImageClassification(ViTConfig(**shape, image_size=SIDE, patch_size=8, num_labels=CLASSES))
 
 
 def _pretrained(folder: Path, seed: int) -> nn.Module:
@@ -158,7 +158,7 @@ def resnet(folder: Path) -> Task:
 
 
 def vit(folder: Path) -> Task:
-    """A ViT of four layers (0.8 million parameters) from scratch, four epochs."""
+    """A ViT of three layers on patches of 8 × 8 (0.6 million parameters) from scratch, four epochs."""
     return _task(folder, name="cifar10-vit", make_model=_vit)
 
 

@@ -44,10 +44,11 @@ def _number(accepted: str, test: Callable[[float], bool]) -> Callable[[str, Any]
     return check
 
 
-def _integer(least: int) -> Callable[[str, Any], None]:
+def _integer(least: int, most: float = math.inf) -> Callable[[str, Any], None]:
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise invalid(name, value, f"an integer, at least {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            bound = "" if math.isinf(most) else f" and at most {most:d}"
+            raise invalid(name, value, f"an integer, at least {least}{bound}")
 
     return check
 
@@ -118,7 +119,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "fallback_lr_scale": _POSITIVE,
     "betas": _betas,
     "eps": _POSITIVE,
-    "seed": _integer(0),
+    "seed": _integer(0, 2**63 - 1),
     "chain": _choice(CHAINS),
     "head": _choice(HEADS),
     "conv_rows": _integer(1),

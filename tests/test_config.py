@@ -45,7 +45,7 @@ BAD = {
     "fallback_lr_scale": [0],
     "betas": [(0.9,), (0.9, 1.0), 0.9, ("a", "b")],
     "eps": [0],
-    "seed": [-1, 0.5],
+    "seed": [-1, 0.5, 2**64],
     "chain": ["none"],
     "head": ["poisson"],
     "conv_rows": [0, 1.5],

@@ -105,6 +105,29 @@ def test_a_failed_inverse_keeps_the_one_before(monkeypatch: pytest.MonkeyPatch) 
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_one_failed_block_keeps_all_blocks_of_its_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    fields = {"direction": "natural", "factor_interval": 1, "inverse_interval": 1, "stagger": False}
+    optimizer = LNGD(model, lr=1e-3, max_factor_dim=2, **fields)
+    x = torch.randn(8, 4)
+    step(model, optimizer, x)
+    bank = optimizer._preconditioner.factor_banks[0]
+    kept = bank.derived["inverse"].clone()
+    real = factor_bank.inverse
+
+    def fail(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        result, ok, condition = real(matrix)
+        ok = ok.clone()
+        ok[0, 1] = False  # the second block of the first factor
+        return result, ok, condition
+
+    monkeypatch.setattr(factor_bank, "inverse", fail)
+    step(model, optimizer, x + 1)
+    assert torch.equal(bank.derived["inverse"][0], kept[0])
+    assert not torch.equal(bank.derived["inverse"][1], kept[1])
+    assert optimizer.diagnostics()["failed_inverses"] == 1
+
+
 def test_a_failed_root_of_a_gram_matrix_keeps_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net()
     optimizer = LNGD(model, lr=1e-3, direction="gram", polar_interval=1)
