@@ -140,7 +140,8 @@ class LNGD(torch.optim.Optimizer):
             self._check_capture(bool(sums))
             if self._preconditioner is None:
                 self._preconditioner = Preconditioner(self._capture.layers, self._capture.topology, self.config)
-            self._preconditioner.update_factors(sums, self._capture.source.scale(self._capture.terms))
+            scale = self._capture.source.scale(self._capture.terms) if sums else None
+            self._preconditioner.update_factors(sums, scale)
         assert self._preconditioner is not None
         self._preconditioner.refresh(self._steps)
 
@@ -175,13 +176,13 @@ class LNGD(torch.optim.Optimizer):
     def _update_layers(self) -> None:
         groups = {group["name"]: group for group in self.param_groups}
         lr, decay = groups["lngd"]["lr"], groups["lngd"]["weight_decay"]
-        row_scale = self._row_scale()
+        terms = self._capture.terms
         assert self._preconditioner is not None
         for bank in self._preconditioner.layer_banks:
             present = [i for i, layer in enumerate(bank.layers) if layer.weight.grad is not None]
             if not present:
                 continue
-            updates = bank.update(present, lr, self._steps, self._capture.rows, row_scale)
+            updates = bank.update(present, lr, self._steps, self._capture.rows, terms)
             layers = [bank.layers[i] for i in present]
             weights: list[Tensor] = [layer.weight for layer in layers]
             if decay:
@@ -191,12 +192,6 @@ class LNGD(torch.optim.Optimizer):
             for layer, update in zip(layers, updates, strict=True):
                 if layer.bias is not None:
                     layer.bias.sub_(layer.like_bias(update).to(layer.bias.dtype))
-
-    def _row_scale(self) -> Tensor | float:
-        """T × rows seen / rows kept: makes Σ q² over the rows kept DᵀFD of Eq. 13."""
-        seen = self._capture.rows_seen
-        kept = -(-seen // self.config.rate_rows)
-        return self._capture.terms * (seen / kept) if kept else 0.0
 
     # What a training loop may call
 

@@ -7,19 +7,22 @@ if gradients are enabled where it starts; evaluation and recomputation by activa
 
 from __future__ import annotations
 
+import sys
 import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from ..config import LNGDConfig
 from .chains import Chain, ChainWatch
-from .fisher import Call, FisherSource, origin
+from .fisher import Call, FisherSource, origin, reaches
 from .layers import Layer, call_input, factor_blocks
 from .links import is_elementwise
 from .masks import BatchMasks, bind_batch
@@ -34,6 +37,21 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def in_transform() -> bool:
+    """True within torch.func (vmap, grad, jvp, …), whose tensors may not be kept."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_reentrant_checkpoint() -> bool:
+    """True within the first forward of a reentrant checkpoint, which switches gradients off."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 @dataclass
 class Pending:
     """A call of a layer whose group is not known yet."""
@@ -42,6 +60,7 @@ class Pending:
     a: Tensor
     output: Tensor
     chain: Chain
+    version: int
 
 
 class Capture:
@@ -116,6 +135,7 @@ class Capture:
 
     def disarm(self) -> None:
         """Remove every hook."""
+        self._stop_watching()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -127,18 +147,22 @@ class Capture:
     def finish(self) -> dict[str, GroupSums]:
         """Close the step: settle what is open, freeze the topology, hand over the sums."""
         self.settle()
-        kept = -(-self.rows_seen // self.config.conv_rows)
-        for group in self.topology.groups:
-            if group.name in self.sums and self.layers[group.name].is_convolution and kept:
-                self.sums[group.name].thinned = self.rows_seen / kept
         if self.sums and not self.topology.frozen:
             self.topology.freeze(list(self.layers))
         return self.sums
 
     # Hooks
 
+    def _stop_watching(self) -> None:
+        """Leave the function mode; also after an interrupt, which no hook sees."""
+        if self._watching:
+            self._watching = False
+            self._watch.remove()
+
     def _reset_forward(self) -> None:
+        self._stop_watching()
         self._inside = False
+        self._depth = 0
         self._first_row = 0
         self._masks = BatchMasks({})
         self._last_input: dict[str, weakref.ref[Tensor]] = {}
@@ -146,8 +170,13 @@ class Capture:
         self._watch.clear()
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model is not self._model():  # a copy or replica of the model has our hooks
+            return
+        if self._inside:  # a model that calls itself
+            self._depth += 1
+            return
         batch, self._next_batch = self._next_batch, None
-        if self._inside or not self.enabled or not torch.is_grad_enabled() or in_backward():
+        if not self.enabled or not torch.is_grad_enabled() or in_backward() or in_transform():
             return
         self._reset_forward()
         self._inside = True
@@ -162,20 +191,19 @@ class Capture:
             self._watch.__enter__()
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not self._inside or in_backward():
+        if model is not self._model() or not self._inside or in_backward():
             return
-        if self._watching:  # also after a forward that raised
-            self._watching = False
-            self._watch.__exit__(None, None, None)
+        if self._depth:
+            self._depth -= 1
+            return
+        self._stop_watching()  # also after a forward that raised
         self.settle(output)
         self._inside = False
 
     def _active(self) -> bool:
-        if not self.enabled or in_backward():
+        if not self.enabled or in_backward() or in_transform():
             return False
-        if self._inside:
-            return True
-        return torch.is_grad_enabled()  # a part of the model called by itself
+        return torch.is_grad_enabled() or (self._inside and in_reentrant_checkpoint())
 
     def _layer_hook(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -189,8 +217,10 @@ class Capture:
                 if layer.name in self.topology.of_layer:
                     self._meet(layer, a, output)
                 elif not self.topology.frozen:
+                    if not self._inside and any(p.layer is layer for p in self._pending):
+                        self.settle()  # parts of the model called by themselves: hold no more than one call of each
                     chain = Chain(None)
-                    self._pending.append(Pending(layer, a, output, chain))
+                    self._pending.append(Pending(layer, a, output, chain, output._version))
                     if self.source.uses_gradients:  # of the output as it is now, whatever works on it in place
                         self.settle()
                     else:
@@ -235,7 +265,8 @@ class Capture:
             stream = self._masks.stream_of(p.layer.modules[0][0], p.layer.positions(p.output), reads_encoder)
             links = p.chain.names()
             if not links and self.config.head == "categorical" and not self.source.uses_gradients:
-                links = head_link(p.output, model_output, getattr(self._model(), "config", None))
+                classes = p.layer.out_features if p.output._version == p.version and p.layer.units == 1 else 0
+                links = head_link(p.output, classes, model_output, getattr(self._model(), "config", None))
             if links or self.source.differs_by_layer:
                 self.topology.add(p.layer.name, links, stream)
                 continue
@@ -285,7 +316,10 @@ class Capture:
             rows = slice(-self._first_row % self.config.conv_rows, None, self.config.conv_rows)
             mask = None if mask is None else mask.view(shape)[rows].flatten()
         most = self.config.conv_memory * _MIB_OF_FLOATS
-        call = Call(self._sums(group), layer, layer.batched(a.detach())[rows], mask, rows, most)
+        whole, sums = layer.batched(a.detach()), self._sums(group)
+        call = Call(sums, layer, whole[rows], mask, rows, most)
+        sums.seen += whole.shape[0]
+        sums.kept += call.a.shape[0]
         if group.links in HEADS:
             self.source.observe_head(call, output, group.links == HEADS[1])
         else:
@@ -303,11 +337,14 @@ class Capture:
             return
         start = -self._first_row % self._rate_rows if self._inside else 0
         forward = self._forwards
-        kept = layer.batched(a.detach())[start :: self._rate_rows].clone()
+        whole = layer.batched(a.detach())
+        kept = whole[start :: self._rate_rows].clone()
         samples, shape = self.rows.setdefault(layer.name, RowSamples()), output.shape
+        samples.seen += whole.shape[0]
+        samples.kept += kept.shape[0]
 
         def receive(g: Tensor) -> None:
-            if self.source.in_pass:
+            if self.source.in_pass or not reaches(layer.weight):
                 return
             samples.add(forward, kept, layer.batched(g.detach().view(shape))[start :: self._rate_rows].clone())
 

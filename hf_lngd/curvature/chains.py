@@ -19,18 +19,10 @@ from .links import Link, function_link, module_link
 _LIKE = {"reshape_as", "view_as", "expand_as", "type_as"}
 # Questions about a tensor, and copies of it that no gradient flows through, do not use it.
 _NEUTRAL = {
-    "__get__",
-    "detach",
-    "isinf",
-    "isnan",
-    "isfinite",
-    "register_hook",
-    "requires_grad_",
-    "size",
-    "dim",
-    "zeros_like",
-    "ones_like",
-}
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "grad", "is_leaf", "is_cuda", "is_cpu",
+    "is_meta", "is_sparse", "is_nested", "is_quantized", "_version", "_base", "itemsize", "nbytes", "size", "dim",
+    "detach", "isinf", "isnan", "isfinite", "register_hook", "requires_grad_", "zeros_like", "ones_like",
+}  # fmt: skip
 
 
 class Chain:
@@ -45,6 +37,7 @@ class Chain:
         self.expected, self._done = expected, done
         self.links: list[Link] = []
         self.uses = [0]  # of the output, and of the tensor after each link
+        self.places: list[int] = []  # ids of the tensors under which a watch knows this chain
         self.closed = False
 
     def use(self, node: int, link: Link | None, full: bool) -> bool:
@@ -77,6 +70,8 @@ class Chain:
             self.closed = True
             if self._done is not None:
                 self._done(self)
+                self._done = None  # it holds the layer's input and output
+                self.links = []  # and these the slopes
 
     def names(self) -> tuple[str, ...]:
         """The names of the links that count: up to the first tensor with several uses, and to the last that matters."""
@@ -116,6 +111,17 @@ class ChainWatch(TorchFunctionMode):
         self._silent = 0
         self._entered: list[tuple[Chain, int, bool]] = []
 
+    def remove(self) -> None:
+        """Leave the mode wherever it stands: others may have been entered since, and are left in their order."""
+        above = []
+        while (mode := torch.overrides._get_current_function_mode()) is not None:
+            torch.overrides._pop_mode()
+            if mode is self:
+                break
+            above.append(mode)
+        for mode in reversed(above):
+            torch.overrides._push_mode(mode)
+
     def follow(self, output: Tensor, chain: Chain) -> None:
         """Watch what uses this tensor."""
         self._put(output, chain, 0)
@@ -125,7 +131,8 @@ class ChainWatch(TorchFunctionMode):
         self._silent += 1
         chains = [] if self._silent > 1 else self._chains_at(s)
         link = module_link(module, s) if chains else None
-        self._entered = [] if self._silent > 1 else [(c, node, c.use(node, link, self._full)) for c, node in chains]
+        if self._silent == 1:
+            self._entered = [(chain, node, self._use(chain, node, link)) for chain, node in chains]
 
     def leave_module(self, output: Tensor) -> None:
         """The module is left."""
@@ -155,10 +162,11 @@ class ChainWatch(TorchFunctionMode):
             }
         before = args[0] if args and isinstance(args[0], Tensor) else None
         result = func(*args, **kwargs)
-        if not _holds_tensor(result) or (result is before and not _in_place(func)):
+        is_use = _holds_tensor(result) or _name(func) == "__setitem__"
+        if not is_use or (result is before and not _in_place(func)):
             return result
         for place, chain, node in touched:
-            taken = chain.use(node, links.get(place), self._full)
+            taken = self._use(chain, node, links.get(place))
             if taken and isinstance(result, Tensor):
                 self._put(result, chain, node + 1)
         return result
@@ -170,13 +178,25 @@ class ChainWatch(TorchFunctionMode):
         found = self._nodes.get(id(tensor))
         if found is None:
             return []
-        # a chain that knows its links is done with: what else becomes of its tensor is not asked
-        return [(chain, node) for chain, node in found[1] if chain.expected is None or not chain.closed]
+        return list(found[1])
+
+    def _use(self, chain: Chain, node: int, link: Link | None) -> bool:
+        taken = chain.use(node, link, self._full)
+        if chain.expected is not None and chain.closed:  # what else becomes of its tensors is not asked
+            for place in chain.places:
+                tensor, here = self._nodes[place]
+                here[:] = [entry for entry in here if entry[0] is not chain]
+                if not here:
+                    del self._nodes[place]
+            chain.places = []
+        return taken
 
     def _put(self, tensor: Tensor, chain: Chain, node: int) -> None:
         here = self._nodes.setdefault(id(tensor), (tensor, []))[1]
         here[:] = [entry for entry in here if entry[0] is not chain]  # in place: the same tensor, one link on
         here.append((chain, node))
+        if id(tensor) not in chain.places:
+            chain.places.append(id(tensor))
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -186,7 +206,9 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
 
 
 def _name(func: Any) -> str:
-    return getattr(func, "__name__", "")
+    """The function's name, of an attribute's getter the attribute's."""
+    name = getattr(func, "__name__", "")
+    return getattr(func.__self__, "__name__", name) if name == "__get__" else name
 
 
 def _in_place(func: Any) -> bool:

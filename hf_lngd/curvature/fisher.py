@@ -99,14 +99,19 @@ class FisherSource:
         output_shape = output.shape
         if self.kind == "empirical":
             if output.requires_grad:
-                origin(output).register_hook(lambda g: _add_gradient(call, g.view(output_shape)))
+
+                def receive(g: Tensor) -> None:
+                    if reaches(call.layer.weight):
+                        _add_gradient(call, g.view(output_shape))
+
+                origin(output).register_hook(receive)
             return
         if self.kind == "true":
             if output.requires_grad:
                 self._waiting.append((call, get_gradient_edge(origin(output)), output_shape))
             return
         with torch.no_grad():
-            g2 = None if slope is None else call.chosen(slope).square()
+            g2 = None if slope is None else _at_least_float(call.chosen(slope)).square()
             if self.kind == "sampled":
                 shape = call.chosen(output).shape
                 dtype = torch.promote_types(output.dtype, torch.float32)
@@ -123,7 +128,7 @@ class FisherSource:
             independent: each class is a yes or no of its own (multi-label), else one of them is true.
         """
         with torch.no_grad():
-            scores = call.chosen(logits).to(torch.promote_types(logits.dtype, torch.float32))
+            scores = _at_least_float(call.chosen(logits))
             p = scores.sigmoid() if independent else scores.softmax(-1)
             call.add(p * (1 - p))
 
@@ -165,6 +170,11 @@ class FisherSource:
         the gradient of the sum over T drawn labels it is (1/T) Σ g gᵀ.
         """
         if self.kind == "empirical":
+            if isinstance(terms, int) and terms == 0:
+                raise RuntimeError(
+                    "fisher: 'empirical' needs the size of the batch, and the model's arguments hold no tensor; name "
+                    "them with optimizer.set_batch(inputs) before each forward, or accepted: expected, sampled, true"
+                )
             return terms
         if self.kind == "true":
             terms = self.sampled_terms
@@ -201,5 +211,16 @@ def generators_of(state: dict[str, Tensor]) -> dict[torch.device, torch.Generato
 
 def _add_gradient(call: Call, g: Tensor) -> None:
     with torch.no_grad():
-        dtype = torch.promote_types(g.dtype, torch.float32)
-        call.add(call.chosen(g.detach()).to(dtype).square())
+        call.add(_at_least_float(call.chosen(g.detach())).square())
+
+
+def _at_least_float(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def reaches(parameter: Tensor) -> bool:
+    """Whether the backward pass that runs accumulates this parameter's gradient: `torch.autograd.grad` only looks."""
+    with torch.enable_grad():
+        function = parameter.view_as(parameter).grad_fn
+    node = None if function is None else function.next_functions[0][0]
+    return node is not None and bool(torch._C._will_engine_execute_node(node))

@@ -129,21 +129,21 @@ class LayerBank:
     # The step
 
     def update(self, present: list[int], lr: float | Tensor, step: int, samples: dict[str, RowSamples],
-               row_scale: Tensor | float) -> Sequence[Tensor]:  # fmt: skip
+               terms: Tensor | int) -> Sequence[Tensor]:  # fmt: skip
         """What is to be subtracted from the layers `present` (those with a gradient): a [u, m, columns] each.
 
         Args:
             present: indices of layers.
             lr: α of Algorithm 1.
             samples: rows for Eq. 12-13, by layer.
-            row_scale: T × rows seen / rows kept, which makes Σ q² over the rows kept DᵀFD.
+            terms: T, with which Σ q² over all rows becomes DᵀFD.
         """
         whole = len(present) == len(self.layers)
         index: slice | Tensor = slice(None) if whole else self.rows_of(present)
         average = self.config.momentum_on == "gradient"
         grad = self._averaged_gradient(present, index) if average else self._gradient(present)
         direction = self._scale_rows(self.direction(grad, present, index, step), index)
-        rate = self._rate(direction, grad, present, index, samples, row_scale)
+        rate = self._rate(direction, grad, present, index, samples, terms)
         if whole:
             self.rate.copy_(rate)
         else:
@@ -239,7 +239,7 @@ class LayerBank:
         return update.add_(momentum, alpha=tau) if self.config.nesterov else momentum
 
     def _rate(self, direction: Tensor, grad: Tensor, present: list[int], index: slice | Tensor,
-              samples: dict[str, RowSamples], row_scale: Tensor | float) -> Tensor:  # fmt: skip
+              samples: dict[str, RowSamples], terms: Tensor | int) -> Tensor:  # fmt: skip
         """α_l of each layer: [n]."""
         c, u = self.config, self.units
         if c.rate == "rms":
@@ -258,7 +258,7 @@ class LayerBank:
             for row, i in enumerate(present)
         ]
         slope = (direction * grad).sum((-2, -1)).view(-1, u).sum(-1)
-        return adaptive_rate(slope, torch.stack(squares) * row_scale, c.rate_mu)
+        return adaptive_rate(slope, torch.stack(squares) * terms, c.rate_mu)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with the layers' matrices (of the rate: the layers) in the first dimension."""

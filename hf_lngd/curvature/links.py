@@ -105,7 +105,7 @@ def function_link(func: Callable[..., Any], place: int, args: tuple[Any, ...], k
     if place == 0:
         if stem in _ACTIVATIONS:
             return Link(stem, "activation", activation_derivative(lambda s: func(s, *args[1:], **kwargs), x))
-        if stem in _NORMS:
+        if stem in _NORMS and func is getattr(nn.functional, stem):  # torch's own of the name order arguments otherwise
             slope = _norm_slope(stem, x, args, kwargs)
             return None if slope is None else Link(stem, "norm", slope.expand(x.shape))
         if stem in _DROPOUTS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class BatchMasks:
     def __init__(self, batch: Mapping[str, Any], config: Any = None) -> None:
         self.by_stream: dict[str, Tensor] = {}
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
-        self.rows = next((value.shape[0] for value in tensors.values()), 0)
+        self.rows = next((value.shape[0] for value in _tensors(batch)), 0)
         labels = tensors.get("labels")
         if labels is not None and not labels.is_floating_point():
             self.terms: Tensor | int = (labels != _IGNORED_LABEL).sum()
@@ -73,6 +73,16 @@ def bind_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         names = []
     positional = {names[i] if i < len(names) else f"arg{i}": value for i, value in enumerate(args)}
     return {**positional, **kwargs}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors with a batch dimension in nested mappings and sequences, in their order."""
+    if isinstance(value, Tensor):
+        if value.dim() > 0:
+            yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _mask_of(value: Tensor | None) -> Tensor | None:

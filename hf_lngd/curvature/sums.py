@@ -17,14 +17,15 @@ class GroupSums:
 
     Attributes:
         blocks: (k, b).
-        thinned: rows of the batch in the step for each row that was summed: 1 where all were.
+        seen, kept: rows of the batch in the step, and those of them that were summed.
     """
 
     blocks: tuple[int, int]
     s: Tensor | None = None
     v: Tensor | None = None
     n: Tensor | None = None
-    thinned: float = 1.0
+    seen: int = 0
+    kept: int = 0
 
     def add(self, a: Tensor, g2: Tensor | None, mask: Tensor | None) -> None:
         """Add some positions.
@@ -57,7 +58,7 @@ class GroupSums:
         With no positions at all Φ is NaN, which the running average passes over.
         """
         assert self.s is not None and self.n is not None
-        phi = self.s / self.n if scale is None else self.s * (scale * self.thinned)
+        phi = self.s / self.n if scale is None else self.s * (scale * (self.seen / self.kept if self.kept else 1.0))
         if self.v is None:
             return phi, None
         size = trace(self.s)[:, None]  # may overflow where v does not: then Ψ is no more to be used than Φ
@@ -70,16 +71,19 @@ class RowSamples:
 
     Attributes:
         calls: forward pass → list of (a [n, ...], g [n, ...]), one entry a call of the layer.
+        seen, kept: rows of its calls, and those of them that were kept.
     """
 
     calls: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    seen: int = 0
+    kept: int = 0
 
     def add(self, forward: int, a: Tensor, g: Tensor) -> None:
         """Keep the rows of one call."""
         self.calls.setdefault(forward, []).append((a, g))
 
     def sum_of_squares(self, layer: Layer, direction: Tensor) -> Tensor:
-        """Σ q_n² over the rows kept, q_n = Σ_t g_tᵀ D a_t: direction [u, m, columns] → [].
+        """Σ q_n² over the rows kept, times rows seen / rows kept; q_n = Σ_t g_tᵀ D a_t, direction [u, m, columns].
 
         A layer that is called twice in one forward adds both calls to a row's q; other forwards are other rows.
         """
@@ -87,7 +91,7 @@ class RowSamples:
         for calls in self.calls.values():
             q = sum(_row_products(layer, direction, a, g) for a, g in calls)
             total = total + torch.as_tensor(q).square().sum()
-        return total
+        return total * (self.seen / self.kept) if self.kept else total
 
 
 def _row_products(layer: Layer, direction: Tensor, a: Tensor, g: Tensor) -> Tensor:

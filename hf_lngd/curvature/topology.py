@@ -78,12 +78,12 @@ class Topology:
 HEADS: tuple[tuple[str, ...], ...] = (("softmax",), ("sigmoid",))
 
 
-def head_link(output: Tensor, model_output: Any, config: Any) -> tuple[str, ...]:
-    """One of `HEADS` if a layer's output is the logits that the model returned, of classes; else ()."""
+def head_link(output: Tensor, classes: int, model_output: Any, config: Any) -> tuple[str, ...]:
+    """One of `HEADS` if a layer's output is the logits that the model returned, of at least two classes; else ()."""
     logits = model_output if isinstance(model_output, Tensor) else getattr(model_output, "logits", None)
     if logits is None and isinstance(model_output, dict):
         logits = model_output.get("logits")
     problem = getattr(config, "problem_type", None)
-    if logits is not output or output.shape[-1] < 2 or problem == "regression":
+    if logits is not output or classes < 2 or problem == "regression":
         return ()
     return HEADS[1] if problem == "multi_label_classification" else HEADS[0]
