@@ -144,6 +144,7 @@ class LNGDConfig:
         seed: of the draws of ``sampled`` and ``true``; the user's random state is never touched.
         chain: which functions after a layer φ is made of. ``activation``: one that follows at once; ``full``: also
             norms (their statistics held fixed), sums, gates and layout changes up to the activation and its gate.
+            Dropout counts as identity.
         head: the predictive distribution of the layer that makes the model's logits: ``gaussian`` as for every layer
             (the paper), or ``categorical``: the model's own, E[g²] = p(1 − p).
         conv_rows: one row of the batch in this many estimates the factors of convolutions; 1: all of them.

@@ -152,6 +152,14 @@ class LNGD(torch.optim.Optimizer):
                 "fisher: 'true' needs optimizer.fisher_backward(logits) after each forward of a factor step "
                 "(optimizer.needs_fisher_pass is True in one), or accepted: expected, sampled, empirical"
             )
+        hidden = source.hidden
+        if hidden:
+            unseen = [r.name for r in self._routing.layers if r.name in hidden and r.weight.grad is not None]
+            if unseen:
+                raise RuntimeError(
+                    f"fisher: '{source.kind}' saw no gradients of {', '.join(unseen[:3])} in this step. Checkpoint "
+                    "with use_reentrant=False, call layers within the model's forward; or accepted: expected, sampled"
+                )
         if not seen and self._preconditioner is None:
             raise RuntimeError(
                 "LNGD.step(): the layers have gradients, but no forward pass of the model was seen. Call the model "

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .optimizer import LNGD
 
 VERSION = 2
+# Fields that change no result.
+_FREE = ("conv_memory",)
 
 
 def state_of(optimizer: LNGD) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:
     if missing:
         raise ValueError(f"state_dict: got a state without {', '.join(missing)}, accepted: a whole one")
     here, there = optimizer.config.to_dict(), dict(state["config"])
-    differing = [name for name in here if there.get(name) != here[name]]
+    differing = [name for name in here if there.get(name) != here[name] and name not in _FREE]
     if differing:
         what = "; ".join(f"{name}: checkpoint {there.get(name)!r}, here {here[name]!r}" for name in differing)
         raise ValueError(f"state_dict: the config differs: {what}")

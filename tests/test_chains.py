@@ -132,6 +132,12 @@ CASES: dict[str, tuple[Body, Body, tuple[str, ...], bool]] = {
         ("hardswish",),
         False,
     ),
+    "sigmoid, which is no head": (
+        lambda n, x, s: torch.sigmoid(s),
+        lambda n, x, s: s.sigmoid() * (1 - s.sigmoid()),
+        ("sigmoid",),
+        False,
+    ),
     "functional in place": (
         lambda n, x, s: F.relu_(s * 1.0),
         lambda n, x, s: (s > 0).double(),
@@ -240,7 +246,7 @@ def test_only_an_activation_that_follows_at_once(case: str) -> None:
     optimizer = LNGD(model, lr=0.0, chain="activation")
     model(x).sum().backward()
     optimizer.step()
-    kept = links[:1] if links[:1] in (("SiLU",), ("hardswish",)) else ()
+    kept = links[:1] if links[:1] in (("SiLU",), ("hardswish",), ("sigmoid",)) else ()
     assert optimizer._capture.topology.of_layer["layer"].links == kept
 
 

@@ -53,7 +53,7 @@ def test_categorical_is_the_exact_fisher_of_the_head(as_dict: bool) -> None:
         torch.testing.assert_close(optimizer.factors("head")["phi"], phi)
         torch.testing.assert_close(optimizer.factors("head")["psi"], psi)
     follows = {r.layer: r.follows for r in optimizer.routing() if r.owner == "lngd"}
-    assert follows == {"body": "tanh", "head": "softmax"}
+    assert follows == {"body": "tanh", "head": "head: softmax"}
 
 
 def test_multi_label_heads_are_yes_or_no() -> None:
@@ -108,4 +108,6 @@ def test_the_head_of_a_vision_transformer_is_found() -> None:
     optimizer = LNGD(model, lr=1e-3, head="categorical", chain="full")
     model(torch.randn(2, 3, 8, 8), labels=torch.tensor([0, 2])).loss.backward()
     optimizer.step()
-    assert {r.follows for r in optimizer.routing() if r.layer == "classifier" and r.owner == "lngd"} == {"softmax"}
+    assert {r.follows for r in optimizer.routing() if r.layer == "classifier" and r.owner == "lngd"} == {
+        "head: softmax"
+    }

@@ -156,20 +156,91 @@ def test_an_interrupt_leaves_no_mode_behind() -> None:
                 raise KeyboardInterrupt
             return y
 
-    model, x = Stopped(), torch.randn(3, 4)
+    model, x = Stopped().double(), torch.randn(3, 4, dtype=torch.float64)
     optimizer = LNGD(model, lr=0.0, **FULL)
-    for end in (optimizer.close, lambda: None):
-        with pytest.raises(KeyboardInterrupt):
-            model(x)
-        end()
-        optimizer = LNGD(model, lr=0.0, **FULL)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert modes() == 1  # no hook sees an interrupt
+    optimizer.close()
+    assert modes() == 0
+    optimizer = LNGD(model, lr=0.0, **FULL)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
     model.stop = False
     for _ in range(2):
         model(x).sum().backward()
+        assert modes() == 0 and optimizer._capture.rows_seen == 3
         optimizer.step()
-    optimizer.close()
-    for mode in torch.overrides._get_current_function_mode_stack():
-        mode.remove()  # of the second optimizer, which nobody closed
+    torch.testing.assert_close(optimizer.factors("linear")["phi"], factors(x, torch.ones(3, 4))[0])
+
+
+def test_gradients_of_parameters_by_hand() -> None:
+    found = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double(), torch.randn(6, 4).double()
+        optimizer = LNGD(model, lr=0.0, fisher="empirical", rate="adaptive", rate_rows=1, direction="natural")
+        loss = model(x).square().mean()
+        if by_hand:
+            parameters = list(model.parameters())
+            for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                p.grad = g
+        else:
+            loss.backward()
+        optimizer.step()
+        found.append(optimizer.factors("0")["phi"])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("fields", [{"fisher": "empirical"}, FULL], ids=str)
+def test_a_forward_that_raises_is_not_counted(fields: dict[str, object]) -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.last, self.fails = nn.Linear(4, 4), nn.Linear(4, 3), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            if self.fails:
+                self.fails -= 1
+                raise MemoryError
+            return self.last(torch.tanh(y))
+
+    x, found = torch.randn(6, 4, dtype=torch.float64), []
+    for fails in (0, 1):
+        model = Fails().double()
+        optimizer = LNGD(model, lr=0.0, direction="natural", **fields)
+        model.fails = fails
+        try:
+            loss = model(x).square().mean()
+        except MemoryError:
+            loss = model(x).square().mean()  # the retry, within the handler
+        loss.backward()
+        optimizer.step()
+        found.append((optimizer.factors("linear")["phi"], optimizer._capture.topology.of_layer["linear"].links))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "true"])
+def test_layers_whose_gradients_are_hidden_are_named(fisher: str) -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.seen = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.seen(checkpoint(self.hidden, x, use_reentrant=True))
+
+    model = Half()
+    optimizer = LNGD(model, lr=1e-3, fisher=fisher, direction="natural")
+    logits = model(torch.randn(5, 4, requires_grad=True))
+    if fisher == "true":
+        optimizer.fisher_backward(logits)
+    logits.square().mean().backward()
+    with pytest.raises(RuntimeError, match=f"fisher: '{fisher}' saw no gradients of hidden.*use_reentrant=False"):
+        optimizer.step()
 
 
 def test_two_optimizers_on_one_model() -> None:
@@ -274,6 +345,11 @@ def test_parts_of_a_model_that_are_called_by_themselves_do_not_pile_up() -> None
         assert len(optimizer._capture._pending) <= 2
     optimizer.step()
     assert optimizer._capture.topology.of_layer["0"].links == ("Tanh",)
+    model[1] = nn.Identity()  # what follows is gone: the chain waits for it
+    optimizer._capture.arm(True)
+    for _ in range(5):
+        model[2](model[0](torch.randn(6, 4))).sum().backward()
+        assert len(optimizer._capture._unfinished) <= 1 and len(optimizer._capture._watch._nodes) <= 1
 
 
 def test_a_transpose_is_a_use_and_a_shape_is_none() -> None:

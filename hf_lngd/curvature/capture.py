@@ -52,6 +52,14 @@ def in_reentrant_checkpoint() -> bool:
     return False
 
 
+def calls_under_way(model: nn.Module) -> int:
+    """Calls of this module on the stack: one that an interrupt ended is there no more, though no hook saw its end."""
+    count, frame = 0, sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        count += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model
+    return count
+
+
 @dataclass
 class Pending:
     """A call of a layer whose group is not known yet."""
@@ -89,6 +97,7 @@ class Capture:
         self._factors_wanted = False
         self._forwards = 0
         self._next_batch: Mapping[str, Any] | None = None
+        self.terms: Tensor | int = 0
         self._reset_forward()
         self.reset()
 
@@ -98,7 +107,7 @@ class Capture:
         """Forget what was gathered for the current step."""
         self.sums: dict[str, GroupSums] = {}
         self.rows: dict[str, RowSamples] = {}
-        self.terms: Tensor | int = 0
+        self.terms = 0
         self.rows_seen = 0
         self._pending: list[Pending] = []
         self._unfinished: set[Chain] = set()
@@ -135,7 +144,7 @@ class Capture:
 
     def disarm(self) -> None:
         """Remove every hook."""
-        self._stop_watching()
+        self._reset_forward()
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -163,18 +172,30 @@ class Capture:
         self._stop_watching()
         self._inside = False
         self._depth = 0
-        self._first_row = 0
+        self._first_row, self._terms_before = 0, self.terms
         self._masks = BatchMasks({})
         self._last_input: dict[str, weakref.ref[Tensor]] = {}
         self._encoder_outputs: list[weakref.ref[Tensor]] = []
         self._watch.clear()
 
+    def _forget_forward(self) -> None:
+        """Of a forward that was not finished nothing is counted but what its layers summed already."""
+        self._pending, self._unfinished = [], set()
+        self.rows_seen, self.terms = self._first_row, self._terms_before
+        self._watch.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        """A copy of the model has this object's hooks, which pass it over."""
+        return self
+
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model is not self._model():  # a copy or replica of the model has our hooks
             return
-        if self._inside:  # a model that calls itself
+        if self._inside and calls_under_way(model) > 1:  # a model that calls itself
             self._depth += 1
             return
+        if self._inside:  # an interrupt ended the last forward, and no hook saw it
+            self._forget_forward()
         batch, self._next_batch = self._next_batch, None
         if not self.enabled or not torch.is_grad_enabled() or in_backward() or in_transform():
             return
@@ -183,7 +204,7 @@ class Capture:
         self._forwards += 1
         bound = bind_batch(model, args, kwargs)
         self._masks = BatchMasks({**bound, **(batch or {})}, getattr(model, "config", None))
-        self._first_row = self.rows_seen
+        self._first_row, self._terms_before = self.rows_seen, self.terms
         self.rows_seen += self._masks.rows
         self.terms = self.terms + self._masks.terms
         if self._factors_wanted and not self.source.uses_gradients:
@@ -196,8 +217,13 @@ class Capture:
         if self._depth:
             self._depth -= 1
             return
-        self._stop_watching()  # also after a forward that raised
-        self.settle(output)
+        self._stop_watching()
+        if (
+            output is None and sys.exc_info()[0] is not None
+        ):  # it raised: chains are cut off, the loss has no such terms
+            self._forget_forward()
+        else:
+            self.settle(output)
         self._inside = False
 
     def _active(self) -> bool:
@@ -297,7 +323,11 @@ class Capture:
             self._unfinished.discard(chain)
             self._observe(layer, a, output, chain.slope())
 
-        chain = Chain(links, done)
+        if not self._inside:  # parts of the model called by themselves: hold no more than one call of each
+            for chain in [chain for chain in self._unfinished if chain.owner == layer.name]:
+                chain.finish()
+                self._watch.drop(chain)
+        chain = Chain(links, done, layer.name)
         self._unfinished.add(chain)
         self._watch.follow(output, chain)
 

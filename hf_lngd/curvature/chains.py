@@ -31,10 +31,13 @@ class Chain:
     Args:
         expected: the names of the links as found before; None: find them.
         done: called with this chain as soon as the expected links are passed.
+        owner: the layer's name.
     """
 
-    def __init__(self, expected: tuple[str, ...] | None, done: Callable[[Chain], None] | None = None) -> None:
-        self.expected, self._done = expected, done
+    def __init__(
+        self, expected: tuple[str, ...] | None, done: Callable[[Chain], None] | None = None, owner: str = ""
+    ) -> None:
+        self.expected, self._done, self.owner = expected, done, owner
         self.links: list[Link] = []
         self.uses = [0]  # of the output, and of the tensor after each link
         self.places: list[int] = []  # ids of the tensors under which a watch knows this chain
@@ -106,6 +109,9 @@ class ChainWatch(TorchFunctionMode):
 
     def clear(self) -> None:
         """Forget every chain and tensor."""
+        for _, here in getattr(self, "_nodes", {}).values():
+            for chain, _ in here:
+                chain.places = []
         # the tensors are held, so that no other one gets their id
         self._nodes: dict[int, tuple[Tensor, list[tuple[Chain, int]]]] = {}
         self._silent = 0
@@ -121,6 +127,15 @@ class ChainWatch(TorchFunctionMode):
             above.append(mode)
         for mode in reversed(above):
             torch.overrides._push_mode(mode)
+
+    def drop(self, chain: Chain) -> None:
+        """Forget one chain, and the tensors that it alone was followed through."""
+        for place in chain.places:
+            here = self._nodes[place][1]
+            here[:] = [entry for entry in here if entry[0] is not chain]
+            if not here:
+                del self._nodes[place]
+        chain.places = []
 
     def follow(self, output: Tensor, chain: Chain) -> None:
         """Watch what uses this tensor."""
@@ -183,12 +198,7 @@ class ChainWatch(TorchFunctionMode):
     def _use(self, chain: Chain, node: int, link: Link | None) -> bool:
         taken = chain.use(node, link, self._full)
         if chain.expected is not None and chain.closed:  # what else becomes of its tensors is not asked
-            for place in chain.places:
-                tensor, here = self._nodes[place]
-                here[:] = [entry for entry in here if entry[0] is not chain]
-                if not here:
-                    del self._nodes[place]
-            chain.places = []
+            self.drop(chain)
         return taken
 
     def _put(self, tensor: Tensor, chain: Chain, node: int) -> None:

@@ -87,6 +87,7 @@ class FisherSource:
     def reset(self) -> None:
         """Forget the calls that wait for their gradients."""
         self._waiting: list[Observation] = []
+        self.hidden: set[str] = set()  # layers whose outputs had no graph, as within a reentrant checkpoint
         self.sampled_terms: Tensor | int = 0
 
     @property
@@ -97,6 +98,8 @@ class FisherSource:
     def observe(self, call: Call, output: Tensor, slope: Tensor | None) -> None:
         """Take in one call of a layer: its output, and φ' of what follows in the same shape (None: 1)."""
         output_shape = output.shape
+        if self.uses_gradients and not output.requires_grad:
+            self.hidden.add(call.layer.name)
         if self.kind == "empirical":
             if output.requires_grad:
 
@@ -223,4 +226,7 @@ def reaches(parameter: Tensor) -> bool:
     with torch.enable_grad():
         function = parameter.view_as(parameter).grad_fn
     node = None if function is None else function.next_functions[0][0]
-    return node is not None and bool(torch._C._will_engine_execute_node(node))
+    try:
+        return node is not None and bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad asks for this very parameter
+        return True

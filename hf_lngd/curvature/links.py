@@ -120,7 +120,9 @@ def function_link(func: Callable[..., Any], place: int, args: tuple[Any, ...], k
     if stem in _SUMS and other is not None and not kwargs and _keeps_shape(x, other):
         return Link("sum", "same")
     if (stem in _PRODUCTS or (stem in _QUOTIENTS and place == 0)) and other is not None and _keeps_shape(x, other):
-        factor = torch.as_tensor(other, device=x.device).detach()
+        # a number is filled in on the device: to copy it there would wait
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        factor = other.detach() if isinstance(other, Tensor) else x.new_full((), other, dtype=dtype)
         gate = isinstance(other, Tensor) and other.dim() > 0 and not isinstance(other, nn.Parameter)
         slope = (factor if stem in _PRODUCTS else 1.0 / factor).expand(x.shape)
         return Link("product" if gate else "scale", "gate" if gate else "scale", slope)
@@ -131,7 +133,7 @@ def _keeps_shape(x: Tensor, other: Any) -> bool:
     """x ∘ other has the shape of x."""
     if not isinstance(other, Tensor):
         return isinstance(other, (int, float))
-    return torch.broadcast_shapes(x.shape, other.shape) == x.shape
+    return not other.is_complex() and torch.broadcast_shapes(x.shape, other.shape) == x.shape
 
 
 def _undo_permutation(

@@ -19,8 +19,8 @@ class Group:
 
     Attributes:
         members: layer names; the first names the group.
-        links: what follows the only member, see `chains.Chain`; empty: φ' = 1. ``softmax`` or ``sigmoid`` alone: a head
-            with the model's own predictive distribution.
+        links: what follows the only member, see `chains.Chain`; empty: φ' = 1. one of `HEADS`: a head with the
+            model's own predictive distribution.
         stream: which of the batch's masks applies, see `masks.BatchMasks`.
     """
 
@@ -75,7 +75,7 @@ class Topology:
 
 
 # The links of a head whose predictive distribution is the model's own: one class is true, or each is a yes or no.
-HEADS: tuple[tuple[str, ...], ...] = (("softmax",), ("sigmoid",))
+HEADS: tuple[tuple[str, ...], ...] = (("head: softmax",), ("head: sigmoid",))
 
 
 def head_link(output: Tensor, classes: int, model_output: Any, config: Any) -> tuple[str, ...]:
