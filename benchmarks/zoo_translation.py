@@ -220,6 +220,7 @@ ABSENT_TRANSLATION = {
             "moss_transcribe_diarize",
             "musicflamingo",
             "nemo_speechlm",
+            "omniasr",
             "qwen2_audio",
             "qwen3_asr",
             "vibevoice_asr",

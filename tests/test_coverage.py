@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers.models.auto import modeling_auto
 
@@ -54,8 +55,11 @@ def test_size(name: str) -> None:
     coverage.check_size(zoo.ZOO[name])
 
 
-def test_every_architecture_of_the_installed_transformers_is_built_or_has_a_reason() -> None:
+def test_every_architecture_of_the_tables_transformers_is_built_or_has_a_reason(committed: dict[str, Any]) -> None:
     unknown = zoo.unknown()
+    newer = Version(transformers.__version__) > Version(committed["transformers"])
+    if unknown and newer:  # a release of transformers may not break this one
+        pytest.skip(f"transformers {transformers.__version__} is newer than the table and has {', '.join(unknown)}")
     assert not unknown, (
         f"transformers {transformers.__version__} maps models that benchmarks/zoo_images.py and zoo_translation.py "
         f"neither build nor give a reason for: {', '.join(unknown)}"
