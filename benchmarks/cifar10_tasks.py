@@ -135,6 +135,7 @@ STARTS = {
     "soap": Settings(3e-3, 3e-3, 0.1),
     "lngd": Settings(8e-3, 3e-3, 0.2),
 }
+VIT_STARTS = STARTS | {"adamw": Settings(7.5e-4, 3e-3, 0.2)}  # at 3e-3 it does not learn
 FINE_TUNING_STARTS = {
     "adamw": Settings(5e-4, 5e-3, 0.1),
     "muon": Settings(1e-3, 5e-3, 0.1),
@@ -160,7 +161,7 @@ def resnet(folder: Path) -> Task:
 
 def vit(folder: Path) -> Task:
     """A ViT of three layers on patches of 8 × 8 (0.6 million parameters) from scratch, four epochs."""
-    return _task(folder, name="cifar10-vit", make_model=_vit)
+    return _task(folder, name="cifar10-vit", make_model=_vit, starts=VIT_STARTS)
 
 
 def fine_tuning(folder: Path, model: Path) -> Task:
