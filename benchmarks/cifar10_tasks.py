@@ -137,10 +137,10 @@ STARTS = {
 }
 VIT_STARTS = STARTS | {"adamw": Settings(7.5e-4, 3e-3, 0.2)}  # at 3e-3 it does not learn
 FINE_TUNING_STARTS = {
-    "adamw": Settings(5e-4, 5e-3, 0.1),
-    "muon": Settings(1e-3, 5e-3, 0.1),
-    "soap": Settings(5e-4, 5e-3, 0.1),
-    "lngd": Settings(1e-3, 5e-3, 0.1),
+    "adamw": Settings(2e-3, 5e-3, 0.1),
+    "muon": Settings(8e-3, 5e-3, 0.1),
+    "soap": Settings(2e-3, 5e-3, 0.1),
+    "lngd": Settings(8e-3, 5e-3, 0.1),
 }
 
 
