@@ -102,6 +102,11 @@ def execute(label: str, arguments: list[str], output: Path) -> dict[str, Any]:
     return {**results, "curves": json.loads((ROOT / curve).read_text(encoding="utf-8"))}
 
 
+def write_results(results: dict[str, dict[str, Any]], output: Path) -> None:
+    """`results.json`: what both runs wrote, and their curves; a copy of it is committed with the benchmarks."""
+    (ROOT / output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
 def read_test() -> list[dict[str, str]]:
     """The held-out sentences and their references."""
     with gzip.open(SAMPLE / "test.json.gz", "rt", encoding="utf-8") as file:
@@ -263,6 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = {name: train(run, folders[name], args.seed, run.learning_rate, extra) for name, run in RUNS.items()}
     picture = ROOT / args.output / "loss.png"
     draw(results, picture)
+    write_results(results, args.output)
     show_translations(folders)
     show_scores(results)
     shown = {"model": folders["lngd"], "card": folders["lngd"] / "README.md", "picture": args.output / "loss.png"}

@@ -146,6 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         results[name] = demo.execute(run.label, arguments, output)
     picture = args.output / "loss.png"
     demo.draw(results, ROOT / picture, LABELS)
+    demo.write_results(results, args.output)
     show_scores(results)
     lngd = args.output / "lngd"
     shown = {"model": lngd, "card": lngd / "README.md", "mistakes": lngd / "worst_mistakes.png", "picture": picture}

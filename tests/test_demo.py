@@ -136,5 +136,5 @@ def test_the_whole_demo_in_short(tmp_path: Path, capfd: pytest.CaptureFixture[st
     demo.main(["--output", str(tmp_path / "out"), *short, "--logging_steps", "1", "--num_beams", "1"])
     out = capfd.readouterr().out
     assert out.count("English ") == 10 and "BLEU" in out
-    for path in ("lngd/README.md", "adamw/README.md", "loss.png", "lngd/model.safetensors"):
+    for path in ("lngd/README.md", "adamw/README.md", "loss.png", "results.json", "lngd/model.safetensors"):
         assert (tmp_path / "out" / path).is_file(), path
