@@ -18,6 +18,17 @@ def groups(optimizer: LNGD) -> dict[str, tuple[list[str], tuple[str, ...], str |
     return {g.name: (g.members, g.links, g.stream) for g in optimizer._capture.topology.groups}
 
 
+@pytest.mark.parametrize("fisher", ["expected", "sampled", "empirical", "true"])
+def test_sides_of_equal_length_are_told_apart(fisher: str) -> None:
+    model, batch = core_marian(), core_batch(source=7, target=7)
+    optimizer = LNGD(model, lr=1e-3, fisher=fisher)
+    core_step(model, optimizer, batch)
+    streams = {g.name: g.stream for g in optimizer._capture.topology.groups for name in g.members}
+    for name, stream in streams.items():
+        reads_encoder = ".encoder." in name or name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
+        assert stream == ("inputs" if reads_encoder else "targets"), name
+
+
 @pytest.mark.parametrize("target", [6, 7], ids=["unlike lengths", "equal lengths"])
 def test_marian_shares_what_it_reads_together(target: int) -> None:
     model = core_marian()

@@ -265,7 +265,7 @@ def test_the_routing_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     trainer = image_trainer(tmp_path, hf_vit())
     trainer.train()
     trainer.train()
-    table = lngd_of(trainer.optimizer).routing_table()
+    table = lngd_of(trainer.optimizer).routing_table().split("\n\n")[0]  # what follows whom is known only later
     assert capsys.readouterr().out.count(table) == 1
 
 

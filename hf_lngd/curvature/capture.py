@@ -133,13 +133,13 @@ class Capture:
         for layer in self.layers.values():
             for _, module in layer.modules:
                 add(module.register_forward_hook(self._layer_hook(layer), with_kwargs=True))
-        if not factors or self.source.uses_gradients:
+        if not factors:
             return
         for name, module in model.named_modules():
-            if is_elementwise(module):
+            if is_elementwise(module) and not self.source.uses_gradients:
                 add(module.register_forward_pre_hook(self._before_activation, with_kwargs=True))
                 add(module.register_forward_hook(self._after_activation))
-            elif name.rsplit(".", 1)[-1] == "encoder" and not self.topology.frozen:
+            elif name.rpartition(".")[2] == "encoder" and not self.topology.frozen:
                 add(module.register_forward_hook(self._encoder_hook))
 
     def disarm(self) -> None:
