@@ -125,7 +125,8 @@ class LNGDConfig:
             of 128, 8 above, since a root costs as the cube of it.
         gram_decay: weight of the old Gram matrix, a step; its power after an interval of several (``gram``).
         matrix_dtype: of the products of each step (``polar``, ``gram``, rotated embeddings): ``bfloat16``, as in
-            torch.optim.Muon, or ``full``. Factors and their roots are never halved, float64 models always ``full``.
+            torch.optim.Muon, or ``full``. Factors are never halved, and roots only where they are kept for such
+            products; float64 models are always ``full``.
         row_decay: weight of the old mean in a running mean square of each row of D, by whose root the row is divided
             (NorMuon's row scale: a Ψ estimated from updates); 0: rows are left as they are (``polar``, ``gram``).
         inverse_root: how (·)^(-1/2) is computed: ``eigh`` (exact), ``newton`` (matrix products only, no host
@@ -274,10 +275,14 @@ def _parse_items(text: str) -> dict[str, Any]:
     return fields
 
 
+# Fields whose text may be a word or a number.
+_AUTO_OR_INTEGER = ("max_factor_dim", "polar_interval")
+
+
 def _parse_value(name: str, value: str) -> Any:
     """The value of a field from its text; what cannot be converted is left for the field's own check to refuse."""
     example = _FAST.get(name, "")
-    if name == "exclude" or (isinstance(example, str) and name not in ("max_factor_dim", "polar_interval")):
+    if name == "exclude" or (isinstance(example, str) and name not in _AUTO_OR_INTEGER):
         return value
     lowered = value.lower()
     if isinstance(example, bool):
@@ -287,7 +292,7 @@ def _parse_value(name: str, value: str) -> Any:
             return None if lowered == "none" else float(value)
         if name == "betas":
             return tuple(float(beta) for beta in value.split(":"))
-        if name in ("max_factor_dim", "polar_interval"):
+        if name in _AUTO_OR_INTEGER:
             return lowered if lowered == "auto" else int(value)
         return type(example)(value)
     except ValueError:

@@ -287,3 +287,17 @@ def test_another_way_through_the_model_is_counted_as_far_as_it_is_known() -> Non
         phi, psi = factors(x, slope(s).detach().square())
         torch.testing.assert_close(optimizer.factors("layer")["phi"], phi)
         torch.testing.assert_close(optimizer.factors("layer")["psi"], psi)
+
+
+def test_an_activation_that_is_called_by_a_name_of_its_own_silences_nothing() -> None:
+    class Named(nn.SiLU):
+        def forward(self, values: Tensor) -> Tensor:
+            return super().forward(values)
+
+    Named.__module__ = nn.SiLU.__module__  # where activations are known by
+    model = Net(lambda n, x, s: n.named(values=x[:, :4]) * 0 + n.silu(s), False).double()
+    model.named = Named()
+    optimizer = LNGD(model, lr=0.0)
+    model(torch.rand(9, 5, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert optimizer._capture.topology.of_layer["layer"].links == ("SiLU",)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -42,22 +42,23 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def in_reentrant_checkpoint() -> bool:
-    """True within the first forward of a reentrant checkpoint, which switches gradients off."""
+def callers() -> Iterator[FrameType]:
+    """The stack, from the inside out."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
+        yield frame
         frame = frame.f_back
-    return False
+
+
+def in_reentrant_checkpoint() -> bool:
+    """True within the first forward of a reentrant checkpoint, which switches gradients off."""
+    return any(frame.f_code is CheckpointFunction.forward.__code__ for frame in callers())
 
 
 def calls_under_way(model: nn.Module) -> int:
     """Calls of this module on the stack: one that an interrupt ended is there no more, though no hook saw its end."""
-    count, frame = 0, sys._getframe()
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        count += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model
-    return count
+    calls = (frame for frame in callers() if frame.f_code is nn.Module._call_impl.__code__)
+    return sum(frame.f_locals.get("self") is model for frame in calls)
 
 
 @dataclass
@@ -218,9 +219,8 @@ class Capture:
             self._depth -= 1
             return
         self._stop_watching()
-        if (
-            output is None and sys.exc_info()[0] is not None
-        ):  # it raised: chains are cut off, the loss has no such terms
+        raised = output is None and sys.exc_info()[0] is not None
+        if raised:  # its chains are cut off, the loss has no such terms
             self._forget_forward()
         else:
             self.settle(output)
@@ -256,9 +256,8 @@ class Capture:
         return hook
 
     def _before_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        s = call_input(args, kwargs)
-        if s is not None and self._active():
-            self._watch.enter_module(module, s)
+        if self._active():
+            self._watch.enter_module(module, call_input(args, kwargs))
 
     def _after_activation(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._active():

@@ -141,13 +141,14 @@ class ChainWatch(TorchFunctionMode):
         """Watch what uses this tensor."""
         self._put(output, chain, 0)
 
-    def enter_module(self, module: nn.Module, s: Tensor) -> None:
-        """An elementwise module is called with s: one link, whatever functions it is made of."""
+    def enter_module(self, module: nn.Module, s: Tensor | None) -> None:
+        """An elementwise module is called with s (None: not to be found): one link, whatever it is made of."""
         self._silent += 1
-        chains = [] if self._silent > 1 else self._chains_at(s)
-        link = module_link(module, s) if chains else None
-        if self._silent == 1:
-            self._entered = [(chain, node, self._use(chain, node, link)) for chain, node in chains]
+        if self._silent > 1:
+            return
+        chains = self._chains_at(s)
+        link = module_link(module, s) if s is not None and chains else None
+        self._entered = [(chain, node, self._use(chain, node, link)) for chain, node in chains]
 
     def leave_module(self, output: Tensor) -> None:
         """The module is left."""
@@ -189,11 +190,9 @@ class ChainWatch(TorchFunctionMode):
     def _is_open(self, chain: Chain, node: int) -> bool:
         return not chain.closed and node == len(chain.links)
 
-    def _chains_at(self, tensor: Tensor) -> list[tuple[Chain, int]]:
-        found = self._nodes.get(id(tensor))
-        if found is None:
-            return []
-        return list(found[1])
+    def _chains_at(self, value: Any) -> list[tuple[Chain, int]]:
+        found = self._nodes.get(id(value))
+        return [] if found is None else list(found[1])
 
     def _use(self, chain: Chain, node: int, link: Link | None) -> bool:
         taken = chain.use(node, link, self._full)
