@@ -25,6 +25,7 @@ from transformers import (
 
 from benchmarks.rivals import Settings
 from benchmarks.tasks import Batch, Task
+from hf_lngd.integrations.image_batches import shift
 
 TRAIN, HELD_OUT, CLASSES, SIDE, BORDER = 12_800, 2_000, 10, 32, 4
 BATCH, FINE_TUNING_BATCH = 128, 64
@@ -64,15 +65,11 @@ def _image_feature() -> Any:
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     """Each image [3, 32, 32] out of its own place in a black border, half of them mirrored."""
-    n = len(x)
-    corner = torch.randint(0, 2 * BORDER + 1, (2, n), generator=generator)
-    mirrored = torch.rand(n, generator=generator) < 0.5
-    x = nn.functional.pad(x, (BORDER,) * 4)
-    along = torch.arange(SIDE)
-    rows, columns = corner[0, :, None] + along, corner[1, :, None] + along
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    image = torch.arange(n)[:, None, None, None]
-    return x[image, torch.arange(3)[None, :, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    corners = torch.randint(0, 2 * BORDER + 1, (2, len(x)), generator=generator).T
+    mirrored = torch.rand(len(x), generator=generator) < 0.5
+    x = shift(x, corners, BORDER)
+    x[mirrored] = x[mirrored].flip(-1)
+    return x
 
 
 def pixels(x: Tensor, side: int) -> Tensor:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks.rivals import RIVALS, Settings, label, rival
 from benchmarks.runs import Results, Row, search, train, tuning_starts
 from benchmarks.tables import draw, results_table, tuning_table
-from benchmarks.tasks import TASKS, Task, load_task
+from benchmarks.tasks import TASKS, Task, check_task, load_task
 
 HERE = Path(__file__).resolve().parent
 
@@ -79,8 +79,7 @@ def check(args: argparse.Namespace) -> dict[str, str]:
     for name, least in (("trials", 1), ("threads", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name}: got {getattr(args, name)}, accepted: at least {least}")
-    if args.task not in TASKS:
-        raise ValueError(f"--task: got {args.task!r}, accepted: {', '.join(TASKS)}")
+    check_task(args.task)
     if args.steps and min(args.steps) < 8:
         raise ValueError(f"--steps: got {min(args.steps)}, accepted: at least 8")
     fields = {}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.rivals import Settings
 from benchmarks.runs import Results, train
-from benchmarks.tasks import TASKS, load_task
+from benchmarks.tasks import TASKS, check_task, load_task
 
 HERE = Path(__file__).resolve().parent
 
@@ -113,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--tuned", type=Path, help="where the default's rates are from (default: results/TASK.json)")
     add("--results", type=Path, help="file of results (default: results/options-TASK.json)")
     args = parser.parse_args(arguments)
+    check_task(args.task)
     base = replace(Results(args.tuned or HERE / "results" / f"{args.task}.json").best("lngd"), fields="")
     results = Results(args.results or HERE / "results" / f"options-{args.task}.json")
     variants = TRANSLATION if args.task == "multi30k" else IMAGES

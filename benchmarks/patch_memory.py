@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -68,6 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "patch_memory.json", help="file to write")
     args = parser.parse_args(arguments)
+    for name in ("rounds", "threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}: got {getattr(args, name)}, accepted: at least 1")
     torch.set_num_threads(args.threads)
     rows = [measure(bound, args.rounds) for bound in BOUNDS]
     whole = IMAGES * SIDE * SIDE * CHANNELS * 9 * 4 / 2**20
@@ -79,4 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
+from scripts import demo
+
 if TYPE_CHECKING:
     from benchmarks.runs import Results, Row
 
@@ -42,15 +44,7 @@ def end_points(results: Results, name: str) -> Curve:
 
 def time_to(curve: Curve, target: float) -> float | None:
     """Seconds at which a falling curve reaches a loss, between its points on a straight line; none: never."""
-    before: tuple[float, float] | None = None
-    for seconds, loss in curve:
-        if loss <= target:
-            if before is None or before[1] == loss:
-                return seconds
-            share = (before[1] - target) / (before[1] - loss)
-            return before[0] + share * (seconds - before[0])
-        before = (seconds, loss)
-    return None
+    return demo.time_to([(0, seconds, loss) for seconds, loss in curve], target)
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -45,6 +45,12 @@ TASKS = {
 }
 
 
+def check_task(name: str) -> None:
+    """Raise ValueError for a task that there is not."""
+    if name not in TASKS:
+        raise ValueError(f"--task: got {name!r}, accepted: {', '.join(TASKS)}")
+
+
 def load_task(name: str, data: Path, model: Path | None = None) -> Task:
     """The task of this name with its data.
 
@@ -55,8 +61,7 @@ def load_task(name: str, data: Path, model: Path | None = None) -> Task:
     Raises:
         ValueError: no such task, or its data are not there.
     """
-    if name not in TASKS:
-        raise ValueError(f"--task: got {name!r}, accepted: {', '.join(TASKS)}")
+    check_task(name)
     if name == "multi30k":
         from benchmarks.multi30k_task import make_task
 

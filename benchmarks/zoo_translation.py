@@ -90,18 +90,7 @@ _GEMMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_SEAMLESS = {
-    **_SPECIAL,
-    "vocab_size": WORDS,
-    "hidden_size": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 32,
-}
+_SEAMLESS = {"hidden_size": 16, **{name: value for name, value in _BART.items() if name != "d_model"}}
 _BERT = {
     "model_type": "bert",
     "vocab_size": WORDS,

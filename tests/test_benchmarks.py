@@ -281,6 +281,13 @@ def test_bad_arguments_are_named(arguments: list[str], message: str, tmp_path: P
         compare.main([*arguments, "--results", str(tmp_path / "none.json")])
 
 
+def test_bad_arguments_of_the_other_benchmarks_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--task: got 'mnist'"):
+        option_effects.main(["--task", "mnist", "--table"])
+    with pytest.raises(ValueError, match="--rounds: got 0"):
+        patch_memory.main(["--rounds", "0", "--results", str(tmp_path / "r.json")])
+
+
 def test_paired_ratio() -> None:
     result = paired([1.1, 2.2, 3.3], [1.0, 2.0, 3.0])
     assert result["ratio"] == result["ratio_of_medians"] == pytest.approx(1.1)
