@@ -78,24 +78,31 @@ def test_one_position_makes_a_factor_of_rank_one(direction: str) -> None:
     assert model[0].weight.isfinite().all()
 
 
-def test_a_failed_inverse_keeps_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Net()
-    fields = {"direction": "natural", "factor_interval": 1, "inverse_interval": 1, "stagger": False}
-    optimizer = LNGD(model, lr=1e-3, **fields)
-    x = torch.randn(8, 4)
-    step(model, optimizer, x)
-    bank = optimizer._preconditioner.factor_banks[0]
-    kept = bank.derived["inverse"].clone()
+NATURAL = {"direction": "natural", "factor_interval": 1, "inverse_interval": 1, "stagger": False}
+
+
+def fail_inverse(monkeypatch: pytest.MonkeyPatch, which: tuple[int, ...]) -> None:
+    """From now on the inverse of this factor (or of one block of it) is no inverse."""
     real = factor_bank.inverse
 
     def fail(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         result, ok, condition = real(matrix)
         ok = ok.clone()
-        ok[0] = False
-        result[0] = torch.nan
+        ok[which] = False
+        result[which] = torch.nan
         return result, ok, condition
 
     monkeypatch.setattr(factor_bank, "inverse", fail)
+
+
+def test_a_failed_inverse_keeps_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    optimizer = LNGD(model, lr=1e-3, **NATURAL)
+    x = torch.randn(8, 4)
+    step(model, optimizer, x)
+    bank = optimizer._preconditioner.factor_banks[0]
+    kept = bank.derived["inverse"].clone()
+    fail_inverse(monkeypatch, (0,))
     step(model, optimizer, x + 1)
     assert torch.equal(bank.derived["inverse"][0], kept[0])
     assert optimizer.diagnostics()["failed_inverses"] == 1
@@ -107,21 +114,12 @@ def test_a_failed_inverse_keeps_the_one_before(monkeypatch: pytest.MonkeyPatch) 
 
 def test_one_failed_block_keeps_all_blocks_of_its_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    fields = {"direction": "natural", "factor_interval": 1, "inverse_interval": 1, "stagger": False}
-    optimizer = LNGD(model, lr=1e-3, max_factor_dim=2, **fields)
+    optimizer = LNGD(model, lr=1e-3, max_factor_dim=2, **NATURAL)
     x = torch.randn(8, 4)
     step(model, optimizer, x)
     bank = optimizer._preconditioner.factor_banks[0]
     kept = bank.derived["inverse"].clone()
-    real = factor_bank.inverse
-
-    def fail(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        result, ok, condition = real(matrix)
-        ok = ok.clone()
-        ok[0, 1] = False  # the second block of the first factor
-        return result, ok, condition
-
-    monkeypatch.setattr(factor_bank, "inverse", fail)
+    fail_inverse(monkeypatch, (0, 1))  # the second block of the first factor
     step(model, optimizer, x + 1)
     assert torch.equal(bank.derived["inverse"][0], kept[0])
     assert not torch.equal(bank.derived["inverse"][1], kept[1])

@@ -31,6 +31,7 @@ from transformers import (
 
 from hf_lngd.integrations.image_batches import ImageSet
 from scripts import run_image_classification
+from tests.hf_helpers import hf_fake_hub
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("bird", "cat", "dog", "fish", "fox", "owl")
@@ -360,17 +361,7 @@ def test_push_to_hub_uploads_our_card(
     run: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pushed: dict[str, Any] = {}
-
-    class Api:
-        def create_repo(self, name: str, **kwargs: Any) -> Any:
-            return type("Url", (), {"repo_id": f"someone/{name}"})()
-
-        def upload_folder(self, **kwargs: Any) -> str:
-            pushed.update(kwargs, card=(Path(kwargs["folder_path"]) / "README.md").read_text(encoding="utf-8"))
-            return "done"
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    pushed = hf_fake_hub(monkeypatch)
     options = {"config_name": configs["vit"], "output_dir": tmp_path, **folders, "hub_model_id": "mine"}
     run({**options, "max_steps": 1}, "--do_train", "--do_eval", "--use_cpu", "--push_to_hub")
     assert pushed["repo_id"] == "someone/mine" and "model-index" in pushed["card"] and "LNGD" in pushed["card"]

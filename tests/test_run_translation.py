@@ -19,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from scripts import run_translation
 from tests.hf_helpers import (
     HF_FAMILIES,
+    hf_fake_hub,
     hf_mbart_tokenizer,
     hf_pairs,
     hf_seq2seq_model,
@@ -213,17 +214,7 @@ def test_arguments_from_a_json_file_and_a_data_set_in_a_folder(
 def test_push_to_hub_uploads_our_card(
     model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pushed: dict[str, Any] = {}
-
-    class Api:
-        def create_repo(self, name: str, **kwargs: Any) -> Any:
-            return type("Url", (), {"repo_id": f"someone/{name}"})()
-
-        def upload_folder(self, **kwargs: Any) -> str:
-            pushed.update(kwargs, card=(Path(kwargs["folder_path"]) / "README.md").read_text(encoding="utf-8"))
-            return "done"
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Api)
+    pushed = hf_fake_hub(monkeypatch)
     options = {"model_name_or_path": model_folders["marian"], "output_dir": tmp_path, **data, "hub_model_id": "mine"}
     run(monkeypatch, arguments({**options, "do_predict": "false"}, *ALL, "--push_to_hub"))
     assert pushed["repo_id"] == "someone/mine"
