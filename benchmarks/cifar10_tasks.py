@@ -23,13 +23,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from benchmarks.rivals import Settings
 from benchmarks.tasks import Batch, Task
 from hf_lngd.integrations.image_batches import shift
 
 TRAIN, HELD_OUT, CLASSES, SIDE, BORDER = 12_800, 2_000, 10, 32, 4
 BATCH, FINE_TUNING_BATCH = 128, 64
-STEPS = 4 * TRAIN // BATCH
 Images = tuple[Tensor, Tensor]
 
 
@@ -126,51 +124,33 @@ def _pretrained(folder: Path, seed: int) -> nn.Module:
     return model
 
 
-STARTS = {
-    "adamw": Settings(3e-3, 3e-3, 0.2),
-    "muon": Settings(8e-3, 3e-3, 0.2),
-    "soap": Settings(3e-3, 3e-3, 0.1),
-    "lngd": Settings(8e-3, 3e-3, 0.2),
-}
-VIT_STARTS = STARTS | {"adamw": Settings(7.5e-4, 3e-3, 0.2)}  # at 3e-3 it does not learn
-FINE_TUNING_STARTS = {
-    "adamw": Settings(2e-3, 5e-3, 0.1),
-    "muon": Settings(8e-3, 5e-3, 0.1),
-    "soap": Settings(2e-3, 5e-3, 0.1),
-    "lngd": Settings(8e-3, 5e-3, 0.1),
-}
-
-
 def _task(folder: Path, **fields: Any) -> Task:
     data, side, batch = load(folder), fields.pop("side", SIDE), fields.pop("batch", BATCH)
     count = fields.pop("count", HELD_OUT)
     return Task(
-        **{"steps": STEPS, "warmup": STEPS // 10, "starts": STARTS, **fields},
+        **fields,
         batches=partial(batches, data["train"], batch, side),
         evaluate=partial(evaluate, data, side, count),
     )
 
 
 def resnet(folder: Path) -> Task:
-    """A ResNet of three stages (0.7 million parameters) from scratch, four epochs."""
+    """A ResNet of three stages (0.7 million parameters) from scratch."""
     return _task(folder, name="cifar10-resnet", make_model=make_resnet)
 
 
 def vit(folder: Path) -> Task:
-    """A ViT of three layers on patches of 8 × 8 (0.6 million parameters) from scratch, four epochs."""
-    return _task(folder, name="cifar10-vit", make_model=_vit, starts=VIT_STARTS)
+    """A ViT of three layers on patches of 8 × 8 (0.6 million parameters) from scratch."""
+    return _task(folder, name="cifar10-vit", make_model=_vit)
 
 
 def fine_tuning(folder: Path, model: Path) -> Task:
-    """A pretrained EfficientNet at 64 × 64 pixels, 60 steps of 64 images, judged on 1,000."""
+    """A pretrained EfficientNet at 64 × 64 pixels, in batches of 64 images, judged on 1,000."""
     return _task(
         folder,
         name="cifar10-efficientnet",
         make_model=partial(_pretrained, model),
-        starts=FINE_TUNING_STARTS,
         side=64,
         count=1_000,
         batch=FINE_TUNING_BATCH,
-        steps=60,
-        warmup=6,
     )

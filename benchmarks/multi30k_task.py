@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import MarianConfig, MarianMTModel
 
-from benchmarks.rivals import Settings
 from benchmarks.tasks import Batch, Task
 from scripts.make_demo_data import read_pairs, train_tokenizer
 
@@ -26,14 +25,6 @@ BATCH = 64
 EVALUATION_BATCH = 128
 WIDTH = 128
 PAD, IGNORED = 0, -100
-
-# Where tuning starts: the best settings of a first search of nine runs each, from the design's own.
-STARTS = {
-    "adamw": Settings(7.5e-4, 1e-2, 0.4),
-    "muon": Settings(1.6e-2, 1e-2, 0.4),
-    "soap": Settings(4.2e-3, 1e-2, 0.2),
-    "lngd": Settings(1.6e-2, 1e-2, 0.4),
-}
 
 Encoded = list[tuple[list[int], list[int]]]
 
@@ -148,13 +139,10 @@ def validation_loss(model: nn.Module, data: Data) -> float:
 
 
 def make_task(folder: Path) -> Task:
-    """300 steps of it."""
+    """The task with its data."""
     data = prepare(folder)
     return Task(
         name="multi30k",
-        steps=300,
-        warmup=60,
-        starts=STARTS,
         make_model=make_model,
         batches=partial(batches, data),
         evaluate=lambda model, tuning: {"loss": validation_loss(model, data)},

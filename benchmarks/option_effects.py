@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.rivals import Settings
 from benchmarks.runs import Results, train
+from benchmarks.spec import named
 from benchmarks.tasks import TASKS, check_task, load_task
 
 HERE = Path(__file__).resolve().parent
@@ -121,12 +122,13 @@ def main(arguments: list[str] | None = None) -> None:
         if args.data is None:
             raise ValueError("--data: needed to run anything; only --table does without")
         torch.set_num_threads(args.threads)
-        task = load_task(args.task, args.data)
+        task, spec = load_task(args.task, args.data), named(args.task)
         for seed in args.seeds:
             for fields in tqdm(list(variants)[args.part[0] :: args.part[1]], desc=f"seed {seed}"):
                 settings = variant(fields, base)
                 if not results.find("option", "lngd", settings, seed=seed):
-                    row = train("lngd", settings, seed, args.steps or task.steps, task, lambda step, loss: None)
+                    steps = args.steps or spec.steps
+                    row = train("lngd", settings, seed, steps, spec.warmup, task, lambda step, loss: None)
                     results.add({"phase": "option", **row})
     print(table(results, base, args.seeds, variants))
 

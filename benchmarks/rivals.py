@@ -16,20 +16,27 @@ from torch import Tensor, nn
 
 from hf_lngd import LNGD, LNGDConfig
 
+# What is tuned.
+RATES = ("lr", "other_lr", "fresh")
 BETA2 = 0.999
 SOAP_BETA2 = 0.95  # its default
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is tuned: rates of matrices and of all else, `fresh` = 1 − momentum of the matrices (β1 of AdamW and
-    SOAP), weight decay, and LNGD's own fields (`a=b,c=d`)."""
+    """What is tuned: rates of matrices and of all else (none: the same), `fresh` = 1 − momentum of the matrices (β1 of
+    AdamW and SOAP); also weight decay, and LNGD's own fields (`a=b,c=d`)."""
 
     lr: float
-    other_lr: float
+    other_lr: float | None
     fresh: float = 0.1
     weight_decay: float = 0.1
     fields: str = ""
+
+    @property
+    def rest(self) -> float:
+        """The rate of what is no matrix."""
+        return self.lr if self.other_lr is None else self.other_lr
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON row holds it."""
@@ -37,9 +44,9 @@ class Settings:
 
     def text(self) -> str:
         """For people."""
-        rest = f" {self.fields}" if self.fields else ""
+        fields = f" {self.fields}" if self.fields else ""
         decay = "" if self.weight_decay == 0.1 else f" decay {self.weight_decay:g}"
-        return f"{self.lr:.3g}/{self.other_lr:.3g}/{1 - self.fresh:.3g}{decay}{rest}"
+        return f"{self.lr:.3g}/{self.rest:.3g}/{1 - self.fresh:.3g}{decay}{fields}"
 
 
 class Together:
@@ -87,7 +94,7 @@ class Together:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Every distinct tensor within nested dicts and sequences."""
+    """Every distinct tensor within nested dicts, sequences and objects."""
     found: dict[int, Tensor] = {}
 
     def walk(item: Any) -> None:
@@ -99,6 +106,8 @@ def tensors_of(value: Any) -> list[Tensor]:
         elif isinstance(item, (list, tuple)):
             for inner in item:
                 walk(inner)
+        elif hasattr(item, "__dict__"):  # Shampoo keeps objects
+            walk(vars(item))
 
     walk(value)
     return list(found.values())
@@ -121,8 +130,8 @@ def adamw_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """AdamW's groups of all that is no matrix."""
     _, embeddings, rest = split(model)
     return [
-        {"params": embeddings, "lr": settings.other_lr, "weight_decay": settings.weight_decay},
-        {"params": rest, "lr": settings.other_lr, "weight_decay": 0.0},
+        {"params": embeddings, "lr": settings.rest, "weight_decay": settings.weight_decay},
+        {"params": rest, "lr": settings.rest, "weight_decay": 0.0},
     ]
 
 
@@ -139,6 +148,13 @@ def adamw(model: nn.Module, settings: Settings) -> Together:
         "betas": (1 - settings.fresh, BETA2),
     }
     return Together([_adamw([matrices, *adamw_groups(model, settings)])])
+
+
+def sgd(model: nn.Module, settings: Settings) -> Together:
+    """SGD with Nesterov's momentum beside AdamW; weight decay of the matrices is SGD's, a part of the gradient."""
+    matrices = {"params": split(model)[0], "lr": settings.lr, "weight_decay": settings.weight_decay}
+    own = torch.optim.SGD([matrices], momentum=1 - settings.fresh, nesterov=True)
+    return Together([own, _adamw(adamw_groups(model, settings))])
 
 
 class FlatMuon(torch.optim.Muon):
@@ -185,11 +201,33 @@ def soap(model: nn.Module, settings: Settings) -> Together:
     return Together([own, _adamw(adamw_groups(model, settings))])
 
 
+def shampoo(model: nn.Module, settings: Settings) -> Together:
+    """Shampoo of pytorch-optimizer (Anil et al. 2020: blocks, grafted to RMSProp's size) beside AdamW; roots are
+    computed every ten steps, as SOAP's basis."""
+    try:
+        from pytorch_optimizer import ScalableShampoo
+        from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
+    except ImportError as error:
+        raise ValueError("shampoo: needs pytorch-optimizer; install hf_lngd[bench]") from error
+    own = ScalableShampoo(
+        split(model)[0],
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        betas=(1 - settings.fresh, SOAP_BETA2),
+        moving_average_for_momentum=True,
+        decoupled_weight_decay=True,
+        start_preconditioning_step=10,
+        preconditioning_compute_steps=10,
+        graft_type=LayerWiseGrafting.RMSPROP,
+    )
+    return Together([own, _adamw(adamw_groups(model, settings))])
+
+
 def lngd(model: nn.Module, settings: Settings) -> Together:
     """LNGD with its default preset, changed by `settings.fields`."""
     config = LNGDConfig.from_optim_args(
         settings.fields,
-        fallback_lr=settings.other_lr,
+        fallback_lr=settings.rest,
         weight_decay=settings.weight_decay,
         momentum=1 - settings.fresh,
         betas=(0.9, BETA2),
@@ -198,26 +236,24 @@ def lngd(model: nn.Module, settings: Settings) -> Together:
 
 
 RIVALS: dict[str, Callable[[nn.Module, Settings], Together]] = {
+    "sgd": sgd,
     "adamw": adamw,
     "muon": muon,
     "soap": soap,
+    "shampoo": shampoo,
     "lngd": lngd,
 }
-LABELS = {"adamw": "AdamW (two rates)", "muon": "Muon + AdamW", "soap": "SOAP + AdamW", "lngd": "LNGD"}
-
-
-def rival(name: str) -> Callable[[nn.Module, Settings], Together]:
-    """The maker of a rival; variants of LNGD are called `lngd-something`.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    base = "lngd" if name.startswith("lngd-") else name
-    if base not in RIVALS:
-        raise ValueError(f"--rivals: got {name!r}, accepted: {', '.join(RIVALS)}, or lngd-NAME for a variant of LNGD")
-    return RIVALS[base]
+LABELS = {
+    "sgd": "SGD + AdamW",
+    "adamw": "AdamW (two rates)",
+    "adamw-one": "AdamW (one rate)",
+    "muon": "Muon + AdamW",
+    "soap": "SOAP + AdamW",
+    "shampoo": "Shampoo + AdamW",
+    "lngd": "LNGD",
+}
 
 
 def label(name: str) -> str:
     """A rival's name for tables and figures."""
-    return LABELS.get(name, name.replace("lngd-", "LNGD "))
+    return LABELS.get(name, name)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.rivals import Settings, rival
+from benchmarks.rivals import RATES, RIVALS, Settings
 from benchmarks.tasks import Task
 
 Row = dict[str, Any]
@@ -24,8 +26,6 @@ LOG_EVERY = 25
 DIVERGED = 1.5
 # The search ends when it would move a rate by less.
 FINEST = 1.1
-# What is tuned.
-RATES = ("lr", "other_lr", "fresh")
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -41,18 +41,21 @@ def train(
     settings: Settings,
     seed: int,
     steps: int,
+    warmup: int,
     task: Task,
     progress: Callable[[int, float], None],
+    *,
     tuning: bool = False,
 ) -> Row:
     """Trains once and returns the row of results. Seconds are those of training: evaluation is left out.
 
-    The seed decides weights, order of the data and dropout, so rivals of one seed are paired.
+    `name` is of `RIVALS`. The seed decides weights, order of the data and dropout, so rivals of one seed are paired.
     """
+    reset_peak()
     model = task.make_model(seed)
-    optimizer = rival(name)(model, settings)
+    optimizer = RIVALS[name](model, settings)
     scheduler = [
-        torch.optim.lr_scheduler.LambdaLR(one, lambda step: schedule(step, steps, task.warmup))
+        torch.optim.lr_scheduler.LambdaLR(one, lambda step: schedule(step, steps, warmup))
         for one in optimizer.optimizers
     ]
     checkpoints = {round(steps * quarter / 4) for quarter in (1, 2, 3, 4)}
@@ -105,9 +108,27 @@ def train(
         row |= {"accuracy": None if diverged else curves["accuracy"][-1][2], "accuracy_curve": curves["accuracy"]}
     return row | {
         "state_mib": round(optimizer.state_bytes() / 2**20, 3),
+        "peak_mib": peak_mib(),
         "hardware": f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }
+
+
+def reset_peak() -> None:
+    """Start anew to look for the process's largest resident set (Linux; elsewhere nothing)."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left to the allocator is not this one's
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_mib() -> int | None:
+    """MiB of the largest resident set since :func:`reset_peak`: interpreter, data, model and optimizer; or None."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 class Results:
@@ -169,13 +190,15 @@ def moved(settings: Settings, rate: str, value: float) -> Settings:
 
 def place(settings: Settings) -> tuple[int, ...]:
     """Where on a fine grid of rates (eight points a doubling) settings lie: none is tried twice."""
-    return tuple(round(8 * math.log2(getattr(settings, rate))) for rate in RATES)
+    return tuple(round(8 * math.log2(getattr(settings, rate) or 1)) for rate in RATES)
 
 
-def search(start: Settings, trials: int, loss_of: Callable[[Settings], float]) -> Iterator[Settings]:
-    """Yields each trial before it is scored: a pattern search over the logarithms of `RATES`, alike for every rival.
+def search(
+    start: Settings, trials: int, loss_of: Callable[[Settings], float], tuned: Sequence[str] = RATES
+) -> Iterator[Settings]:
+    """Yields each trial before it is scored: a pattern search over logarithms of rates, alike for every rival.
 
-    From the best settings so far, each of `RATES` in turn is doubled and halved; when no neighbour is better, the
+    From the best settings so far, each rate of `tuned` in turn is doubled and halved; when no neighbour is better, the
     factor becomes its root. `loss_of` scores settings (infinite for a diverged run) and must remember: it is asked
     again.
     """
@@ -183,7 +206,7 @@ def search(start: Settings, trials: int, loss_of: Callable[[Settings], float]) -
     best, factor = start, 2.0
 
     def neighbours() -> list[Settings]:
-        moves = [(field, ratio) for field in RATES for ratio in (factor, 1 / factor)]
+        moves = [(field, ratio) for field in tuned for ratio in (factor, 1 / factor)]
         return [moved(best, field, getattr(best, field) * ratio) for field, ratio in moves]
 
     def is_new(settings: Settings) -> bool:
@@ -203,13 +226,7 @@ def search(start: Settings, trials: int, loss_of: Callable[[Settings], float]) -
         if loss_of(settings) < loss_of(best):
             # A better rate: look further along the same line before the other one.
             ahead = settings
-            for field in RATES:
+            for field in tuned:
                 if getattr(settings, field) != getattr(best, field):
                     ahead = moved(ahead, field, getattr(settings, field) ** 2 / getattr(best, field))
             best, queue = settings, [ahead]
-
-
-def tuning_starts(names: Iterable[str], starts: dict[str, Settings], fields: dict[str, str]) -> dict[str, Settings]:
-    """Where the search of each rival starts; a variant of LNGD has its own fields."""
-    bases = {name: starts["lngd" if name.startswith("lngd-") else name] for name in names}
-    return {name: replace(base, fields=fields.get(name, "")) for name, base in bases.items()}

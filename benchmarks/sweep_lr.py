@@ -2,7 +2,7 @@
 
     python -m benchmarks.sweep_lr --data DIR
 
-The Multi30k task of `compare_multi30k.py` with one learning rate for all parameters, 1e-4 to 1e-2, for both optimizers
+The Multi30k task of `specs/multi30k.toml` with one learning rate for all parameters, 1e-4 to 1e-2, for both optimizers
 in turns. Rows go to `benchmarks/results/sweep_lr.json`; runs that are there are not run again.
 """
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from benchmarks.multi30k_task import make_task
 from benchmarks.rivals import Settings, label
 from benchmarks.runs import Results, Row, train
+from benchmarks.spec import named
 from benchmarks.tables import table
 
 HERE = Path(__file__).resolve().parent
@@ -70,14 +71,16 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     results = Results(args.results)
-    task = make_task(args.data)
+    task, spec = make_task(args.data), named("multi30k")
     with tqdm(total=len(RATES) * len(RIVALS) * args.steps, unit="step", smoothing=0.02) as bar:
         for rate in RATES:
             for title, (name, fields) in RIVALS.items():
                 settings = Settings(rate, rate, fields=fields)
                 if not results.find("sweep", name, settings, steps=args.steps, seed=args.seed):
                     bar.set_description(f"{title} lr {rate:g}")
-                    row: Row = train(name, settings, args.seed, args.steps, task, lambda step, loss: bar.update(1))
+                    row: Row = train(
+                        name, settings, args.seed, args.steps, spec.warmup, task, lambda step, loss: bar.update(1)
+                    )
                     results.add({"phase": "sweep", **row})
     print(sweep_table(results, args.steps, args.seed))
 

@@ -1,11 +1,11 @@
-"""Markdown tables and the picture of `compare.py`, from the file of results alone."""
+"""Markdown tables and the picture of `scripts/compare_optimizers.py`, from the file of results alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scripts import demo
 
@@ -15,8 +15,22 @@ if TYPE_CHECKING:
 Curve = list[tuple[float, float]]
 Label = Callable[[str], str]
 REFERENCE = "adamw"
+# Whose final quality times are measured to.
+TARGETS = ("adamw", "muon", "soap")
+CURVES = {"loss": "validation_curve", "accuracy": "accuracy_curve"}
 COLOURS = {"adamw": "#6b7280", "muon": "#d97706", "soap": "#7c3aed", "lngd": "#0f766e"}
-VARIANTS = ("#be123c", "#2563eb", "#65a30d", "#c026d3")
+VARIANTS = (
+    "#be123c",
+    "#2563eb",
+    "#65a30d",
+    "#c026d3",
+    "#0891b2",
+    "#a16207",
+    "#4338ca",
+    "#15803d",
+    "#9f1239",
+    "#57534e",
+)
 
 
 def reported(results: Results, name: str) -> list[Row]:
@@ -26,20 +40,12 @@ def reported(results: Results, name: str) -> list[Row]:
     return [row for row in rows if row["steps"] == longest and not row["diverged"]]
 
 
-def mean_curve(rows: Sequence[Row], which: str) -> Curve:
-    """(mean seconds, mean loss) over seeds at each recorded step."""
-    points = []
-    for same_step in zip(*(row[which] for row in rows), strict=True):
-        points.append((mean(p[1] for p in same_step), mean(p[2] for p in same_step)))
-    return points
-
-
-def end_points(results: Results, name: str) -> Curve:
-    """(mean seconds, mean final validation loss) of the runs of each length, each on a schedule to its own end."""
+def end_points(results: Results, name: str, metric: str) -> Curve:
+    """(mean seconds, quality) of the runs of each length, each on a schedule to its own end."""
     rows = [row for row in results.find("report", name) if not row["diverged"]]
     lengths = sorted({row["steps"] for row in rows})
     groups = [[row for row in rows if row["steps"] == length] for length in lengths]
-    return [(mean(r["seconds"] for r in group), mean(r["loss"] for r in group)) for group in groups]
+    return [(mean(r["seconds"] for r in group), quality(group, metric)) for group in groups]
 
 
 def time_to(curve: Curve, target: float) -> float | None:
@@ -79,54 +85,97 @@ def tuning_table(results: Results, names: Sequence[str], label: Label) -> str:
     return table(["tuning", "runs", "matrices' rate / other rate / momentum: validation loss"], body) if body else ""
 
 
+def metric_of(results: Results, names: Sequence[str]) -> str:
+    """What decides: ``accuracy`` where there is one, else ``loss``."""
+    return "accuracy" if any("accuracy" in row for name in names for row in reported(results, name)) else "loss"
+
+
+def quality_curve(rows: Sequence[Row], metric: str) -> list[tuple[float, float, float]]:
+    """(steps, mean seconds, what falls as quality rises: mean loss or minus mean accuracy) at each recorded step."""
+    points = []
+    for same_step in zip(*(row[CURVES[metric]] for row in rows), strict=True):
+        value = mean(p[2] for p in same_step)
+        points.append((same_step[0][0], mean(p[1] for p in same_step), -value if metric == "accuracy" else value))
+    return points
+
+
+def quality(rows: Sequence[Row], metric: str) -> float:
+    """The mean of the final metric, as in :func:`quality_curve`."""
+    value = mean(row[metric] for row in rows)
+    return -value if metric == "accuracy" else value
+
+
+def time_to_quality(rows: Sequence[Row], target: float, metric: str, axis: int = 1) -> float | None:
+    """Seconds (axis 1) or steps (axis 0) at which the mean run is as good as `target`; none: never."""
+    return time_to([(point[axis], point[2]) for point in quality_curve(rows, metric)], target) if rows else None
+
+
 def results_table(results: Results, names: Sequence[str], label: Label) -> str:
-    """Final figures, seconds, and seconds to AdamW's final loss and accuracy; a diverged run is counted, not hidden."""
+    """Final figures, seconds, and seconds and steps to AdamW's; a diverged run is counted, not hidden."""
     reference = reported(results, REFERENCE)
-    target = mean(row["loss"] for row in reference) if reference else None
-    images = any("accuracy" in row for name in names for row in reported(results, name))
+    metric = metric_of(results, names)
+    target = quality(reference, metric) if reference else None
     body = []
     for name in names:
         everything = results.find("report", name)
         rows = reported(results, name)
         if not everything:
             continue
-        diverged = sum(row["diverged"] for row in everything)
         cells = [label(name), spread([row["loss"] for row in rows], 3)]
-        if images:
+        if metric == "accuracy":
             cells.append(spread([100 * row["accuracy"] for row in rows], 1))
-        within, own_end = None, None
-        if rows and target is not None:
-            within = time_to(mean_curve(rows, "validation_curve"), target)
-            ends = end_points(results, name)
-            own_end = time_to(ends, target) if len(ends) > 1 else None
-        cells += [spread([row["seconds"] for row in rows], 1), _seconds(within, "never")]
-        if images:
-            cells.append(_seconds(_time_to_accuracy(rows, reference), "never"))
-        cells += [_seconds(own_end, "–")]
-        cells += [f"{mean(row['seconds'] / row['steps'] for row in rows) * 1e3:.0f}" if rows else "–"]
-        cells += [f"{mean(row['state_mib'] for row in rows):.1f}" if rows else "–", f"{len(rows)}", f"{diverged}"]
-        body.append(cells)
+        seconds, steps = (
+            None if target is None else time_to_quality(rows, target, metric, axis=axis) for axis in (1, 0)
+        )
+        cells += [spread([row["seconds"] for row in rows], 1), _number(seconds, "never"), _number(steps, "never", 0)]
+        cells.append(f"{mean(row['seconds'] / row['steps'] for row in rows) * 1e3:.0f}" if rows else "–")
+        cells.append(f"{mean(row['state_mib'] for row in rows):.1f}" if rows else "–")
+        peaks = [row["peak_mib"] for row in rows if row.get("peak_mib")]
+        cells.append(f"{mean(peaks):.0f}" if peaks else "–")
+        diverged = sum(row["diverged"] for row in everything)
+        body.append([*cells, f"{len(rows)}", f"{diverged}"])
     if not body:
         return "no reported runs yet"
-    head = ["optimizer", "loss", *(["accuracy, %"] if images else []), "seconds", "seconds to AdamW's loss"]
-    head += [*(["to AdamW's accuracy"] if images else []), "to its loss, own schedules"]
-    return table([*head, "ms a step", "state, MiB", "seeds", "diverged"], body)
+    head = ["optimizer", "loss", *(["accuracy, %"] if metric == "accuracy" else []), "seconds"]
+    head += [f"seconds to AdamW's {metric}", "steps to it", "ms a step", "state, MiB", "peak, MiB", "seeds", "diverged"]
+    return table(head, body)
 
 
-def _seconds(value: float | None, otherwise: str) -> str:
-    return otherwise if value is None else f"{value:.1f}"
+def ratio_table(results: Results, names: Sequence[str], label: Label) -> str:
+    """Seconds to a rival's final quality over the rival's own seconds, within runs and over runs of several lengths,
+    each with its schedule to its own end."""
+    metric = metric_of(results, names)
+    targets = [name for name in names if name in TARGETS and reported(results, name)]
+    body = []
+    for name in names:
+        rows, ends = reported(results, name), end_points(results, name, metric)
+        cells = []
+        for other in targets:
+            theirs = reported(results, other)
+            target, seconds = quality(theirs, metric), mean(row["seconds"] for row in theirs)
+            within = time_to_quality(rows, target, metric)
+            own = time_to(ends, target) if len(ends) > 1 else None
+            first = "≤ " if own is not None and own == ends[0][0] else ""
+            cells.append(_number(within and within / seconds, "never" if rows else "–", 2))
+            missing = "–" if len(ends) < 2 else "never"
+            cells.append(first + _number(own and own / seconds, missing, 2))
+        if rows:
+            body.append([label(name), *cells])
+    if not body or not targets:
+        return ""
+    head = ["seconds to a rival's quality / its seconds"]
+    for other in targets:
+        head += [f"{label(other)}, within runs", "own schedules"]
+    return table(head, body)
 
 
-def _time_to_accuracy(rows: Sequence[Row], reference: Sequence[Row]) -> float | None:
-    if not rows or not reference:
-        return None
-    falling = [(seconds, -accuracy) for seconds, accuracy in mean_curve(rows, "accuracy_curve")]
-    return time_to(falling, -mean(row["accuracy"] for row in reference))
+def _number(value: float | None, otherwise: str, digits: int = 1) -> str:
+    return otherwise if value is None else f"{value:.{digits}f}"
 
 
 def draw(results: Results, names: Sequence[str], label: Label, path: Path, title: str) -> None:
-    """Loss against seconds: training (mean over seeds) and evaluation (marked, its range over seeds); of images, the
-    accuracy.
+    """Quality (validation loss, or test accuracy) against steps and against seconds, the range over seeds as a band;
+    in the right panel also the ends of shorter runs, each with its schedule to its own end.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -138,53 +187,58 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
 
     shown = [name for name in names if reported(results, name)]
     if not shown:
-        raise ValueError(f"{results.path}: no reported runs to draw; run with --report first")
+        raise ValueError(f"{results.path}: no reported runs to draw; run the phase report first")
     extra = iter(VARIANTS)
-    images = any("accuracy" in row for name in shown for row in reported(results, name))
-    which, digits = ("accuracy_curve", 3) if images else ("validation_curve", 2)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
-    for name in shown:
+    colours = {name: COLOURS.get(name) or next(extra, "#000000") for name in shown}
+    metric = metric_of(results, shown)
+    sign = -100 if metric == "accuracy" else 1
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained", sharey=True)
+    finals = []
+    for name in sorted(shown, key=lambda name: name in COLOURS):  # those that matter most on top
         rows = reported(results, name)
-        colour = COLOURS.get(name) or next(extra, "#000000")
-        width = 2.4 if name.startswith("lngd") else 1.6
-        seconds, losses = zip(*mean_curve(rows, "train_curve"), strict=True)
-        left.plot(seconds, losses, color=colour, linewidth=width, label=label(name))
-        curve = mean_curve(rows, which)
-        seconds, losses = zip(*curve, strict=True)
-        low = [min(p[2] for p in points) for points in zip(*(r[which] for r in rows), strict=True)]
-        high = [max(p[2] for p in points) for points in zip(*(r[which] for r in rows), strict=True)]
-        right.fill_between(seconds, low, high, color=colour, alpha=0.15, linewidth=0)
-        right.plot(seconds, losses, color=colour, linewidth=width, marker="o", markersize=4, label=label(name))
-        right.annotate(
-            f"{losses[-1]:.{digits}f}",
-            (seconds[-1], losses[-1]),
-            xytext=(5, -3),
-            textcoords="offset points",
-            color=colour,
-            fontsize=8,
-        )
-    reference = reported(results, REFERENCE)
-    if reference:
-        final = mean(r["accuracy" if images else "loss"] for r in reference)
-        right.axhline(final, color=COLOURS[REFERENCE], linewidth=0.8, linestyle=":")
-    left.set_title("Training loss", loc="left", fontsize=11)
-    right.set_title(
-        f"{'Test accuracy' if images else 'Validation loss'} (band: range over seeds)", loc="left", fontsize=11
-    )
-    for axis in (left, right):
-        axis.set_xlabel("seconds of training")
+        curve = quality_curve(rows, metric)
+        finals.append((sign * curve[-1][2], name))
+        strong = name in COLOURS
+        style = {"color": colours[name], "linewidth": 2.4 if name == "lngd" else 1.6 if strong else 1.0}
+        values = [[abs(sign) * point[2] for point in row[CURVES[metric]]] for row in rows]
+        low, high = ([pick(column) for column in zip(*values, strict=True)] for pick in (min, max))
+        for axis, where in zip(axes, (0, 1), strict=True):
+            x = [point[where] for point in curve]
+            if strong:
+                axis.fill_between(x, low, high, color=colours[name], alpha=0.15, linewidth=0)
+            axis.plot(x, [sign * p[2] for p in curve], marker="o", markersize=3.5, label=label(name), **style)
+        ends = end_points(results, name, metric)
+        if len(ends) > 1:
+            seconds, ended = zip(*((seconds, sign * value) for seconds, value in ends), strict=True)
+            axes[1].plot(seconds, ended, "o", markersize=6, markerfacecolor="none", color=colours[name])
+    reference = next((value for value, name in finals if name == REFERENCE), None)
+    for axis, name in zip(axes, ("steps", "seconds of training"), strict=True):
+        if reference is not None:
+            axis.axhline(reference, color=COLOURS[REFERENCE], linewidth=0.8, linestyle=":")
+        axis.set_xlabel(name)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
-    left.set_ylabel("cross entropy (nats)")
-    right.legend(frameon=False, fontsize=9)
-    steps = reported(results, shown[0])[0]["steps"]
-    seeds = max(len(reported(results, name)) for name in shown)
-    figure.suptitle(
-        f"{title}, {steps} steps, mean of {seeds} seeds"[: None if seeds > 1 else -1],
-        fontsize=12,
-        x=0.01,
-        ha="left",
-    )
-    figure.savefig(path, dpi=150)
+    axes[0].set_ylabel("test accuracy, %" if metric == "accuracy" else "validation loss, nats")
+    _frame(axes[0], [sign * p[2] for name in shown for p in quality_curve(reported(results, name), metric)], metric)
+    order = [name for _, name in sorted(finals, reverse=metric == "accuracy")]
+    handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
+    entries = {f"{label(name)}: {value:.{1 if metric == 'accuracy' else 3}f}": handles[label(name)] for name in order
+               for value, other in finals if other == name}  # fmt: skip
+    axes[1].legend(entries.values(), entries.keys(), frameon=False, fontsize=8, title="final", title_fontsize=8)
+    rows = reported(results, shown[0])
+    seeds = sorted({len(reported(results, name)) for name in shown})
+    of_seeds = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
+    figure.suptitle(f"{title}, {rows[0]['steps']} steps, mean of {of_seeds}", fontsize=12, x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _frame(axis: Any, values: list[float], metric: str) -> None:
+    """Leave out the start of training and rivals that hardly learn: the better two thirds of all points are shown."""
+    ranked = sorted(values, reverse=metric == "accuracy")
+    best, worst = ranked[0], ranked[min(len(ranked) - 1, 2 * len(ranked) // 3)]
+    pad = 0.08 * abs(worst - best) or 1.0
+    axis.set_ylim(
+        *sorted((best + (pad if metric == "accuracy" else -pad), worst + (-pad if metric == "accuracy" else pad)))
+    )

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from benchmarks.rivals import Settings
-
 Batch = dict[str, Tensor]
 
 
@@ -19,30 +17,18 @@ class Task:
 
     Attributes:
         name: of the file of results.
-        steps: length of a run.
-        warmup: steps of rising rates.
-        starts: where the search of each rival begins.
         make_model: seed → a model, its weights decided by the seed alone.
         batches: seed → endless training batches in an order that the seed alone decides.
         evaluate: model, whether this run tunes → "loss" (mean cross entropy) and, for images, "accuracy" (a share).
     """
 
     name: str
-    steps: int
-    warmup: int
-    starts: dict[str, Settings]
     make_model: Callable[[int], nn.Module]
     batches: Callable[[int], Iterator[Batch]]
     evaluate: Callable[[nn.Module, bool], dict[str, float]]
 
 
-# name → title of pictures
-TASKS = {
-    "multi30k": "Multi30k English-German from scratch",
-    "cifar10-resnet": "CIFAR-10, ResNet from scratch",
-    "cifar10-vit": "CIFAR-10, ViT from scratch",
-    "cifar10-efficientnet": "CIFAR-10, EfficientNet-Lite0 fine-tuned",
-}
+TASKS = ("multi30k", "cifar10-resnet", "cifar10-vit", "cifar10-efficientnet")
 
 
 def check_task(name: str) -> None:

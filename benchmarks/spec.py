@@ -1,0 +1,162 @@
+"""A study on one task, read from a TOML file: budget, seeds, and where the search of each rival starts."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rivals import RATES, RIVALS, Settings, label
+from benchmarks.tasks import TASKS
+from hf_lngd import LNGDConfig
+
+SPECS = Path(__file__).resolve().parent / "specs"
+SHORTEST = 8  # steps: below, the quarters at which a run is evaluated fall together
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One rival of a study.
+
+    Attributes:
+        rival: who makes its optimizer, of `benchmarks.rivals.RIVALS`.
+        start: where its search starts.
+        tuned: which of `RATES` the search moves: all, but `other_lr` where the start has none.
+        label: its name in tables and pictures.
+        shorter: it is also reported at the study's `fractions`.
+    """
+
+    name: str
+    rival: str
+    start: Settings
+    tuned: tuple[str, ...] = RATES
+    label: str = ""
+    shorter: bool = False
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A study.
+
+    Attributes:
+        task: of `benchmarks.tasks.TASKS`; its name is that of the file of results.
+        title: of the picture.
+        steps: length of a run.
+        warmup: steps of rising rates.
+        threads: of torch.
+        trials: tuning runs of every rival and tuning seed.
+        tuning_seeds, seeds: of tuning and of the reported runs; none is both.
+        fractions: lengths of shorter runs, each with its schedule to its own end, as parts of `steps`.
+        fraction_seeds: which of `seeds` those are run on.
+        rivals: by name.
+    """
+
+    task: str
+    title: str
+    steps: int
+    warmup: int
+    rivals: dict[str, Entrant]
+    threads: int = 1
+    trials: int = 6
+    tuning_seeds: tuple[int, ...] = (101,)
+    seeds: tuple[int, ...] = (1, 2, 3)
+    fractions: tuple[float, ...] = ()
+    fraction_seeds: tuple[int, ...] = ()
+
+    def lengths(self, name: str, seed: int) -> list[int]:
+        """Steps of the reported runs of a rival on a seed, the longest first."""
+        shorter = self.rivals[name].shorter and seed in self.fraction_seeds
+        parts = [1.0, *(sorted(self.fractions, reverse=True) if shorter else [])]
+        return [round(self.steps * part) for part in parts]
+
+    def label(self, name: str) -> str:
+        """A rival's name for tables and pictures."""
+        return self.rivals[name].label or label(name)
+
+
+def read(path: Path) -> Spec:
+    """The study of a file.
+
+    Raises:
+        ValueError: no such file, no TOML, or a field that is unknown, missing, or out of range: named.
+    """
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in SPECS.glob("*.toml")))
+        raise ValueError(f"spec: got {path}, accepted: a TOML file such as those of benchmarks/specs ({known})")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"spec: {path} is no TOML file: {error}") from error
+    own = {field.name: field for field in fields(Spec)}
+    _known(str(path), content, set(own))
+    missing = [name for name in ("task", "title", "steps", "warmup", "rivals") if name not in content]
+    if missing:
+        raise ValueError(f"{path}: got no {', '.join(missing)}, accepted: all of task, title, steps, warmup, rivals")
+    rivals = {name: _entrant(f"{path}: rivals.{name}", name, value) for name, value in content.pop("rivals").items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    spec = Spec(rivals=rivals, **values)
+    _check(path, spec)
+    return spec
+
+
+def named(name: str) -> Spec:
+    """The study of `benchmarks/specs/NAME.toml`. Raises ValueError as :func:`read`."""
+    return read(SPECS / f"{name}.toml")
+
+
+def _known(where: str, found: dict[str, Any], accepted: set[str]) -> None:
+    for key in found:
+        if key not in accepted:
+            raise ValueError(f"{where}: got an unknown field {key!r}, accepted: {', '.join(sorted(accepted))}")
+
+
+def _entrant(where: str, name: str, content: dict[str, Any]) -> Entrant:
+    rates = {field.name for field in fields(Settings)}
+    _known(where, content, rates | {field.name for field in fields(Entrant)} - {"name", "start"})
+    settings = {key: content.pop(key) for key in list(content) if key in rates}
+    if not (isinstance(settings.get("lr"), float) and settings["lr"] > 0):
+        raise ValueError(f"{where}: lr: got {settings.get('lr')!r}, accepted: a rate above 0 to start from")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    rival = values.pop("rival", name)
+    if rival not in RIVALS:
+        raise ValueError(f"{where}: rival: got {rival!r}, accepted: {', '.join(RIVALS)}")
+    if "other_lr" not in settings:  # tied to lr
+        settings["other_lr"] = None
+        values.setdefault("tuned", tuple(rate for rate in RATES if rate != "other_lr"))
+    entrant = Entrant(name, rival, Settings(**settings), **values)
+    if strange := [rate for rate in entrant.tuned if rate not in RATES]:
+        raise ValueError(f"{where}: tuned: got {', '.join(strange)}, accepted: {', '.join(RATES)}")
+    if entrant.start.fields:
+        if rival != "lngd":
+            raise ValueError(f"{where}: fields: got {entrant.start.fields!r} for {rival}, accepted: for lngd only")
+        LNGDConfig.from_optim_args(entrant.start.fields)
+    return entrant
+
+
+def _check(path: Path, spec: Spec) -> None:
+    def need(name: str, good: Callable[[Any], bool], accepted: str) -> None:
+        value = getattr(spec, name)
+        if not good(value):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise ValueError(f"{path}: {name}: got {shown!r}, accepted: {accepted}")
+
+    def is_count(value: Any, least: int) -> bool:
+        return isinstance(value, int) and value >= least
+
+    def are_seeds(value: Any) -> bool:
+        return isinstance(value, tuple) and bool(value) and all(is_count(seed, 0) for seed in value)
+
+    need("task", lambda task: task in TASKS, ", ".join(TASKS))
+    need("steps", lambda steps: is_count(steps, SHORTEST), f"an integer at least {SHORTEST}")
+    need("warmup", lambda steps: is_count(steps, 1), "an integer at least 1")
+    need("threads", lambda threads: is_count(threads, 1), "an integer at least 1")
+    need("trials", lambda trials: is_count(trials, 1), "an integer at least 1")
+    need("tuning_seeds", are_seeds, "a list of seeds")
+    need("seeds", lambda seeds: are_seeds(seeds) and not set(seeds) & set(spec.tuning_seeds), "seeds not tuned on")
+    shortest = SHORTEST / spec.steps
+    inside = f"numbers from {shortest:.2g} (that is {SHORTEST} steps) to below 1"
+    need("fractions", lambda parts: all(shortest <= part < 1 for part in parts), inside)
+    need("fraction_seeds", lambda seeds: set(seeds) <= set(spec.seeds), f"of seeds = {list(spec.seeds)}")
+    need("rivals", bool, "at least one")

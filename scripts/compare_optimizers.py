@@ -1,0 +1,191 @@
+"""Compares optimizers on a task: tunes each alike, then paired runs, tables and a picture.
+
+    python scripts/compare_optimizers.py benchmarks/specs/multi30k.toml --data DIR
+
+The spec file names task, budget, seeds and rivals. Every run becomes a row of `benchmarks/results/TASK.json`; runs that
+are there are not run again, so interrupted work goes on where it stopped. What DIR holds is said in
+`benchmarks/README.md`; the phases `table` and `plot` need no data.
+
+`--trial "lr=8e-3,other_lr=1e-2,chain=full"` runs LNGD once on a tuning seed with fields of its own: for finding
+defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no installed package
+
+from benchmarks.rivals import Settings
+from benchmarks.runs import Results, Row, search, train
+from benchmarks.spec import Spec, read
+from benchmarks.tables import draw, ratio_table, results_table, tuning_table
+from benchmarks.tasks import Task, load_task
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+PHASES = ("tune", "report", "table", "plot")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("spec", type=Path, help="the study, a TOML file such as benchmarks/specs/multi30k.toml")
+    add("--data", type=Path, help="folder of the task's data")
+    add("--model", type=Path, help="folder of the pretrained model, for a task that fine-tunes one")
+    add("--phases", nargs="+", default=list(PHASES), choices=PHASES, help="what to do (default: all)")
+    add("--rivals", nargs="+", metavar="NAME", help="only these of the spec's")
+    add("--trial", action="append", default=[], metavar="a=b,c=d", help="only run LNGD once on the first tuning seed")
+    add("--results", type=Path, help="file of results (default: benchmarks/results/TASK.json)")
+    add("--forget", nargs="+", default=[], metavar="NAME", help="first drop the rows of rivals whose code changed")
+    return parser.parse_args(arguments)
+
+
+def check(args: argparse.Namespace, spec: Spec) -> None:
+    """Raise ValueError for arguments that do not fit the study: names the argument, the value, what is accepted."""
+    for name in args.rivals or ():
+        if name not in spec.rivals:
+            raise ValueError(f"--rivals: got {name!r}, accepted: {', '.join(spec.rivals)}")
+    if args.trial and "lngd" not in spec.rivals:
+        raise ValueError(f"--trial: {args.spec} has no rival named lngd, accepted: a study with one")
+    if args.data is None and (args.trial or {"tune", "report"} & set(args.phases)):
+        raise ValueError("--data: got none, accepted: a folder; only --phases table plot do without")
+
+
+class Runner:
+    """Runs what the file of results lacks, behind one progress bar."""
+
+    def __init__(self, results: Results, task: Task, spec: Spec, steps: int) -> None:
+        self.results, self.task, self.spec = results, task, spec
+        self.bar = tqdm(total=steps, unit="step", smoothing=0.02, dynamic_ncols=True)
+
+    def run(self, phase: str, name: str, settings: Settings, seed: int, steps: int) -> Row:
+        """The row of a run, from the file or made now."""
+        known = self.results.find(phase, name, settings, seed=seed, steps=steps)
+        if known:
+            self.bar.total -= steps
+            self.bar.refresh()
+            return known[0]
+        self.bar.set_description(f"{phase} {name} seed {seed} lr {settings.text()}")
+        done = 0
+
+        def progress(step: int, loss: float) -> None:
+            nonlocal done
+            done = step
+            self.bar.update(1)
+            if step % 10 == 0:
+                self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+
+        rival, warmup = self.spec.rivals[name].rival, self.spec.warmup
+        made = train(rival, settings, seed, steps, warmup, self.task, progress, tuning=phase != "report")
+        row = {"phase": phase, **made, "optimizer": name}
+        self.bar.update(steps - done)
+        self.results.add(row)
+        outcome = "diverged" if row["diverged"] else f"{row['loss']:.4f}"
+        self.bar.write(
+            f"{phase:6} {name:12} seed {seed:<4} lr {settings.text():24} {outcome:>9} {row['seconds']:7.1f} s"
+        )
+        return row
+
+
+def tune(names: list[str], spec: Spec, results: Results, task: Task) -> None:
+    """The same search for every rival, one trial of each in turn."""
+    runner = Runner(results, task, spec, len(names) * spec.trials * len(spec.tuning_seeds) * spec.steps)
+    scores: dict[tuple[str, Settings], float] = {}
+
+    def score(name: str, settings: Settings) -> float:
+        if (name, settings) not in scores:
+            rows = [runner.run("tune", name, settings, seed, spec.steps) for seed in spec.tuning_seeds]
+            losses = [math.inf if row["diverged"] else row["loss"] for row in rows]
+            scores[name, settings] = sum(losses) / len(losses)
+        return scores[name, settings]
+
+    searches = {}
+    for name in names:
+        entrant = spec.rivals[name]
+        searches[name] = search(entrant.start, spec.trials, lambda s, name=name: score(name, s), entrant.tuned)  # type: ignore[misc]
+    for _ in range(spec.trials):
+        for name, trials in searches.items():
+            settings = next(trials, None)
+            if settings is not None:
+                score(name, settings)
+    runner.bar.close()
+
+
+def report(names: list[str], spec: Spec, results: Results, task: Task) -> None:
+    """Paired, interleaved runs: for each seed and length every rival once, the first one another each time."""
+    best = {name: results.best(name) for name in names}
+    runs = [(turn, seed, steps) for turn, seed in enumerate(spec.seeds) for steps in all_lengths(names, spec, seed)]
+    planned = [
+        (name, seed, steps)
+        for turn, seed, steps in runs
+        for name in names[turn % len(names) :] + names[: turn % len(names)]
+        if steps in spec.lengths(name, seed)
+    ]
+    runner = Runner(results, task, spec, sum(steps for _, _, steps in planned))
+    for name, seed, steps in planned:
+        runner.run("report", name, best[name], seed, steps)
+    runner.bar.close()
+
+
+def all_lengths(names: list[str], spec: Spec, seed: int) -> list[int]:
+    """Every length that any of the rivals is reported at on this seed, the longest first."""
+    return sorted({steps for name in names for steps in spec.lengths(name, seed)}, reverse=True)
+
+
+def try_fields(texts: list[str], spec: Spec, results: Results, task: Task) -> None:
+    """Single runs of LNGD; `lr`, `other_lr`, `fresh`, `weight_decay` are the settings', all else are LNGD's fields."""
+    parsed = []
+    for text in texts:
+        items = dict(item.partition("=")[::2] for item in text.split(",") if item)
+        own: dict[str, Any] = {
+            key: float(items.pop(key)) for key in ("lr", "other_lr", "fresh", "weight_decay") if key in items
+        }
+        own["fields"] = ",".join(f"{key}={value}" for key, value in items.items())
+        parsed.append(Settings(**{**spec.rivals["lngd"].start.to_dict(), **own}))
+    runner = Runner(results, task, spec, len(parsed) * spec.steps)
+    for settings in parsed:
+        runner.run("trial", "lngd", settings, spec.tuning_seeds[0], spec.steps)
+    runner.bar.close()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Does what the command line asks for, in the order tuning, reported runs, tables, picture."""
+    args = parse(arguments)
+    spec = read(args.spec)
+    check(args, spec)
+    names = args.rivals or list(spec.rivals)
+    torch.set_num_threads(spec.threads)
+    results = Results(args.results or RESULTS / f"{spec.task}.json")
+    if args.forget:
+        print(f"{results.drop(args.forget)} rows dropped")
+    if args.trial or {"tune", "report"} & set(args.phases):
+        task = load_task(spec.task, args.data, args.model)
+        if args.trial:
+            return try_fields(args.trial, spec, results, task)
+        if "tune" in args.phases:
+            tune(names, spec, results, task)
+        if "report" in args.phases:
+            report(names, spec, results, task)
+    if {"table", "plot"} & set(args.phases):
+        print(tuning_table(results, names, spec.label))
+        print(results_table(results, names, spec.label))
+        print(ratio_table(results, names, spec.label))
+    if "plot" in args.phases:
+        picture = results.path.with_suffix(".png")
+        draw(results, names, spec.label, picture, spec.title)
+        print(f"drawn: {picture}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,41 @@
+"""What the tests of the benchmarks share: a tiny task, and rows as runs leave them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+from benchmarks import runs
+from benchmarks.rivals import Settings
+
+WORDS = ["red", "dog", "man", "sees", "two", "balls", "on", "grass", "girl", "runs", "park", "boat"]
+
+
+def write_multi30k(folder: Path) -> Path:
+    """A tiny task in Multi30k's format."""
+    for part, count in (("train", 192), ("validation", 24)):
+        with gzip.open(folder / f"{part}.json.gz", "wt", encoding="utf-8") as file:
+            for number in range(count):
+                words = [WORDS[(number * step + step) % len(WORDS)] for step in range(1, 3 + number % 5)]
+                pair = {"en": " ".join(words), "de": " ".join(word[::-1] for word in words)}
+                file.write(json.dumps({"translation": pair}) + "\n")
+    return folder
+
+
+def row_of(name: str, seed: int, curve: list[tuple[int, float, float]], phase: str = "report") -> runs.Row:
+    """A row as a run would leave it."""
+    diverged = curve[-1][2] is None
+    return {
+        "phase": phase,
+        "optimizer": name,
+        "seed": seed,
+        "settings": Settings(1e-3, 1e-2).to_dict(),
+        "steps": curve[-1][0],
+        "seconds": curve[-1][1],
+        "loss": curve[-1][2],
+        "diverged": diverged,
+        "train_curve": curve,
+        "validation_curve": curve,
+        "state_mib": 1.0,
+    }

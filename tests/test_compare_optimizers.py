@@ -1,0 +1,336 @@
+"""The comparison of optimizers: alike searches, paired runs, resumed studies, tables that can be trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from study_helpers import row_of, write_multi30k
+from transformers import ViTConfig, ViTForImageClassification
+
+from benchmarks import (
+    cifar10_tasks,
+    multi30k_task,
+    runs,
+    spec,
+    tables,
+)
+from benchmarks.rivals import RIVALS, Settings, label, split
+from benchmarks.tasks import TASKS, load_task
+from scripts import compare_optimizers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny task in Multi30k's format."""
+    return write_multi30k(tmp_path_factory.mktemp("multi30k"))
+
+
+def losses(best_lr: float, best_other: float) -> Callable[[Settings], float]:
+    """A bowl over the logarithms of both rates."""
+    return lambda s: math.log(s.lr / best_lr) ** 2 + math.log(s.rest / best_other) ** 2
+
+
+@pytest.mark.parametrize("trials", [1, 4, 8, 12])
+def test_every_search_has_as_many_trials(trials: int) -> None:
+    starts = {e.start: e.tuned for name in TASKS for e in spec.named(name).rivals.values()}
+    for start, tuned in starts.items():
+        tried = list(runs.search(start, trials, losses(1e-3, 3e-2), tuned))
+        assert len(tried) == len({runs.place(settings) for settings in tried}) == trials
+        assert tried[0] == start
+
+
+def test_the_search_finds_a_minimum() -> None:
+    loss_of = losses(2e-3, 3e-2)
+    tried = list(runs.search(Settings(8e-3, 1e-2), 24, loss_of))
+    best = min(tried, key=loss_of)
+    assert 1.4e-3 < best.lr < 2.9e-3 and 2e-2 < best.other_lr < 4.4e-2
+
+
+def test_the_search_leaves_diverged_settings() -> None:
+    def loss_of(settings: Settings) -> float:
+        return math.inf if settings.lr > 9e-3 else settings.lr
+
+    assert min(runs.search(Settings(8e-3, 1e-2), 8, loss_of), key=loss_of).lr < 8e-3
+
+
+def test_the_search_keeps_momentum_above_zero() -> None:
+    assert all(0 < s.fresh < 1 for s in runs.search(Settings(8e-3, 1e-2, 0.4), 20, lambda s: -s.fresh))
+
+
+def test_schedule() -> None:
+    assert runs.schedule(0, 300, 60) == pytest.approx(1 / 60)
+    assert runs.schedule(59, 300, 60) == runs.schedule(60, 300, 60) == 1
+    assert runs.schedule(180, 300, 60) == pytest.approx(1 - 0.95 / 2)
+    assert runs.schedule(300, 300, 60) == pytest.approx(0.05)
+    assert runs.schedule(24, 75, 60) == 1
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_every_rival_owns_each_parameter_once(name: str) -> None:
+    if name in ("soap", "shampoo"):
+        pytest.importorskip("pytorch_optimizer")
+    model = multi30k_task.make_model(0)
+    matrices, embeddings, rest = split(model)
+    assert len(matrices) == 32 and len(embeddings) == 1
+    optimizer = RIVALS[name](model, Settings(1e-3, 2e-3, weight_decay=0.3))
+    rates, decays = {}, {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            place = parameter.data_ptr()  # Muon's are views
+            assert place not in rates
+            rates[place], decays[place] = group["lr"], group["weight_decay"]
+    optimizer.close()
+    for members, rate, decay in ((matrices, 1e-3, 0.3), (embeddings, 2e-3, 0.3), (rest, 2e-3, 0.0)):
+        assert {rates[p.data_ptr()] for p in members} == {rate}
+        assert {decays[p.data_ptr()] for p in members} == {decay}
+
+
+def test_runs_of_one_seed_are_paired(folder: Path) -> None:
+    data = multi30k_task.prepare(folder)
+    first, second = multi30k_task.batches(data, 3), multi30k_task.batches(data, 3)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(next(first).values(), next(second).values(), strict=True))
+    one, other = multi30k_task.make_model(3), multi30k_task.make_model(3)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_padding_is_left_out_of_the_validation_loss(folder: Path) -> None:
+    data = multi30k_task.prepare(folder)
+    model = multi30k_task.make_model(0).eval()
+    rows = [(b["input_ids"][i], b["labels"][i]) for b in data.validation for i in range(len(b["labels"]))]
+    alone = [
+        multi30k_task.collate([([t for t in source.tolist() if t], [t for t in target.tolist() if t != -100])])
+        for source, target in rows
+    ]
+    by_row = multi30k_task.validation_loss(model, multi30k_task.Data(data.train, alone))
+    assert multi30k_task.validation_loss(model, data) == pytest.approx(by_row, rel=1e-5)
+
+
+def study(path: Path, **changes: Any) -> Path:
+    """A spec file: two rivals, short runs."""
+    rates = "lr = 1e-2\nother_lr = 1e-2\nshorter = true"
+    values: dict[str, Any] = {"task": "multi30k", "title": "T", "steps": 12, "warmup": 4, "trials": 2, "seeds": [1, 2]}
+    values |= {"fractions": [0.67], "fraction_seeds": [1, 2], **changes}
+    rivals = values.pop("rivals", {"adamw": rates, "lngd": rates})
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+    path.write_text("\n".join([*lines, *(f"[rivals.{k}]\n{v}" for k, v in rivals.items())]), encoding="utf-8")
+    return path
+
+
+def test_tune_report_resume_and_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "r.json"
+    common = [str(study(tmp_path / "s.toml")), "--data", str(folder), "--results", str(file)]
+    threads = torch.get_num_threads()
+    compare_optimizers.main([*common, "--phases", "tune"])
+    compare_optimizers.main([*common, "--phases", "report"])
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["optimizer"] for row in rows if row["phase"] == "tune"] == ["adamw", "lngd"] * 2
+    order = [(row["seed"], row["steps"], row["optimizer"]) for row in rows if row["phase"] == "report"]
+    assert order[:4] == [(1, 12, "adamw"), (1, 12, "lngd"), (1, 8, "adamw"), (1, 8, "lngd")]
+    assert order[4:] == [(2, 12, "lngd"), (2, 12, "adamw"), (2, 8, "lngd"), (2, 8, "adamw")]
+    for row in rows:
+        assert [point[0] for point in row["validation_curve"]][-1] == row["steps"]
+        assert row["loss"] == row["validation_curve"][-1][2] and not row["diverged"]
+        assert row["peak_mib"] is None or row["peak_mib"] > 50
+    # An interrupted study: the last two rows are lost, and only they are run again.
+    file.write_text(json.dumps(rows[:-2]), encoding="utf-8")
+    compare_optimizers.main(common)
+    again = json.loads(file.read_text(encoding="utf-8"))
+    assert again[:-2] == rows[:-2] and len(again) == len(rows)
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+    assert "| LNGD |" in capsys.readouterr().out
+    torch.set_num_threads(threads)
+
+
+def test_one_trial_of_lngd_is_a_row(folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        str(study(tmp_path / "s.toml", steps=8, fractions=[])),
+        "--data",
+        str(folder),
+        "--results",
+        str(tmp_path / "r.json"),
+    ]
+    threads = torch.get_num_threads()
+    compare_optimizers.main([*arguments, "--trial", "lr=1e-3,chain=full", "--trial", "fresh=0.5"])
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert [(r["phase"], r["optimizer"], r["seed"]) for r in rows] == [("trial", "lngd", 101)] * 2
+    assert [(r["settings"]["lr"], r["settings"]["fields"]) for r in rows] == [(1e-3, "chain=full"), (1e-2, "")]
+
+
+def test_every_spec_is_a_study_of_its_task() -> None:
+    for path in sorted(spec.SPECS.glob("*.toml")):
+        found = spec.read(path)
+        assert found.task == path.stem
+        assert {"adamw", "lngd"} <= set(found.rivals)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "mnist"}, "task: got 'mnist'"),
+        ({"steps": 3}, "steps: got 3"),
+        ({"steps": None}, "got no steps"),
+        ({"warmup": 0}, "warmup: got 0"),
+        ({"trials": 0}, "trials: got 0"),
+        ({"threads": 0}, "threads: got 0"),
+        ({"seeds": [101]}, r"seeds: got \[101\], accepted: seeds not tuned on"),
+        ({"tuning_seeds": []}, r"tuning_seeds: got \[\]"),
+        ({"fractions": [0.1]}, r"fractions: got \[0.1\], accepted: numbers from 0.67"),
+        ({"fraction_seeds": [3]}, r"fraction_seeds: got \[3\]"),
+        ({"speed": 1}, "unknown field 'speed'"),
+        ({"rivals": {}}, "got no rivals"),
+        ({"rivals": {"adam": "lr = 1.0"}}, "rivals.adam: rival: got 'adam'"),
+        ({"rivals": {"adamw": "rate = 1.0"}}, "rivals.adamw: got an unknown field 'rate'"),
+        ({"rivals": {"adamw": "lr = 0.0"}}, "rivals.adamw: lr: got 0.0"),
+        ({"rivals": {"adamw": 'lr = 1.0\ntuned = ["decay"]'}}, "rivals.adamw: tuned: got decay"),
+        ({"rivals": {"muon": 'lr = 1.0\nfields = "chain=full"'}}, "rivals.muon: fields: got 'chain=full'"),
+        ({"rivals": {"lngd": 'lr = 1.0\nfields = "chain=half"'}}, "chain: got 'half'"),
+    ],
+)
+def test_bad_specs_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        spec.read(study(tmp_path / "s.toml", **changes))
+
+
+def test_files_that_are_no_spec_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="spec: got .*none.toml, accepted: a TOML file .*multi30k"):
+        spec.read(tmp_path / "none.toml")
+    (tmp_path / "s.toml").write_text("task = ", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"spec: .*s.toml is no TOML file"):
+        spec.read(tmp_path / "s.toml")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few random images in CIFAR-10's format, and a tiny pretrained model."""
+    folder, draw = tmp_path_factory.mktemp("cifar10"), np.random.default_rng(0)
+    for part, count in (("train", 40), ("test", 12)):
+        pixels = [Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(count)]
+        rows = {"img": pixels, "label": [int(n) for n in draw.integers(0, 10, count)]}
+        features = Features({"img": ImageFeature(), "label": Value("int64")})
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{part}-0.parquet")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=64, patch_size=16)).save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("task", ["cifar10-resnet", "cifar10-vit", "cifar10-efficientnet"])
+def test_image_tasks(task: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10_tasks, "TRAIN", 24)
+    monkeypatch.setattr(cifar10_tasks, "HELD_OUT", 12)
+    cifar10_tasks.load.cache_clear()
+    rates = "lr = 1e-2\nother_lr = 1e-2"
+    changes = {"task": task, "steps": 8, "trials": 1, "seeds": [1], "fractions": [], "fraction_seeds": []}
+    path = study(tmp_path / "s.toml", rivals=dict.fromkeys(("adamw", "muon", "lngd"), rates), **changes)
+    threads = torch.get_num_threads()
+    arguments = ["--data", str(images), "--model", str(images / "model"), "--results", str(tmp_path / "r.json")]
+    compare_optimizers.main([str(path), *arguments])
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert len(rows) == 6 and {row["task"] for row in rows} == {task}
+    assert all(0 <= row["accuracy"] <= 1 and len(row["accuracy_curve"]) == 4 for row in rows)
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+    cifar10_tasks.load.cache_clear()
+
+
+def test_augmented_images_are_windows_of_the_image_in_its_border() -> None:
+    x = torch.arange(1, 33 * 32 + 1, dtype=torch.int32)[: 32 * 32].view(1, 1, 32, 32).repeat(64, 3, 1, 1)
+    out = cifar10_tasks.augment(x, torch.Generator().manual_seed(0))
+    border = torch.nn.functional.pad(x[0], (4,) * 4)
+    windows = [border[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    kinds = [next(k for k, w in enumerate(windows + [w.flip(-1) for w in windows]) if torch.equal(w, o)) for o in out]
+    assert 20 < sum(kind >= 81 for kind in kinds) < 44 and len(set(kinds)) > 30
+
+
+def test_flat_muon_is_muon_on_matrices() -> None:
+    torch.manual_seed(0)
+    conv, flat = torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.Linear(27, 4, bias=False)
+    flat.weight.data.copy_(conv.weight.data.view(4, 27))
+    grad = torch.randn(4, 27)
+    for layer in (conv, flat):
+        optimizer = RIVALS["muon"](layer, Settings(1e-2, 1e-2)).optimizers[0]
+        layer.weight.grad = grad.view(layer.weight.shape).clone()
+        optimizer.step()
+    assert torch.equal(conv.weight.view(4, 27), flat.weight)
+
+
+def test_a_diverged_run_is_a_row(folder: Path) -> None:
+    row = runs.train("adamw", Settings(1e4, 1e4), 0, 8, 2, multi30k_task.make_task(folder), lambda step, loss: None)
+    assert row["diverged"] and row["loss"] is None
+    json.dumps(row)
+
+
+def test_time_to() -> None:
+    curve = [(10.0, 5.0), (20.0, 4.0), (30.0, 3.5)]
+    assert tables.time_to(curve, 4.5) == pytest.approx(15)
+    assert tables.time_to(curve, 3.5) == pytest.approx(30)
+    assert tables.time_to(curve, 6.0) == 10
+    assert tables.time_to(curve, 3.0) is None
+
+
+def test_tables(tmp_path: Path) -> None:
+    results = runs.Results(tmp_path / "r.json")
+    for seed in (1, 2):
+        results.add(row_of("adamw", seed, [(50, 10.0, 5.0), (100, 20.0, 4.0 + seed / 10)]))
+        results.add(row_of("lngd", seed, [(50, 12.0, 4.5 + seed / 10), (100, 24.0, 3.5 + seed / 10)]))
+        results.add(row_of("lngd", seed, [(25, 6.0, 5.0), (50, 12.0, 4.1 + seed / 10)]))
+    results.add(row_of("muon", 1, [(50, 11.0, 5.0), (100, 22.0, None)]))  # type: ignore[list-item]
+
+    def cells_of(text: str) -> list[list[str]]:
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:] if line]
+
+    adamw, muon, lngd = cells_of(tables.results_table(results, ["adamw", "muon", "lngd"], label))
+    assert adamw[1:5] == ["4.150 ± 0.071", "20.0 ± 0.0", "20.0", "100"]
+    assert lngd[1:5] == ["3.650 ± 0.071", "24.0 ± 0.0", "18.0", "75"]
+    assert muon[1:5] == ["–", "–", "never", "never"] and muon[-2:] == ["0", "1"]
+    adamw, lngd = cells_of(tables.ratio_table(results, ["adamw", "muon", "lngd"], label))
+    assert adamw[1:] == ["1.00", "–"]
+    # On its own schedules: 12 s give 4.25, 24 s give 3.65, so 4.15 takes 14 of AdamW's 20 s.
+    assert lngd[1:] == ["0.90", "0.70"]
+
+
+def test_the_best_settings_are_the_best_over_tuning_seeds(tmp_path: Path) -> None:
+    results = runs.Results(tmp_path / "r.json")
+    for rate, values in ((1e-3, (3.0, 3.6)), (2e-3, (3.2, 3.2)), (4e-3, (2.9, None))):
+        for seed, loss in enumerate(values):
+            row = row_of("lngd", seed, [(10, 1.0, loss)], "tune")  # type: ignore[list-item]
+            results.add({**row, "settings": Settings(rate, 1e-2).to_dict()})
+    assert results.best("lngd").lr == 2e-3
+    with pytest.raises(ValueError, match="no tuning run of soap"):
+        results.best("soap")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rivals", "adam"], "--rivals: got 'adam'"),
+        (["--phases", "tune", "--data", "no-such-folder"], "--data: no-such-folder has no train.json.gz"),
+        (["--phases", "tune"], "--data: got none"),
+        (["--trial", "lr=1"], "--data: got none"),
+        (["--trial", "lr=1", "--data", "x"], "--trial: .* has no rival named lngd"),
+        (["--phases", "plot"], "no reported runs"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
+    rivals = {"adamw": "lr = 1e-3"} if "named lngd" in message else {"lngd": "lr = 1e-3"}
+    path = study(tmp_path / "s.toml", rivals=rivals)
+    with pytest.raises(ValueError, match=message):
+        compare_optimizers.main([str(path), *arguments, "--results", str(tmp_path / "none.json")])
+
+
+def test_missing_data_and_models_are_named() -> None:
+    with pytest.raises(ValueError, match="--data: no-such-folder has no train"):
+        load_task("cifar10-resnet", Path("no-such-folder"))
+    with pytest.raises(ValueError, match="--model: got none"):
+        load_task("cifar10-efficientnet", Path("x"))
