@@ -129,8 +129,8 @@ class LNGDConfig:
             products; float64 models are always ``full``.
         row_decay: weight of the old mean in a running mean square of each row of D, by whose root the row is divided
             (NorMuon's row scale: a Ψ estimated from updates); 0: rows are left as they are (``polar``, ``gram``).
-        inverse_root: how (·)^(-1/2) is computed: ``eigh`` (exact), ``newton`` (matrix products only, no host
-            synchronisation), ``auto``: eigh on the CPU, newton on accelerators.
+        inverse_root: how the (·)^(-1/2) of ``gram`` are computed: ``eigh`` (exact), ``newton`` (matrix products only,
+            no host synchronisation), ``auto``: eigh on the CPU, newton on accelerators.
         weight_decay: decoupled, never on norms and biases.
         bias: ``factor``: a last column of the layer's factor; ``fallback``: AdamW.
         max_factor_dim: a wider Φ is cut into equal diagonal blocks no wider than this; ``auto``: min(fan-in,

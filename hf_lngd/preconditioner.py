@@ -122,11 +122,11 @@ class Preconditioner:
 
 
 def needed_kind(layer: Layer, config: LNGDConfig) -> str:
-    """``inverse`` (Φ̂⁻¹) or ``root`` (Φ̂^(−1/2)): what the layer's direction takes of its Φ."""
+    """What the direction takes of the layer's Φ: ``inverse`` (Φ̂⁻¹), ``root`` (Φ̂^(−1/2)), ``whitener`` (V, VᵀV = Φ̂⁻¹)."""
     if config.direction == "natural":
         return "inverse"
     if config.direction == "polar":
-        return "root"
+        return "whitener"
     # with the Gram matrix on the left, both roots stand side by side and only their product is needed
     return "root" if gram_side(layer.out_features, layer.columns) == "right" else "inverse"
 

@@ -14,7 +14,7 @@ from .preconditioner import Preconditioner
 if TYPE_CHECKING:
     from .optimizer import LNGD
 
-VERSION = 2
+VERSION = 3
 # Fields that change no result.
 _FREE = ("conv_memory",)
 
@@ -209,7 +209,7 @@ def memory_usage(optimizer: LNGD) -> dict[str, int]:
     """Bytes of state by kind, as `LNGD.memory_usage` promises."""
     usage = {"momentum": 0, "factors": 0, "inverses": 0, "embeddings": 0, "fallback": 0}
     kind_of = {"momentum": "momentum", "phi": "factors", "psi": "factors", "gram": "factors"}
-    kind_of |= {"inverse": "inverses", "root": "inverses", "polar": "inverses"}
+    kind_of |= {"inverse": "inverses", "root": "inverses", "whitener": "inverses", "polar": "inverses"}
     made = optimizer._preconditioner
     if made is not None:
         for states in (_group_states(made), _layer_states(made)):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_lngd.curvature.factors import add_damping
-from hf_lngd.curvature.inverses import inverse, inverse_sqrt, pack, packed_shape, unpack
+from hf_lngd.curvature.inverses import inverse, inverse_sqrt, pack, packed_shape, unpack, whitener
 
 
 @settings(max_examples=40, deadline=None)
@@ -40,14 +40,28 @@ def test_inverse_root(method: str, dtype: torch.dtype, tolerance: float) -> None
     assert method == "newton" or torch.allclose(condition.double(), torch.tensor(1.001 / 0.002).double(), rtol=1e-2)
 
 
-@pytest.mark.parametrize("method", ["eigh", "newton"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-12)])
+def test_whitener(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    matrix = spd(33, 1e3, dtype)
+    found, ok, condition = whitener(matrix)
+    assert ok.all() and (condition > 1).all()
+    assert torch.equal(found, found.tril())
+    whole = found.double() @ matrix.double() @ found.double().mT
+    assert (whole - torch.eye(33).double()).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("method", ["eigh", "newton", "whitener"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_matrix_does_not_spoil_the_batch(method: str, bad: float) -> None:
+    def root_of(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return whitener(x) if method == "whitener" else inverse_sqrt(x, 0.1, method)
+
     matrix = spd(8, 10, torch.float32)
     matrix[1] = bad
-    root, ok, _ = inverse_sqrt(matrix, 0.1, method)
+    root, ok, _ = root_of(matrix)
     assert ok.tolist() == [True, False, True]
-    good, _, _ = inverse_sqrt(matrix[::2], 0.1, method)
+    good, _, _ = root_of(matrix[::2])
     torch.testing.assert_close(root[::2], good)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import LNGDConfig, is_due
 from .factors import add_damping, damping, running_average, trace
-from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack
+from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack, whitener
 
 
 @lru_cache(maxsize=4096)
@@ -46,8 +46,8 @@ class FactorBank:
     Args:
         specs: the groups.
         blocks: (k, b).
-        kinds: which of ``inverse`` (Φ̂⁻¹) and ``root`` (Φ̂^(−1/2)) are kept; of Φ scaled to mean eigenvalue 1 unless the
-            direction is ``natural``.
+        kinds: which of ``inverse`` (Φ̂⁻¹), ``root`` (Φ̂^(−1/2)) and ``whitener`` (lower triangular V with VᵀV = Φ̂⁻¹) are
+            kept; of Φ scaled to mean eigenvalue 1 unless the direction is ``natural``.
         offsets: step within an interval at which each group is inverted.
         config: damping, intervals.
         like: a tensor with the device and dtype of the factors.
@@ -70,7 +70,7 @@ class FactorBank:
         count = starts[-1]
         self.phi = like.new_zeros(count, self.k, *packed_shape(self.b))
         self.weight = like.new_zeros(count)
-        # a root that every step multiplies with in half precision is kept ready for that, in as much memory
+        # what every step multiplies with in half precision is kept ready for that, in as much memory
         self.ready = config.direction == "polar" and product_dtype(config, like.dtype) != like.dtype
         eye = self._stored(torch.eye(self.b, dtype=like.dtype, device=like.device))
         self.derived = {kind: eye.repeat(count, self.k, 1, 1) for kind in sorted(kinds)}
@@ -126,16 +126,20 @@ class FactorBank:
             self._keep("inverse", rows, *inverse(add_damping(phi, shift)))
         if "root" in self.derived:
             self._keep("root", rows, *inverse_sqrt(phi, shift, c.inverse_root))
+        if "whitener" in self.derived:
+            self._keep("whitener", rows, *whitener(add_damping(phi, shift)))
 
     def _keep(self, kind: str, rows: Tensor, value: Tensor, ok: Tensor, condition: Tensor) -> None:
         good = ok.all(1)  # of all blocks of a row
         store = self.derived[kind]
-        store[rows] = torch.where(good[:, None, None, None], self._stored(value), store[rows])
+        store[rows] = torch.where(good[:, None, None, None], self._stored(value, kind), store[rows])
         self.condition[rows] = torch.where(good, condition.amax(1), self.condition[rows])
         self.failures += (~good).sum()
 
-    def _stored(self, value: Tensor) -> Tensor:
-        return value.to(product_dtype(self.config, value.dtype)) if self.ready else pack(value)
+    def _stored(self, value: Tensor, kind: str = "inverse") -> Tensor:
+        if self.ready:
+            return value.to(product_dtype(self.config, value.dtype))
+        return pack(value + value.tril(-1).mT if kind == "whitener" else value)
 
     def dense(self, rows: Tensor) -> Tensor:
         """Φ as kept, bias-corrected and undamped: [n, k, b, b]; the identity for a group not seen yet."""
@@ -145,9 +149,12 @@ class FactorBank:
         return torch.where(seen, average, torch.eye(self.b, dtype=average.dtype, device=average.device))
 
     def get(self, kind: str, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """``inverse`` or ``root`` of these groups, dense: [n, k, b, b], in `dtype` if given."""
+        """``inverse``, ``root`` or ``whitener`` of these groups, dense: [n, k, b, b], in `dtype` if given."""
         found = self.derived[kind][rows].to(dtype)
-        return found if self.ready else unpack(found, self.b)
+        if self.ready:
+            return found
+        dense = unpack(found, self.b)
+        return dense.tril() if kind == "whitener" else dense
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with a row of each unit of each group in the first dimension."""

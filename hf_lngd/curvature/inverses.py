@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -73,22 +75,36 @@ def inverse(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inverse [..., n, n], ok [...] (False: the inverse is not to be used), condition estimate [...] (of the
         diagonal of the Cholesky factor, a lower bound).
     """
+    return _from_cholesky(matrix, torch.cholesky_inverse)
+
+
+def whitener(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """V = L⁻¹ of positive definite A = L Lᵀ, lower triangular: VᵀV = A⁻¹, so rows g become g Vᵀ of unit covariance.
+
+    A tenth of the cost of A^(-1/2), and as good where only VᵀV matters: the two differ by a rotation.
+
+    Args and returns as of :func:`inverse`.
+    """
+    return _from_cholesky(matrix, lambda factor: torch.linalg.solve_triangular(factor, _eye_like(factor), upper=False))
+
+
+def _from_cholesky(matrix: Tensor, solve: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     on_cpu = matrix.device.type == "cpu"
-    result, ok, condition = _cholesky_inverse(matrix if on_cpu else matrix.double(), matrix.dtype)
+    result, ok, condition = _cholesky(matrix if on_cpu else matrix.double(), matrix.dtype, solve)
     if on_cpu and matrix.dtype != torch.float64 and not bool(ok.all()):
-        again, again_ok, again_condition = _cholesky_inverse(matrix[~ok].double(), matrix.dtype)
+        again, again_ok, again_condition = _cholesky(matrix[~ok].double(), matrix.dtype, solve)
         result[~ok], condition[~ok] = again, again_condition
         ok = ok.clone()
         ok[~ok] = again_ok
     return result, ok, condition
 
 
-def _cholesky_inverse(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _cholesky(matrix: Tensor, dtype: torch.dtype, solve: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(matrix)
     finite = (info == 0) & torch.isfinite(factor.flatten(-2)).all(-1)
     # cholesky_inverse raises for the whole batch if one factor is unusable
     factor = torch.where(finite[..., None, None], factor, _eye_like(factor))
-    result = torch.cholesky_inverse(factor).to(dtype)
+    result = solve(factor).to(dtype)
     ok = finite & torch.isfinite(result.flatten(-2)).all(-1)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().to(dtype)

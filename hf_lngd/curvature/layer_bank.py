@@ -161,9 +161,10 @@ class LayerBank:
             psi_inv = psi_inv / self.scale  # what is inverted is E[a aᵀ], see `scale`
             return natural_direction(grad, self.factors.get("inverse", rows), psi_inv)
         if c.direction == "polar":
-            root = self.factors.get("root", rows, self._product_dtype)
-            white = apply_right(grad.to(root.dtype), root)
-            return apply_right(orthogonalize(white), root).to(grad.dtype)
+            # any V with VᵀV = Φ̂⁻¹ does: the polar factor of G Vᵀ turns with V, and the last product turns it back
+            whitener = self.factors.get("whitener", rows, self._product_dtype)
+            white = apply_right(grad.to(whitener.dtype), whitener.mT)
+            return apply_right(orthogonalize(white), whitener).to(grad.dtype)
         self._refresh_polar(grad, present, step)
         assert self.polar is not None
         polar = self.polar[index]
