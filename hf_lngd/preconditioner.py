@@ -122,7 +122,7 @@ class Preconditioner:
 
 
 def needed_kind(layer: Layer, config: LNGDConfig) -> str:
-    """What the direction takes of the layer's Φ: ``inverse`` (Φ̂⁻¹), ``root`` (Φ̂^(−1/2)), ``whitener`` (V, VᵀV = Φ̂⁻¹)."""
+    """``inverse`` (Φ̂⁻¹), ``root`` (Φ̂^(−1/2)) or ``whitener`` (V, VᵀV = Φ̂⁻¹), whatever the direction takes of Φ."""
     if config.direction == "natural":
         return "inverse"
     if config.direction == "polar":
