@@ -59,12 +59,13 @@ def prepare(folder: Path) -> Data:
         name: list(zip(*(encode(list(side)) for side in zip(*pairs, strict=True)), strict=True))
         for name, pairs in parts.items()
     }
-    validation = sorted(encoded["validation"], key=_lengths)
+    validation = sorted(encoded["validation"], key=lengths_of)
     cuts = range(0, len(validation), EVALUATION_BATCH)
     return Data(encoded["train"], [collate(validation[cut : cut + EVALUATION_BATCH]) for cut in cuts])
 
 
-def _lengths(pair: tuple[list[int], list[int]]) -> tuple[int, int]:
+def lengths_of(pair: tuple[list[int], list[int]]) -> tuple[int, int]:
+    """What pairs are sorted by, so that those of a batch need little padding."""
     return len(pair[1]), len(pair[0])
 
 
@@ -92,7 +93,7 @@ def batches(data: Data, seed: int) -> Iterator[Batch]:
         order.shuffle(pairs)
         cuts = []
         for start in range(0, len(pairs), bucket):
-            alike = sorted(pairs[start : start + bucket], key=_lengths)
+            alike = sorted(pairs[start : start + bucket], key=lengths_of)
             cuts += [alike[cut : cut + BATCH] for cut in range(0, len(alike), BATCH)]
         order.shuffle(cuts)
         for cut in cuts:

@@ -90,6 +90,7 @@ def train(
                 curves.setdefault(metric, []).append((step, round(seconds, 3), round(found, 5)))
             optimizer.capture(True)
         progress(step, value)
+    peak = peak_mib()
     diverged = diverged or not curves["loss"] or not math.isfinite(curves["loss"][-1][2])
     optimizer.close()
     row: Row = {
@@ -106,9 +107,11 @@ def train(
     }
     if "accuracy" in curves:
         row |= {"accuracy": None if diverged else curves["accuracy"][-1][2], "accuracy_curve": curves["accuracy"]}
+    if task.final is not None and not tuning and not diverged:
+        row |= {name: round(value, 3) for name, value in task.final(model).items()}
     return row | {
         "state_mib": round(optimizer.state_bytes() / 2**20, 3),
-        "peak_mib": peak_mib(),
+        "peak_mib": peak,
         "hardware": f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
     }

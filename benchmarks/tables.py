@@ -115,6 +115,7 @@ def results_table(results: Results, names: Sequence[str], label: Label) -> str:
     reference = reported(results, REFERENCE)
     metric = metric_of(results, names)
     target = quality(reference, metric) if reference else None
+    has_bleu = any("bleu" in row for name in names for row in reported(results, name))
     body = []
     for name in names:
         everything = results.find("report", name)
@@ -124,6 +125,8 @@ def results_table(results: Results, names: Sequence[str], label: Label) -> str:
         cells = [label(name), spread([row["loss"] for row in rows], 3)]
         if metric == "accuracy":
             cells.append(spread([100 * row["accuracy"] for row in rows], 1))
+        if has_bleu:
+            cells.append(spread([row["bleu"] for row in rows], 1))
         seconds, steps = (
             None if target is None else time_to_quality(rows, target, metric, axis=axis) for axis in (1, 0)
         )
@@ -136,7 +139,8 @@ def results_table(results: Results, names: Sequence[str], label: Label) -> str:
         body.append([*cells, f"{len(rows)}", f"{diverged}"])
     if not body:
         return "no reported runs yet"
-    head = ["optimizer", "loss", *(["accuracy, %"] if metric == "accuracy" else []), "seconds"]
+    head = ["optimizer", "loss", *(["accuracy, %"] if metric == "accuracy" else [])]
+    head += [*(["BLEU"] if has_bleu else []), "seconds"]
     head += [f"seconds to AdamW's {metric}", "steps to it", "ms a step", "state, MiB", "peak, MiB", "seeds", "diverged"]
     return table(head, body)
 

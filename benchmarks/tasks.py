@@ -20,15 +20,19 @@ class Task:
         make_model: seed → a model, its weights decided by the seed alone.
         batches: seed → endless training batches in an order that the seed alone decides.
         evaluate: model, whether this run tunes → "loss" (mean cross entropy) and, for images, "accuracy" (a share).
+        final: model → what a reported run is measured by once, at its end ("bleu").
     """
 
     name: str
     make_model: Callable[[int], nn.Module]
     batches: Callable[[int], Iterator[Batch]]
     evaluate: Callable[[nn.Module, bool], dict[str, float]]
+    final: Callable[[nn.Module], dict[str, float]] | None = None
 
 
-TASKS = ("multi30k", "cifar10-resnet", "cifar10-vit", "cifar10-efficientnet")
+FROM_SCRATCH = ("multi30k", "cifar10-resnet", "cifar10-vit")
+FINE_TUNING = ("cifar10-efficientnet", "marian-multi30k", "marian-wmt")
+TASKS = (*FROM_SCRATCH, *FINE_TUNING)
 
 
 def check_task(name: str) -> None:
@@ -52,10 +56,15 @@ def load_task(name: str, data: Path, model: Path | None = None) -> Task:
         from benchmarks.multi30k_task import make_task
 
         return make_task(data)
-    from benchmarks import cifar10_tasks
+    if name in FINE_TUNING and model is None:
+        raise ValueError("--model: got none, accepted: the folder of a pretrained model")
+    from benchmarks import cifar10_tasks, fine_tuning_tasks
 
+    if name == "cifar10-resnet":
+        return cifar10_tasks.resnet(data)
+    if name == "cifar10-vit":
+        return cifar10_tasks.vit(data)
+    assert model is not None
     if name == "cifar10-efficientnet":
-        if model is None:
-            raise ValueError("--model: got none, accepted: the folder of a pretrained image classifier")
         return cifar10_tasks.fine_tuning(data, model)
-    return cifar10_tasks.resnet(data) if name == "cifar10-resnet" else cifar10_tasks.vit(data)
+    return fine_tuning_tasks.make_task(name, data, model)

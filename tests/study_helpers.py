@@ -12,9 +12,10 @@ from benchmarks.rivals import Settings
 WORDS = ["red", "dog", "man", "sees", "two", "balls", "on", "grass", "girl", "runs", "park", "boat"]
 
 
-def write_multi30k(folder: Path) -> Path:
-    """A tiny task in Multi30k's format."""
-    for part, count in (("train", 192), ("validation", 24)):
+def write_multi30k(folder: Path, parts: dict[str, int] | None = None) -> Path:
+    """A tiny task in Multi30k's format: part → number of sentence pairs."""
+    folder.mkdir(exist_ok=True)
+    for part, count in (parts or {"train": 192, "validation": 24}).items():
         with gzip.open(folder / f"{part}.json.gz", "wt", encoding="utf-8") as file:
             for number in range(count):
                 words = [WORDS[(number * step + step) % len(WORDS)] for step in range(1, 3 + number % 5)]

@@ -15,10 +15,11 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from study_helpers import row_of, write_multi30k
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoTokenizer, MarianConfig, MarianMTModel, ViTConfig, ViTForImageClassification
 
 from benchmarks import (
     cifar10_tasks,
+    fine_tuning_tasks,
     multi30k_task,
     runs,
     spec,
@@ -27,6 +28,8 @@ from benchmarks import (
 from benchmarks.rivals import RIVALS, Settings, label, split
 from benchmarks.tasks import TASKS, load_task
 from scripts import compare_optimizers
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +245,57 @@ def test_image_tasks(task: str, images: Path, tmp_path: Path, monkeypatch: pytes
     assert all(0 <= row["accuracy"] <= 1 and len(row["accuracy_curve"]) == 4 for row in rows)
     assert (tmp_path / "r.png").stat().st_size > 10_000
     cifar10_tasks.load.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Marian with the bundled tokenizer, as `from_pretrained` reads them."""
+    folder = tmp_path_factory.mktemp("marian")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "data" / "tatoeba-en-de" / "tokenizer")
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+    config = MarianConfig(
+        vocab_size=len(tokenizer), d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        eos_token_id=tokenizer.eos_token_id, forced_eos_token_id=None, **sizes, **ids
+    )  # fmt: skip
+    MarianMTModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("task", sorted(fine_tuning_tasks.PARTS))
+def test_fine_tuning_tasks(task: str, marian: Path, tmp_path: Path) -> None:
+    for number, part in enumerate(part for parts in fine_tuning_tasks.PARTS[task] for part in parts):
+        write_multi30k(tmp_path / "data", {part: 16 + number})
+    load_task(task, tmp_path / "data", marian)  # read once a process
+    rates = "lr = 1e-2\nother_lr = 1e-2"
+    changes = {"task": task, "steps": 8, "trials": 1, "seeds": [1], "fractions": [], "fraction_seeds": []}
+    path = study(tmp_path / "s.toml", rivals=dict.fromkeys(("adamw", "lngd"), rates), **changes)
+    threads = torch.get_num_threads()
+    arguments = ["--data", str(tmp_path / "data"), "--model", str(marian), "--results", str(tmp_path / "r.json")]
+    compare_optimizers.main([str(path), *arguments])
+    torch.set_num_threads(threads)
+    rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert ["bleu" in row for row in rows] == [False, False, True, True]
+    assert all(0 <= row["bleu"] <= 100 for row in rows[2:])
+    fine_tuning_tasks.prepare.cache_clear()
+
+
+def test_bleu_of_the_references_is_100(marian: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(marian)
+    model = MarianMTModel.from_pretrained(marian)
+    pairs = [
+        ("One two three four five.", "Eins zwei drei vier fünf."),
+        ("Six seven eight nine.", "Sechs bis neun und so."),
+    ]
+    answers = dict(pairs)
+
+    def generate(input_ids: torch.Tensor, **rest: Any) -> torch.Tensor:
+        texts = tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        return tokenizer([answers[text] for text in texts], padding=True, return_tensors="pt")["input_ids"]
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert fine_tuning_tasks.bleu(model, pairs, tokenizer)["bleu"] == pytest.approx(100)
 
 
 def test_augmented_images_are_windows_of_the_image_in_its_border() -> None:
