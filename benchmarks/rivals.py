@@ -76,6 +76,16 @@ class Together:
             if isinstance(optimizer, LNGD):
                 (optimizer.train if active else optimizer.eval)()
 
+    def fisher_pass(self, logits: Tensor, labels: Tensor) -> None:
+        """The second backward pass of those that need one now (LNGD with ``fisher=true``), before that of the loss.
+
+        Args:
+            logits: [..., classes]; labels: [...], -100 where there is none.
+        """
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, LNGD) and optimizer.needs_fisher_pass:
+                optimizer.fisher_backward(logits, labels != -100)
+
     def close(self) -> None:
         """Removes hooks."""
         for optimizer in self.optimizers:

@@ -67,7 +67,10 @@ def train(
     diverged = False
     for step in range(1, steps + 1):
         start = time.perf_counter()
-        loss = model(**next(stream)).loss
+        batch = next(stream)
+        outputs = model(**batch)
+        optimizer.fisher_pass(outputs.logits, batch["labels"])
+        loss = outputs.loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()

@@ -155,6 +155,12 @@ def test_tune_report_resume_and_plot(folder: Path, tmp_path: Path, capsys: pytes
     torch.set_num_threads(threads)
 
 
+def test_a_true_fisher_gets_its_second_pass(folder: Path) -> None:
+    settings = Settings(1e-2, 1e-2, fields="preset=lngd_lr,factor_interval=4")
+    row = runs.train("lngd", settings, 0, 8, 2, multi30k_task.make_task(folder), lambda step, loss: None)
+    assert math.isfinite(row["loss"]) and not row["diverged"]
+
+
 def test_one_trial_of_lngd_is_a_row(folder: Path, tmp_path: Path) -> None:
     arguments = [
         str(study(tmp_path / "s.toml", steps=8, fractions=[])),
