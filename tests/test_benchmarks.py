@@ -12,6 +12,7 @@ from study_helpers import row_of, write_multi30k
 
 from benchmarks import (
     option_effects,
+    paper_tables,
     patch_memory,
     runs,
     step_time,
@@ -92,3 +93,31 @@ def test_patch_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]
     assert rows[0]["largest_mib"] < rows[-1]["largest_mib"]
+
+
+def test_the_papers_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = runs.Results(tmp_path / "cifar10-resnet.json")
+    for name, half, last, seconds in (
+        ("sgd", 0.4, 0.6, 10.0),
+        ("adamw", 0.3, 0.5, 12.0),
+        ("lngd-paper", 0.2, 0.45, 8.0),
+    ):
+        row = row_of(name, 1, [(50, seconds / 2, 2.0), (100, seconds, 1.0)])
+        curve = [(50, seconds / 2, half), (100, seconds, last)]
+        results.add({**row, "accuracy": last, "accuracy_curve": curve})
+    paper_tables.main(["--results", str(tmp_path)])
+    found: dict[str, list[list[str]]] = {}
+    title = ""
+    for line in capsys.readouterr().out.splitlines():
+        title = line.strip("*") if line.startswith("**") else title
+        if line.startswith("| ") and not line.startswith(("| paper", "| ---")):
+            found.setdefault(title, []).append([cell.strip() for cell in line.split("|")[1:-1]])
+    seconds = {row[0]: row[2:] for row in found["Table 1, CIFAR-10, ResNet-18: seconds to 91 %"]}
+    # AdamW ends at 50 %: SGD is there half way through its second half, the paper's LNGD never.
+    assert seconds["SGD"] == ["3", "SGD + AdamW: 7.5", "1", "no"]
+    assert seconds["Adam"] == ["2", "AdamW (two rates): 12.0", "2", "yes"]
+    assert seconds["LNGD"] == ["1", "LNGD, the paper's: never", "3", "no"]
+    assert seconds["KFAC"][0] == "–" and seconds["KFAC"][1].endswith("not run")
+    best = {row[0]: row[2:] for row in found["Table 6, CIFAR-10, ResNet-18: best accuracy"]}
+    assert best["SGD"] == ["3", "SGD + AdamW: 60.0", "1", "no"]
+    assert len(found) == len(paper_tables.STUDIES)
