@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+FAMILIES = ("lngd", "kfac", "ekfac", "tkfac", "ng+")
 FISHERS = ("expected", "sampled", "true", "empirical")
+GRADIENT_FISHERS = ("true", "empirical")
 DIRECTIONS = ("natural", "polar", "gram")
 RATES = ("adaptive", "rms", "trust", "none")
 DAMPINGS = ("relative", "paper")
@@ -29,6 +31,27 @@ def one_of(name: str, value: Any, accepted: tuple[str, ...]) -> None:
     """Raise ValueError unless the value is one of those accepted."""
     if value not in accepted:
         raise invalid(name, value, ", ".join(accepted))
+
+
+# What other families than LNGD accept of the fields that mean something else to them, or nothing. g² of `expected` and
+# `sampled` is known output by output only, without g gᵀ; `polar` and `gram` whiten by Φ; `trust` bounds LNGD's own KL.
+_OTHER_FAMILIES: dict[str, tuple[str, ...]] = {
+    "fisher": GRADIENT_FISHERS,
+    "direction": ("natural",),
+    "rate": ("adaptive", "rms", "none"),
+}
+
+
+def fishers_of(family: str) -> tuple[str, ...]:
+    """The values of `fisher` that a family accepts."""
+    return FISHERS if family == "lngd" else GRADIENT_FISHERS
+
+
+def check_family(family: str, fields: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the field, if one of `fields` has a value that the family cannot work with."""
+    for name, accepted in _OTHER_FAMILIES.items() if family != "lngd" else ():
+        if fields[name] not in accepted:
+            raise invalid(name, fields[name], f"{', '.join(accepted)} (family={family})")
 
 
 def _choice(accepted: tuple[str, ...]) -> Callable[[str, Any], None]:
@@ -87,6 +110,7 @@ _FRACTION = _number("in [0, 1)", lambda x: 0 <= x < 1)
 
 # field → what raises ValueError for a bad value of it.
 CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "family": _choice(FAMILIES),
     "fisher": _choice(FISHERS),
     "direction": _choice(DIRECTIONS),
     "rate": _choice(RATES),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import CHECKS, invalid, one_of
+from .checks import CHECKS, check_family, invalid, one_of
 
 # A factor this wide is never cut: the paper works with whole factors.
 _UNCUT = 1 << 20
@@ -83,13 +83,25 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lngd_lr": _PAPER | {"fisher": "true"},
 }
 
-# The value of a field that was not given: `__post_init__` puts the preset's in its place.
+# F of other families has g gᵀ in it, so g of a loss. The loss's own costs no second pass, as in public K-FAC.
+_OF_GRADIENTS: dict[str, Any] = {"fisher": "empirical", "direction": "natural"}
+
+# What a family puts in the place of the preset's values, unless the field is given.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lngd": {},
+    "kfac": _OF_GRADIENTS,
+    "ekfac": _OF_GRADIENTS,
+    "tkfac": _OF_GRADIENTS,
+    "ng+": _OF_GRADIENTS,
+}
+
+# The value of a field that was not given: `__post_init__` puts the preset's or the family's in its place.
 _FROM_PRESET: Any = type("FromPreset", (), {"__repr__": lambda self: "<preset>"})()
 
 
 @dataclass(frozen=True, kw_only=True)
 class LNGDConfig:
-    """The settings of :class:`hf_lngd.LNGD`. A field that is not given takes the preset's value.
+    """The settings of :class:`hf_lngd.LNGD`. A field that is not given takes the family's value, or else the preset's.
 
     Symbols are those of Liu et al., "A Layer-Wise Natural Gradient Optimizer for Training Deep Neural Networks",
     NeurIPS 2024 (below: the paper), equation numbers are its.
@@ -97,6 +109,10 @@ class LNGDConfig:
     Attributes:
         preset: ``fast`` (what measures best), ``paper`` (Algorithm 1 as published), ``lngd_sample`` (the paper's
             ablation without the adaptive rate), ``lngd_lr`` (its ablation without layer-wise sampling).
+        family: what a layer's Fisher block is taken for. ``lngd``: Φ ⊗ Ψ, Ψ a diagonal. ``kfac``: A ⊗ B. ``ekfac``: a
+            diagonal in their eigenbasis. ``tkfac``: δ P ⊗ Q, which keeps the trace. ``ng+``: one side, of per-sample
+            matrix gradients. See `curvature.families`. All but ``lngd`` are ``direction=natural`` and default to
+            ``fisher=empirical``; ``true`` is the other that they take. The rest is the preset's.
         fisher: where g² of a layer comes from. ``expected``: φ'(s)², the mean over the layer's own predictive
             distribution N(φ(s), I), no second pass. ``sampled``: one draw of it a position (the paper).
             ``true``: labels drawn from the model, needs `LNGD.fisher_backward`. ``empirical``: the loss's gradients.
@@ -133,8 +149,8 @@ class LNGDConfig:
             no host synchronisation), ``auto``: eigh on the CPU, newton on accelerators.
         weight_decay: decoupled, never on norms and biases.
         bias: ``factor``: a last column of the layer's factor; ``fallback``: AdamW.
-        max_factor_dim: a wider Φ is cut into equal diagonal blocks no wider than this; ``auto``: min(fan-in,
-            fan-out) of the layer, but 64 at the least.
+        max_factor_dim: a wider Φ (A and B, P and Q) is cut into equal diagonal blocks no wider than this; ``auto``:
+            min(fan-in, fan-out) of the layer, but 64 at the least.
         embedding: ``fallback``: AdamW; ``rotated``: AdamW in the eigenbasis of the table's gradients, the d × d side;
             ``exact``: Φ of one-hot inputs, that is token frequency. All at the fallback's rate.
         exclude: a regular expression; parameters whose name it matches (`re.search`) go to AdamW.
@@ -156,6 +172,7 @@ class LNGDConfig:
     """
 
     preset: str = "fast"
+    family: str = "lngd"
     fisher: str = _FROM_PRESET
     direction: str = _FROM_PRESET
     rate: str = _FROM_PRESET
@@ -196,13 +213,15 @@ class LNGDConfig:
 
     def __post_init__(self) -> None:
         one_of("preset", self.preset, tuple(PRESETS))
-        for name, value in PRESETS[self.preset].items():
+        one_of("family", self.family, tuple(FAMILY_DEFAULTS))
+        for name, value in (PRESETS[self.preset] | FAMILY_DEFAULTS[self.family]).items():
             if getattr(self, name) is _FROM_PRESET:
                 object.__setattr__(self, name, value)
         if isinstance(self.betas, list):  # JSON has no tuples
             object.__setattr__(self, "betas", tuple(self.betas))
         for name, check in CHECKS.items():
             check(name, getattr(self, name))
+        check_family(self.family, self.to_dict())
         if self.damping_min > self.damping_max:
             raise invalid("damping_min", self.damping_min, f"at most damping_max = {self.damping_max}")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import serialization
+from .checks import GRADIENT_FISHERS, fishers_of
 from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
 from .curvature.embeddings import EmbeddingLayer
@@ -68,13 +69,13 @@ class LNGD(torch.optim.Optimizer):
         self._capture = Capture(
             model,
             self._routing.layers,
-            FisherSource(config.fisher, config.seed),
+            FisherSource(config.fisher, config.seed, fishers_of(config.family)),
             config,
         )
         self._preconditioner: Preconditioner | None = None
         self._steps = 0
         self._factor_seconds = 0.0
-        self._capture.arm(self._is_factor_step())
+        self._arm()
 
     def _make_groups(self, lr: float | Tensor) -> list[dict[str, Any]]:
         c = self.config
@@ -128,8 +129,12 @@ class LNGD(torch.optim.Optimizer):
             elif group["name"] not in ("lngd", "lngd_bias"):
                 self._fallback.step(group)
         self._steps += 1
-        self._capture.arm(self._is_factor_step())
+        self._arm()
         return loss
+
+    def _arm(self) -> None:
+        made = self._preconditioner
+        self._capture.arm(self._is_factor_step(), None if made is None else made.basis_of)
 
     def _is_factor_step(self) -> bool:
         return is_due(self._steps, self.config.factor_interval, self.config) or self._preconditioner is None
@@ -148,17 +153,20 @@ class LNGD(torch.optim.Optimizer):
     def _check_capture(self, seen: bool) -> None:
         source = self._capture.source
         if self.config.fisher == "true" and source.waiting:
+            others = ", ".join(source.others)
             raise RuntimeError(
                 "fisher: 'true' needs optimizer.fisher_backward(logits) after each forward of a factor step "
-                "(optimizer.needs_fisher_pass is True in one), or accepted: expected, sampled, empirical"
+                f"(optimizer.needs_fisher_pass is True in one), or accepted: {others}"
             )
         hidden = source.hidden
         if hidden:
             unseen = [r.name for r in self._routing.layers if r.name in hidden and r.weight.grad is not None]
             if unseen:
+                others = ", ".join(kind for kind in source.others if kind not in GRADIENT_FISHERS)
                 raise RuntimeError(
                     f"fisher: '{source.kind}' saw no gradients of {', '.join(unseen[:3])} in this step. Checkpoint "
-                    "with use_reentrant=False, call layers within the model's forward; or accepted: expected, sampled"
+                    "with use_reentrant=False, call layers within the model's forward"
+                    + (f"; or accepted: {others}" if others else "")
                 )
         if not seen and self._preconditioner is None:
             raise RuntimeError(
@@ -262,10 +270,14 @@ class LNGD(torch.optim.Optimizer):
         return format_routes(self.routing())
 
     def factors(self, name: str) -> dict[str, Tensor]:
-        """Φ [d, d] and Ψ [m] of a layer by module name: running averages, start-up bias corrected, undamped.
+        """The factors of a layer by module name: running averages, start-up bias corrected, undamped.
+
+        ``lngd``: ``phi`` Φ [d, d], ``psi`` Ψ [m]. ``kfac``: ``a`` A [d, d], ``b`` B [m, m]. ``ekfac``: these, their
+        eigenvectors ``basis_a`` and ``basis_b`` in columns, and ``moments`` s, a row for each of B's, a column for each
+        of A's. ``tkfac``: ``delta``, ``p`` [d, d], ``q`` [m, m]. ``ng+``: ``left`` [m, m] or ``right`` [d, d].
 
         d is the number of columns of the layer's matrix: kernel times channels of a convolution; a grouped one has its
-        groups in a first dimension.
+        groups in a first dimension. Where factors are cut into blocks, zeros stand outside these.
 
         Raises:
             KeyError: no such layer (the names are listed), or no factor step so far.
@@ -305,7 +317,7 @@ class LNGD(torch.optim.Optimizer):
         own = serialization.check(self, state.pop("lngd", None))
         super().load_state_dict(state)  # type: ignore[arg-type]
         serialization.load(self, own)
-        self._capture.arm(self._is_factor_step())
+        self._arm()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Parameters added later are AdamW's: no layer of the model is known to own them."""

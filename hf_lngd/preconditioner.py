@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from .config import LNGDConfig
-from .curvature.factor_bank import FactorBank, FactorSpec
+from .curvature.factor_bank import Bank, FactorBank, FactorSpec
+from .curvature.families import FAMILIES, FamilyBank
+from .curvature.family_sums import Basis, FamilySums
 from .curvature.layer_bank import LayerBank, gram_side
-from .curvature.layers import Layer, factor_blocks
+from .curvature.layers import Layer, factor_blocks, sides_of
 from .curvature.sums import GroupSums
 from .curvature.topology import Group, Topology
 
@@ -27,9 +31,9 @@ class Preconditioner:
 
     def __init__(self, layers: dict[str, Layer], topology: Topology, config: LNGDConfig) -> None:
         self.layers, self.config = layers, config
-        self.factor_banks: list[FactorBank] = []
+        self.factor_banks: list[Bank] = []
         self.layer_banks: list[LayerBank] = []
-        self._bank_of_group: dict[str, FactorBank] = {}
+        self._bank_of_group: dict[str, Bank] = {}
         self._make_factor_banks(topology.groups)
         self._make_layer_banks(topology)
         self.bank_of_layer = {layer.name: (bank, i) for bank in self.layer_banks for i, layer in enumerate(bank.layers)}
@@ -41,13 +45,19 @@ class Preconditioner:
             members = [self.layers[name] for name in group.members]
             kinds = frozenset(needed_kind(layer, self.config) for layer in members)
             like = state_like(members[0])
-            key = (factor_blocks(members, self.config.max_factor_dim), kinds, like.device, like.dtype)
+            limit = self.config.max_factor_dim
+            layout = factor_blocks(members, limit) if self.config.family == "lngd" else sides_of(members[0], limit)
+            key = (layout, kinds, like.device, like.dtype)
             offset = number * interval // len(groups)
             keyed.setdefault(key, []).append((self._spec(group), offset))
-        for (blocks, kinds, device, dtype), entries in keyed.items():
+        for (layout, kinds, device, dtype), entries in keyed.items():
             specs, offsets = [spec for spec, _ in entries], [offset for _, offset in entries]
             like = torch.empty(0, device=device, dtype=dtype)
-            bank = FactorBank(specs, blocks, kinds, offsets, self.config, like)
+            bank: Bank
+            if self.config.family == "lngd":
+                bank = FactorBank(specs, layout, kinds, offsets, self.config, like)
+            else:  # whose groups have one member each
+                bank = FAMILIES[self.config.family](specs, layout, offsets, self.config, like)
             self.factor_banks.append(bank)
             self._bank_of_group.update({spec.name: bank for spec in specs})
 
@@ -61,7 +71,8 @@ class Preconditioner:
         for layer in self.layers.values():
             group = topology.of_layer[layer.name]
             bank = self._bank_of_group[group.name]
-            estimated = bool(group.links) or self.config.fisher != "expected"
+            ours = self.config.family == "lngd"
+            estimated = ours and (bool(group.links) or self.config.fisher != "expected")
             key = (layer.units, layer.out_features, layer.columns, layer.bias_name is None, id(bank), estimated)
             keyed.setdefault(key, []).append(layer)
         before = 0
@@ -76,18 +87,23 @@ class Preconditioner:
                 self.layer_banks.append(LayerBank(chunk, factors, rows, estimated, before, self.config, like))
                 before += len(chunk)
 
-    def update_factors(self, sums: dict[str, GroupSums], scale: Tensor | float | None) -> None:
+    def update_factors(self, sums: Mapping[str, GroupSums | FamilySums], scale: Tensor | float | None) -> None:
         """Take one step's sums into the running averages (Eq. 4, 5, 14)."""
         phi: dict[str, Tensor] = {}
         psi: dict[str, Tensor] = {}
+        statistics: dict[str, dict[str, Tensor]] = {}
         for name, group in sums.items():
+            if isinstance(group, FamilySums):
+                if group.parts:
+                    statistics[name] = group.factors(scale)
+                continue
             if group.s is None:
                 continue
             phi[name], own = group.factors(scale)
             if own is not None:
                 psi[name] = own
-        for factor_bank in self.factor_banks:
-            factor_bank.update(phi)
+        for bank in self.factor_banks:
+            bank.update(statistics if isinstance(bank, FamilyBank) else phi)
         for layer_bank in self.layer_banks:
             layer_bank.update_psi(psi)
 
@@ -96,11 +112,20 @@ class Preconditioner:
         for bank in self.factor_banks:
             bank.refresh(step)
 
+    def basis_of(self, name: str) -> Basis | None:
+        """The coordinates in which a group's coming sums are wanted, see `FamilyBank.basis_of`."""
+        bank = self._bank_of_group[name]
+        return bank.basis_of(name) if isinstance(bank, FamilyBank) else None
+
     def factors(self, name: str) -> dict[str, Tensor]:
-        """Φ [columns, columns] and Ψ [m] of a layer, as the paper defines them, undamped; with a grouped convolution's
-        groups in a first dimension."""
+        """The family's factors of a layer as it defines them, undamped, see `LNGD.factors`; with a grouped
+        convolution's groups in a first dimension."""
         bank, i = self.bank_of_layer[name]
         own = bank.rows_of([i])
+        if isinstance(bank.factors, FamilyBank):
+            found = bank.factors.factors(bank.rows[own])
+            return found if bank.units > 1 else {key: value[0].clone() for key, value in found.items()}
+        assert isinstance(bank.factors, FactorBank)
         columns = self.layers[name].columns
         blocks = bank.factors.dense(bank.rows[own]) * bank.scale
         phi = torch.stack([torch.block_diag(*unit)[:columns, :columns] for unit in blocks])

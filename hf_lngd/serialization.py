@@ -14,7 +14,7 @@ from .preconditioner import Preconditioner
 if TYPE_CHECKING:
     from .optimizer import LNGD
 
-VERSION = 3
+VERSION = 4
 # Fields that change no result.
 _FREE = ("conv_memory",)
 
@@ -208,8 +208,8 @@ def _fallback_states(optimizer: LNGD) -> dict[str, dict[str, Tensor]]:
 def memory_usage(optimizer: LNGD) -> dict[str, int]:
     """Bytes of state by kind, as `LNGD.memory_usage` promises."""
     usage = {"momentum": 0, "factors": 0, "inverses": 0, "embeddings": 0, "fallback": 0}
-    kind_of = {"momentum": "momentum", "phi": "factors", "psi": "factors", "gram": "factors"}
-    kind_of |= {"inverse": "inverses", "root": "inverses", "whitener": "inverses", "polar": "inverses"}
+    inverses = ("inverse", "root", "whitener", "polar", "inverse_left", "inverse_right", "basis_left", "basis_right")
+    kind_of = {"momentum": "momentum"} | dict.fromkeys(inverses, "inverses")
     made = optimizer._preconditioner
     if made is not None:
         for states in (_group_states(made), _layer_states(made)):

@@ -13,6 +13,7 @@ from hf_lngd.config import PRESETS
 
 BAD = {
     "preset": ["fst", 1],
+    "family": ["shampoo", "KFAC"],
     "fisher": ["exact"],
     "direction": ["up"],
     "rate": ["fast", None],

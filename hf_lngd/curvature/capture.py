@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -22,14 +22,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import LNGDConfig
 from .chains import Chain, ChainWatch
+from .families import new_sums
+from .family_sums import Basis, FamilySums
 from .fisher import Call, FisherSource, origin, reaches
-from .layers import Layer, call_input, factor_blocks
+from .layers import Layer, call_input
 from .links import is_elementwise
 from .masks import BatchMasks, bind_batch
+from .patches import MIB_OF_FLOATS
 from .sums import GroupSums, RowSamples
 from .topology import HEADS, Group, Topology, head_link
-
-_MIB_OF_FLOATS = 1 << 18
 
 
 def in_backward() -> bool:
@@ -96,6 +97,7 @@ class Capture:
         self._watching = False
         self._handles: list[RemovableHandle] = []
         self._factors_wanted = False
+        self._basis_of: Callable[[str], Basis | None] | None = None
         self._forwards = 0
         self._next_batch: Mapping[str, Any] | None = None
         self.terms: Tensor | int = 0
@@ -106,7 +108,7 @@ class Capture:
 
     def reset(self) -> None:
         """Forget what was gathered for the current step."""
-        self.sums: dict[str, GroupSums] = {}
+        self.sums: dict[str, GroupSums | FamilySums] = {}
         self.rows: dict[str, RowSamples] = {}
         self.terms = 0
         self.rows_seen = 0
@@ -120,10 +122,16 @@ class Capture:
         self.disarm()
         self.reset()
 
-    def arm(self, factors: bool) -> None:
-        """Attach what the coming step needs: factor hooks, row samples, or nothing. Nothing at all once closed."""
+    def arm(self, factors: bool, basis_of: Callable[[str], Basis | None] | None = None) -> None:
+        """Attach what the coming step needs: factor hooks, row samples, or nothing. Nothing at all once closed.
+
+        Args:
+            factors: it is a factor step.
+            basis_of: group → the coordinates in which its sums are wanted, see `FamilyBank.basis_of`.
+        """
         self.disarm()
         self.reset()
+        self._basis_of = basis_of
         self._factors_wanted = factors
         model = self._model()
         if self.closed or model is None or not self.layers or not (factors or self._rate_rows):
@@ -154,7 +162,7 @@ class Capture:
         """Name the tensors of the next forward, where the model does not see them all (labels taken out)."""
         self._next_batch = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
-    def finish(self) -> dict[str, GroupSums]:
+    def finish(self) -> dict[str, GroupSums | FamilySums]:
         """Close the step: settle what is open, freeze the topology, hand over the sums."""
         self.settle()
         if self.sums and not self.topology.frozen:
@@ -344,7 +352,7 @@ class Capture:
             # counted over the micro-batches of a step, so that how a batch is split changes nothing
             rows = slice(-self._first_row % self.config.conv_rows, None, self.config.conv_rows)
             mask = None if mask is None else mask.view(shape)[rows].flatten()
-        most = self.config.conv_memory * _MIB_OF_FLOATS
+        most = self.config.conv_memory * MIB_OF_FLOATS
         whole, sums = layer.batched(a.detach()), self._sums(group)
         call = Call(sums, layer, whole[rows], mask, rows, most)
         sums.seen += whole.shape[0]
@@ -355,10 +363,11 @@ class Capture:
             plain = slope is None and group.links and not self.source.uses_gradients
             self.source.observe(call, output, torch.ones_like(output) if plain else slope)
 
-    def _sums(self, group: Group) -> GroupSums:
+    def _sums(self, group: Group) -> GroupSums | FamilySums:
         if group.name not in self.sums:
             members = [self.layers[name] for name in group.members]
-            self.sums[group.name] = GroupSums(factor_blocks(members, self.config.max_factor_dim))
+            basis = None if self._basis_of is None else self._basis_of(group.name)
+            self.sums[group.name] = new_sums(members, self.config, basis)
         return self.sums[group.name]
 
     def _keep_rows(self, layer: Layer, a: Tensor, output: Tensor) -> None:

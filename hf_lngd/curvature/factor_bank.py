@@ -5,16 +5,17 @@ Groups whose Φ has one layout (k blocks of size b) are kept in one batch. Every
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import LNGDConfig, is_due
-from .factors import add_damping, damping, running_average, trace
+from .factors import add_damping, apply_right, damping, running_average, trace
 from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack, whitener
 
 
@@ -40,7 +41,72 @@ class FactorSpec:
     units: int = 1
 
 
-class FactorBank:
+class Bank:
+    """Curvature of several groups in one batch: which rows are a group's, when each is inverted, what failed.
+
+    What :meth:`LNGD.step` asks of every family, LNGD's included: :meth:`update` with the factors of one step,
+    :meth:`refresh` to invert what is due, :meth:`precondition` a gradient.
+
+    Args:
+        specs: the groups; each of their units is a row of its own.
+        offsets: step within an interval at which each group is inverted.
+        config: damping, intervals.
+        like: a tensor with the device and dtype of the state.
+    """
+
+    def __init__(self, specs: list[FactorSpec], offsets: list[int], config: LNGDConfig, like: Tensor) -> None:
+        self.specs, self.config = specs, config
+        starts = [0, *accumulate(spec.units for spec in specs)]
+        self.rows = {spec.name: range(starts[i], starts[i + 1]) for i, spec in enumerate(specs)}
+        self.count = starts[-1]
+        self.damping = like.new_zeros(self.count)
+        self.condition = like.new_ones(self.count)
+        self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=like.device)
+        self._due: dict[int, Tensor] = {}
+        for offset in sorted(set(offsets)):
+            members = [spec.name for spec, own in zip(specs, offsets, strict=True) if own == offset]
+            self._due[offset] = torch.tensor(self.rows_of(members), device=like.device)
+        self.inverted = False
+
+    def rows_of(self, names: Iterable[str]) -> tuple[int, ...]:
+        """The rows of these groups, one after the other."""
+        return tuple(row for name in names for row in self.rows[name])
+
+    def update(self, new: Mapping[str, Any]) -> None:
+        """Eq. 14 with the factors of one step: group → what the family makes of its sums."""
+        raise NotImplementedError
+
+    def refresh(self, step: int) -> None:
+        """Invert the groups whose turn this step is, all of them at the first call and at early factor steps. A
+        failed one keeps the last."""
+        early = 0 < step < self.config.inverse_interval and is_due(step, self.config.inverse_interval, self.config)
+        if not self.inverted or early:
+            self._refresh(torch.arange(self.count, device=self.damping.device))
+            self.inverted = True
+        elif (due := self._due.get(step % self.config.inverse_interval)) is not None:
+            self._refresh(due)
+
+    def _refresh(self, rows: Tensor) -> None:
+        raise NotImplementedError
+
+    def precondition(self, grad: Tensor, rows: Tensor) -> Tensor:
+        """What is known of the inverse of these rows' blocks times grad [n, m, d] → the same, a tensor of its own."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state, with a row of each unit of each group in the first dimension."""
+        return {"damping": self.damping, "condition": self.condition}
+
+
+def averaged(packed: Tensor, weight: Tensor, b: int) -> Tensor:
+    """Running averages as kept, packed, and their weights [n] → bias-corrected, [n, k, b, b]; the identity for 0."""
+    seen = (weight > 0)[:, None, None, None]
+    average = unpack(packed, b) / weight.clamp_min(torch.finfo(weight.dtype).tiny)[:, None, None, None]
+    return torch.where(seen, average, torch.eye(b, dtype=average.dtype, device=average.device))
+
+
+class FactorBank(Bank):
     """Φ of G groups with k blocks of size b; each unit of a group is a row of its own.
 
     Args:
@@ -62,35 +128,18 @@ class FactorBank:
         config: LNGDConfig,
         like: Tensor,
     ) -> None:
-        self.specs = specs
-        starts = [0, *accumulate(spec.units for spec in specs)]
-        self.rows = {spec.name: range(starts[i], starts[i + 1]) for i, spec in enumerate(specs)}
+        super().__init__(specs, offsets, config, like)
         self.k, self.b = blocks
-        self.config = config
-        count = starts[-1]
-        self.phi = like.new_zeros(count, self.k, *packed_shape(self.b))
-        self.weight = like.new_zeros(count)
+        self.phi = like.new_zeros(self.count, self.k, *packed_shape(self.b))
+        self.weight = like.new_zeros(self.count)
         # what every step multiplies with in half precision is kept ready for that, in as much memory
         self.ready = config.direction == "polar" and product_dtype(config, like.dtype) != like.dtype
         eye = self._stored(torch.eye(self.b, dtype=like.dtype, device=like.device))
-        self.derived = {kind: eye.repeat(count, self.k, 1, 1) for kind in sorted(kinds)}
-        self.damping = like.new_zeros(count)
-        self.condition = like.new_ones(count)
-        self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.derived = {kind: eye.repeat(self.count, self.k, 1, 1) for kind in sorted(kinds)}
         self._columns = like.new_tensor([float(spec.columns) for spec in specs for _ in range(spec.units)])
         self._scale = like.new_tensor([spec.scale for spec in specs for _ in range(spec.units)])
-        self._due: dict[int, Tensor] = {}
-        for offset in sorted(set(offsets)):
-            members = [spec.name for spec, own in zip(specs, offsets, strict=True) if own == offset]
-            self._due[offset] = torch.tensor(self.rows_of(members), device=like.device)
-        self.inverted = False
 
-    def rows_of(self, names: Iterable[str]) -> tuple[int, ...]:
-        """The rows of these groups, one after the other."""
-        return tuple(row for name in names for row in self.rows[name])
-
-    def update(self, new: dict[str, Tensor]) -> None:
+    def update(self, new: Mapping[str, Tensor]) -> None:
         """Eq. 14 with the factors of one step: name → Φ [u, k, b, b], undamped. Non-finite ones are left out."""
         names = [name for name in new if name in self.rows]
         if not names:
@@ -101,16 +150,6 @@ class FactorBank:
         average, weight = running_average(self.phi[rows], packed, old_weight, self.config.ema_decay)
         self.phi[rows], self.weight[rows] = average, weight
         self.skipped += (~torch.isfinite(packed.flatten(1)).all(1)).sum()
-
-    def refresh(self, step: int) -> None:
-        """Invert the groups whose turn this step is, all of them at the first call and at early factor steps. A
-        failed one keeps the last."""
-        early = 0 < step < self.config.inverse_interval and is_due(step, self.config.inverse_interval, self.config)
-        if not self.inverted or early:
-            self._refresh(torch.arange(self.phi.shape[0], device=self.phi.device))
-            self.inverted = True
-        elif (due := self._due.get(step % self.config.inverse_interval)) is not None:
-            self._refresh(due)
 
     def _refresh(self, rows: Tensor) -> None:
         phi = self.dense(rows)
@@ -143,10 +182,7 @@ class FactorBank:
 
     def dense(self, rows: Tensor) -> Tensor:
         """Φ as kept, bias-corrected and undamped: [n, k, b, b]; the identity for a group not seen yet."""
-        weight = self.weight[rows]
-        seen = (weight > 0)[:, None, None, None]
-        average = unpack(self.phi[rows], self.b) / weight.clamp_min(torch.finfo(weight.dtype).tiny)[:, None, None, None]
-        return torch.where(seen, average, torch.eye(self.b, dtype=average.dtype, device=average.device))
+        return averaged(self.phi[rows], self.weight[rows], self.b)
 
     def get(self, kind: str, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``inverse``, ``root`` or ``whitener`` of these groups, dense: [n, k, b, b], in `dtype` if given."""
@@ -156,8 +192,10 @@ class FactorBank:
         dense = unpack(found, self.b)
         return dense.tril() if kind == "whitener" else dense
 
+    def precondition(self, grad: Tensor, rows: Tensor) -> Tensor:
+        """G Φ̂⁻¹ (of what is kept); the rows' Ψ̂⁻¹ is the layers'."""
+        return apply_right(grad, self.get("inverse", rows))
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with a row of each unit of each group in the first dimension."""
-        return {"phi": self.phi, "weight": self.weight, "damping": self.damping, "condition": self.condition} | {
-            kind: value for kind, value in self.derived.items()
-        }
+        return {"phi": self.phi, "weight": self.weight} | super().tensors() | self.derived

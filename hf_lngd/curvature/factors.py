@@ -41,6 +41,16 @@ def apply_right(x: Tensor, blocks: Tensor) -> Tensor:
     return from_blocks(to_blocks(x, k, b) @ blocks, x.shape[-1])
 
 
+def apply_left(blocks: Tensor, x: Tensor) -> Tensor:
+    """blockdiag(blocks) · x: blocks [..., k, b, b], x [..., n, d] → [..., n, d]."""
+    k, b = blocks.shape[-3], blocks.shape[-1]
+    if k == 1:
+        return blocks.squeeze(-3) @ x
+    rows = x.shape[-2]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, k * b - rows))
+    return (blocks @ padded.unflatten(-2, (k, b))).flatten(-3, -2)[..., :rows, :].contiguous()
+
+
 def input_statistic(a: Tensor, weight: Tensor | None, k: int, b: int) -> Tensor:
     """S = Σ_t w_t a_t a_tᵀ (Eq. 4 before the mean): a [..., N, d], w_t [..., N] or [N] → [..., k, b, b].
 
@@ -100,11 +110,6 @@ def add_damping(blocks: Tensor, lam: Tensor) -> Tensor:
 def psi_inverse(psi: Tensor, kind: str, rho: float, least: float, most: float) -> Tensor:
     """(Ψ + λ_Ψ)⁻¹ of a diagonal Ψ: [..., m] → [..., m]. λ_Ψ from tr Ψ/m as for Φ."""
     return 1.0 / (psi + damping(psi.mean(-1), kind, rho, least, most).unsqueeze(-1))
-
-
-def natural_direction(grad: Tensor, phi_inv: Tensor, psi_inv: Tensor) -> Tensor:
-    """D = Ψ̂⁻¹ G Φ̂⁻¹: grad [..., m, d], phi_inv [..., k, b, b], psi_inv [..., m]."""
-    return apply_right(grad, phi_inv).mul_(psi_inv.unsqueeze(-1))
 
 
 # Polar Express's quintics for singular values from a third of their root mean square, which is 1/√n of the norm of a

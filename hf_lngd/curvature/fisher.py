@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ..checks import GRADIENT_FISHERS
+from .family_sums import FamilySums
 from .layers import Layer
 from .sums import GroupSums
 
@@ -26,7 +28,7 @@ class Call:
         rows: which rows of the batch those are.
     """
 
-    sums: GroupSums
+    sums: GroupSums | FamilySums
     layer: Layer
     a: Tensor
     mask: Tensor | None
@@ -34,10 +36,18 @@ class Call:
     most: int
 
     def add(self, g2: Tensor | None) -> None:
-        """Add the call to the sums: g2 [units, N, m], or None where it is 1."""
+        """Add the call to the sums: g2 [units, N, m], or None where it is 1. LNGD's alone."""
+        assert isinstance(self.sums, GroupSums)
         for a, where in self.layer.inputs(self.a, self.most):
             part = None if g2 is None else g2[:, where]
             self.sums.add(a, part, None if self.mask is None else self.mask[where])
+
+    def add_gradient(self, g: Tensor) -> None:
+        """Add the call to the sums with the gradients of a loss: g [units, N, m]."""
+        rows = self.a.shape[0] if self.a.dim() > 1 else 1
+        per_row = max(1, g.shape[1] // max(1, rows))
+        for a, where in self.layer.inputs(self.a, self.most):
+            self.sums.add_gradient(a, g[:, where], None if self.mask is None else self.mask[where], per_row)
 
     def chosen(self, output: Tensor) -> Tensor:
         """[units, N, m]: a tensor of the output's shape, the rows that count."""
@@ -65,10 +75,12 @@ class FisherSource:
     Args:
         kind: expected, sampled, true or empirical.
         seed: of the draws of ``sampled`` and ``true``.
+        accepted: the kinds that could be asked for, told in errors.
     """
 
-    def __init__(self, kind: str, seed: int) -> None:
+    def __init__(self, kind: str, seed: int, accepted: tuple[str, ...]) -> None:
         self.kind = kind
+        self.others = tuple(other for other in accepted if other != kind)
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
         self.in_pass = False  # the second backward pass runs: its gradients are not those of the loss
@@ -82,7 +94,7 @@ class FisherSource:
     @property
     def uses_gradients(self) -> bool:
         """True where g² is of a loss's gradients: calls must be taken in when they are made."""
-        return self.kind in ("true", "empirical")
+        return self.kind in GRADIENT_FISHERS
 
     def reset(self) -> None:
         """Forget the calls that wait for their gradients."""
@@ -176,7 +188,7 @@ class FisherSource:
             if isinstance(terms, int) and terms == 0:
                 raise RuntimeError(
                     "fisher: 'empirical' needs the size of the batch, and the model's arguments hold no tensor; name "
-                    "them with optimizer.set_batch(inputs) before each forward, or accepted: expected, sampled, true"
+                    f"them with optimizer.set_batch(inputs) before each forward, or accepted: {', '.join(self.others)}"
                 )
             return terms
         if self.kind == "true":
@@ -214,7 +226,7 @@ def generators_of(state: dict[str, Tensor]) -> dict[torch.device, torch.Generato
 
 def _add_gradient(call: Call, g: Tensor) -> None:
     with torch.no_grad():
-        call.add(_at_least_float(call.chosen(g.detach())).square())
+        call.add_gradient(_at_least_float(call.chosen(g.detach())))
 
 
 def _at_least_float(value: Tensor) -> Tensor:

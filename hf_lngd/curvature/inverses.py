@@ -139,8 +139,10 @@ def _eye_like(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
-def _eigh_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    finite = torch.isfinite(matrix.flatten(-2)).all(-1) & torch.isfinite(lam)
+def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eigenvalues [..., n], ascending, and eigenvectors [..., n, n] of symmetric matrices [..., n, n]; ok [...]: False
+    where they are not to be used. On an accelerator it waits for the device."""
+    finite = torch.isfinite(matrix.flatten(-2)).all(-1)
     # LAPACK refuses the whole batch for one bad matrix
     safe = torch.where(finite[..., None, None], matrix, _eye_like(matrix))
     try:
@@ -149,10 +151,15 @@ def _eigh_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Ten
         try:
             values, vectors = (x.to(matrix.dtype) for x in torch.linalg.eigh(safe.double()))
         except torch.linalg.LinAlgError:
-            return safe, torch.zeros_like(finite), torch.full_like(lam, torch.nan)
+            return torch.ones_like(safe[..., 0]), safe, torch.zeros_like(finite)
+    return values, vectors, finite
+
+
+def _eigh_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    values, vectors, found = eigenbasis(matrix)
     values = values.clamp_min(0) + lam.unsqueeze(-1)
     root = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
-    ok = finite & torch.isfinite(root.flatten(-2)).all(-1)
+    ok = found & torch.isfinite(lam) & torch.isfinite(root.flatten(-2)).all(-1)
     return root, ok, values[..., -1] / values[..., 0]
 
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..config import LNGDConfig
-from .factor_bank import FactorBank, index_tensor, product_dtype
+from .factor_bank import Bank, FactorBank, index_tensor, product_dtype
 from .factors import (
     adaptive_rate,
     apply_right,
-    natural_direction,
     normalized,
     orthogonalize,
     psi_inverse,
@@ -57,7 +56,7 @@ class LayerBank:
 
     Args:
         layers: the layers.
-        factors: the bank that holds their Φ.
+        factors: the bank that holds their Φ, or all of their curvature where the family is not LNGD.
         rows: [L · u], the rows of `factors` that belong to each layer's matrices.
         estimate_psi: Ψ is estimated (the layers feed an activation, or g² is drawn), else it is 1/m throughout.
         offset: number of layers in the banks before: staggers the recomputed roots over all banks.
@@ -68,7 +67,7 @@ class LayerBank:
     def __init__(
         self,
         layers: list[Layer],
-        factors: FactorBank,
+        factors: Bank,
         rows: Tensor,
         estimate_psi: bool,
         offset: int,
@@ -97,6 +96,12 @@ class LayerBank:
             self.gram = like.new_zeros(count, *packed_shape(n))
             self.polar = torch.eye(n, dtype=self._product_dtype, device=like.device).repeat(count, 1, 1)
             self._n = n
+
+    @property
+    def _phi(self) -> FactorBank:
+        """The bank of Φ: what LNGD's own directions and rates take apart."""
+        assert isinstance(self.factors, FactorBank)
+        return self.factors
 
     # Ψ
 
@@ -157,12 +162,15 @@ class LayerBank:
         """D of these layers: grad [n · u, m, d] → the same. May recompute the roots of ``gram`` that are due."""
         c, rows = self.config, self.rows[index]
         if c.direction == "natural":
+            direction = self.factors.precondition(grad, rows)
+            if c.family != "lngd":
+                return direction
             psi_inv = psi_inverse(self.dense_psi(index), c.damping, c.damping_rho, c.damping_min, c.damping_max)
             psi_inv = psi_inv / self.scale  # what is inverted is E[a aᵀ], see `scale`
-            return natural_direction(grad, self.factors.get("inverse", rows), psi_inv)
+            return direction.mul_(psi_inv.unsqueeze(-1))
         if c.direction == "polar":
             # any V with VᵀV = Φ̂⁻¹ does: the polar factor of G Vᵀ turns with V, and the last product turns it back
-            whitener = self.factors.get("whitener", rows, self._product_dtype)
+            whitener = self._phi.get("whitener", rows, self._product_dtype)
             white = apply_right(grad.to(whitener.dtype), whitener.mT)
             return apply_right(orthogonalize(white), whitener).to(grad.dtype)
         self._refresh_polar(grad, present, step)
@@ -170,7 +178,7 @@ class LayerBank:
         polar = self.polar[index]
         grad = grad.to(polar.dtype)
         if self.side == "left":
-            grad = apply_right(grad, self.factors.get("inverse", rows).to(polar.dtype))
+            grad = apply_right(grad, self._phi.get("inverse", rows).to(polar.dtype))
         return (grad @ polar if self.side == "right" else polar @ grad).to(self.momentum.dtype)
 
     def _scale_rows(self, direction: Tensor, index: slice | Tensor) -> Tensor:
@@ -197,7 +205,7 @@ class LayerBank:
         full = self.gram.dtype
         low = full if uses_newton(self.config.inverse_root, grad.device) else self.polar.dtype
         x, rows = grad[due].to(low), self.rows[chosen]
-        whitener = self.factors.get("root" if self.side == "right" else "inverse", rows).to(low)
+        whitener = self._phi.get("root" if self.side == "right" else "inverse", rows).to(low)
         white = apply_right(x, whitener)
         fresh = (white.mT @ white if self.side == "right" else white @ x.mT).to(full)
         size = fresh.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -249,7 +257,7 @@ class LayerBank:
             return direction.new_ones(len(present))
         if c.rate == "trust":
             rows = self.rows[index]
-            phi = self.factors.dense(rows) * self.scale
+            phi = self._phi.dense(rows) * self.scale
             form = quadratic_form(direction, phi, self.dense_psi(index))
             return trust_rate(form.view(-1, u).sum(-1), c.rate_scale)
         squares = [

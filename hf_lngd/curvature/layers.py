@@ -18,6 +18,7 @@ from .patches import Window, chunks
 
 # Below this width a whole Φ costs next to nothing, so `max_factor_dim="auto"` does not cut further.
 _SMALLEST_BLOCK = 64
+LEFT, RIGHT = "left", "right"  # of a weight matrix: the side of its outputs, that of its inputs
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -195,6 +196,37 @@ def factor_blocks(layers: list[Layer], max_factor_dim: int | str) -> tuple[int, 
     extra = columns - layers[0].in_features
     limit = max(min(layer.in_features, layer.out_features) for layer in layers) + extra
     return block_layout(columns, max(limit, _SMALLEST_BLOCK))
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A layer's matrices [m, columns], and how factors of either side are cut: (k, b) of the outputs, of the inputs."""
+
+    m: int
+    columns: int
+    left: tuple[int, int]
+    right: tuple[int, int]
+
+    @property
+    def smaller(self) -> str:
+        """The side with the fewer rows: ``right`` where it is a tie."""
+        return RIGHT if self.columns <= self.m else LEFT
+
+    def size(self, side: str) -> int:
+        """m or columns."""
+        return self.m if side == LEFT else self.columns
+
+    def blocks(self, side: str) -> tuple[int, int]:
+        """(k, b) of a side."""
+        return self.left if side == LEFT else self.right
+
+
+def sides_of(layer: Layer, max_factor_dim: int | str) -> Sides:
+    """The sides of a layer; a factor of the outputs is cut as `factor_blocks` cuts that of the inputs."""
+    m = layer.out_features
+    narrow = max(min(layer.in_features, m), _SMALLEST_BLOCK)
+    left = block_layout(m, max_factor_dim if isinstance(max_factor_dim, int) else narrow)
+    return Sides(m, layer.columns, left, factor_blocks([layer], max_factor_dim))
 
 
 def call_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

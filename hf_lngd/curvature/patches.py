@@ -9,6 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+MIB_OF_FLOATS = 1 << 18
+
 
 @dataclass(frozen=True)
 class Window:

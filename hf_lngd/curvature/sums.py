@@ -40,6 +40,10 @@ class GroupSums:
         with torch.autocast(a.device.type, enabled=False):  # sums in half precision would be off by more than λ
             self._add(a, g2, mask)
 
+    def add_gradient(self, a: Tensor, g: Tensor, mask: Tensor | None, per_row: int) -> None:
+        """Add some positions with the gradients of a loss, g [u, N, m]; `per_row`: see `FamilySums`."""
+        self.add(a, g.square(), mask)
+
     def _add(self, a: Tensor, g2: Tensor | None, mask: Tensor | None) -> None:
         weight = None if mask is None else mask.to(a.dtype)
         count = a.new_full((), a.shape[-2]) if weight is None else weight.sum()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 
+from ..checks import fishers_of
 from ..config import LNGDConfig
 from ..optimizer import LNGD
 from .checkpoints import freeze_fixed_positions, load_weights, restores_by_name
@@ -123,7 +124,8 @@ class LNGDTrainerMixin:
     def _fisher_pass(self, lngd: LNGD, outputs: Any, labels: Any) -> None:
         logits = outputs.get("logits") if isinstance(outputs, dict) else None
         if logits is None:
-            raise ValueError("optim_args: fisher: got 'true' for a model without logits, accepted: expected, sampled")
+            others = ", ".join(kind for kind in fishers_of(lngd.config.family) if kind != "true")
+            raise ValueError(f"optim_args: fisher: got 'true' for a model without logits, accepted: {others}")
         fits = isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]
         lngd.fisher_backward(logits, labels != IGNORED_LABEL if fits else None)
 

@@ -26,8 +26,8 @@ _OPTIM_HELP = (
 )
 _OPTIM_ARGS_HELP = (
     "Settings of the optimizer as name=value,name=value. For lngd: lr and the fields of hf_lngd.LNGDConfig, e.g. "
-    "'factor_interval=10,preset=fast' (presets: fast, paper, lngd_sample, lngd_lr). They win over --learning_rate, "
-    "--weight_decay and --adam_*, and these over the preset."
+    "'factor_interval=10,preset=fast' (presets: fast, paper, lngd_sample, lngd_lr; families: lngd, kfac, ekfac, tkfac, "
+    "ng+). They win over --learning_rate, --weight_decay and --adam_*, and these over the preset."
 )
 
 
