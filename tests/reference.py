@@ -161,3 +161,113 @@ def newton_schulz(x: Tensor) -> Tensor:
         s = s / 1.01 if i < len(_QUINTICS) - 1 else s
         s = a * s + b * s**3 + c * s**5
     return u @ torch.diag(s) @ vh
+
+
+def block(a: Tensor, g: Tensor, scale: float) -> Tensor:
+    """F = scale · Σ_t (a aᵀ) ⊗ (g gᵀ), dense: a [N, d], g [N, m] → [d·m, d·m], index (input, output)."""
+    total = torch.zeros(a.shape[1] * g.shape[1], a.shape[1] * g.shape[1], dtype=torch.float64)
+    for x, y in zip(a.double(), g.double(), strict=True):
+        total += torch.kron(torch.outer(x, x), torch.outer(y, y))
+    return scale * total
+
+
+class NaiveFamily:
+    """One layer's Fisher block under another family, as its definition says, position by position."""
+
+    def __init__(self, family: str, m: int, d: int, config) -> None:
+        self.family, self.m, self.d, self.c = family, m, d, config
+        self.average: dict[str, Tensor] = {}
+        self.weight, self.moments_weight = 0.0, 0.0
+        self.basis: tuple[Tensor, Tensor] | None = None
+        self.moments = torch.zeros(m, d).double()
+
+    def observe(self, a: Tensor, g: Tensor, rows: list[int], scale: float, left: list, right: list) -> None:
+        """Eq. 14 with the positions of one step, those that count.
+
+        Args:
+            rows: which row of the batch each position belongs to.
+            left, right: (k, b) of both sides.
+        """
+        a, g = a.double(), g.double()
+        new = {
+            key: blockwise(value, *(right if key == "right" else left)) for key, value in self._new(a, g, rows, scale)
+        }
+        e = self.c.ema_decay
+        zero = torch.zeros(()).double()
+        self.average = {key: e * self.average.get(key, zero) + (1 - e) * value for key, value in new.items()}
+        self.weight = e * self.weight + 1 - e
+        if self.family == "ekfac" and self.basis is not None:
+            u, v = self.basis
+            fresh = scale * sum(torch.outer((u.T @ y) ** 2, (v.T @ x) ** 2) for x, y in zip(a, g, strict=True))
+            old = e * self.moments_weight
+            self.moments = (old * self.moments + (1 - e) * fresh) / (old + 1 - e)
+            self.moments_weight = old + 1 - e
+
+    def _new(self, a: Tensor, g: Tensor, rows: list[int], scale: float):
+        pairs = list(zip(a, g, strict=True))
+        if self.family in ("kfac", "ekfac"):
+            yield "right", sum(torch.outer(x, x) for x, _ in pairs) / len(a)
+            yield "left", scale * sum(torch.outer(y, y) for _, y in pairs)
+        elif self.family == "tkfac":
+            yield "right", scale * sum(torch.outer(x, x) * y.dot(y) for x, y in pairs)
+            yield "left", scale * sum(torch.outer(y, y) * x.dot(x) for x, y in pairs)
+        else:
+            nablas = {row: torch.zeros(self.m, self.d).double() for row in rows}
+            for (x, y), row in zip(pairs, rows, strict=True):
+                nablas[row] += torch.outer(y, x)
+            if self.d <= self.m:
+                yield "right", scale * sum(n.T @ n for n in nablas.values())
+            else:
+                yield "left", scale * sum(n @ n.T for n in nablas.values())
+
+    def side(self, name: str) -> Tensor:
+        """The bias-corrected average."""
+        return self.average[name] / self.weight
+
+    def invert(self) -> None:
+        """A new eigenbasis; s turns with it as the diagonal of the dense matrix that it stands for."""
+        if self.family != "ekfac":
+            return
+        (alpha, v), (beta, u) = torch.linalg.eigh(self.side("right")), torch.linalg.eigh(self.side("left"))
+        if self.moments_weight:
+            turned = torch.kron(v, u).T @ self.dense() @ torch.kron(v, u)
+            self.moments = turned.diagonal().view(self.d, self.m).T
+        else:
+            self.moments = torch.outer(beta.clamp_min(0), alpha.clamp_min(0))
+        self.basis = u, v
+
+    def dense(self) -> Tensor:
+        """What stands in place of F."""
+        if self.family == "ekfac":
+            u, v = self.basis
+            both = torch.kron(v, u)
+            return both @ torch.diag(self.moments.T.flatten()) @ both.T
+        if self.family == "kfac":
+            return torch.kron(self.side("right"), self.side("left"))
+        delta = self.side("right").trace()
+        return torch.kron(self.side("right"), self.side("left")) / delta
+
+    def direction(self, grad: Tensor) -> Tensor:
+        """D by one dense solve: grad [m, d]."""
+        c, m, d = self.c, self.m, self.d
+        lam_of = lambda mean: damping_of(mean, c.damping, c.damping_rho, c.damping_min, c.damping_max)  # noqa: E731
+        eye_m, eye_d = torch.eye(m).double(), torch.eye(d).double()
+        if self.family == "ng+":
+            (name,) = self.average
+            side = self.side(name)
+            damped = side + lam_of(float(side.trace()) / len(side)) * torch.eye(len(side)).double()
+            whole = torch.kron(damped, eye_m) if name == "right" else torch.kron(eye_d, damped)
+        elif self.family == "ekfac":
+            whole = self.dense() + lam_of(float(self.dense().trace()) / (m * d)) * torch.eye(m * d).double()
+        else:
+            right, left = self.side("right"), self.side("left")
+            size_r, size_l = float(right.trace()), float(left.trace())
+            if self.family == "kfac":
+                lam, pi = lam_of(size_r / d * size_l / m), math.sqrt(size_r / d / (size_l / m))
+                whole = torch.kron(right + pi * lam**0.5 * eye_d, left + lam**0.5 / pi * eye_m)
+            else:
+                root = size_r**0.5  # of δ
+                lam = lam_of(size_r / (m * d))
+                p, q = right / size_r, left / size_r
+                whole = torch.kron(root * p + lam**0.5 * eye_d, root * q + lam**0.5 * eye_m)
+        return torch.linalg.solve(whole, grad.double().T.flatten()).view(d, m).T

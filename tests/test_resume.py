@@ -85,10 +85,16 @@ CASES = [
     (translation, "preset=paper,factor_interval=4,inverse_interval=4"),
     (vit_trainer, "factor_interval=4,inverse_interval=4"),
     (swin_trainer, "factor_interval=4,inverse_interval=4"),
+    (translation, "family=ekfac,factor_interval=4,inverse_interval=4"),
+    (vit_trainer, "family=kfac,fisher=true,factor_interval=4,inverse_interval=4"),
 ]
 
 
-@pytest.mark.parametrize(("make", "settings"), CASES, ids=["marian-fast", "marian-paper", "vit-fast", "swin-fast"])
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    CASES,
+    ids=["marian-fast", "marian-paper", "vit-fast", "swin-fast", "marian-ekfac", "vit-kfac"],
+)
 def test_resume_is_exact(make: Any, settings: str, tmp_path: Path) -> None:
     whole = make(tmp_path / "whole", optim_args=settings)
     whole.train()

@@ -23,6 +23,10 @@ CONFIGS: list[dict[str, Any]] = [
     {"preset": "paper", "factor_interval": 2, "inverse_interval": 4},
     {"preset": "lngd_sample", "factor_interval": 2},
     {"preset": "lngd_lr", "factor_interval": 3},
+    {"family": "kfac", "factor_interval": 2, "inverse_interval": 3},
+    {"family": "ekfac", "factor_interval": 2, "inverse_interval": 3},
+    {"family": "tkfac", "factor_interval": 2, "inverse_interval": 3, "fisher": "true"},
+    {"family": "ng+", "factor_interval": 2, "inverse_interval": 3, "bias": "factor", "max_factor_dim": 10},
 ]
 
 

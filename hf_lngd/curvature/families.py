@@ -4,9 +4,9 @@ A family is a bank (see `Bank`): it names the sums that a factor step pools, tak
 (`update`), inverts what is due (`refresh`) and multiplies gradients by the inverse (`precondition`). All is batched
 over the layers of one shape. Capture, damping settings, intervals, momentum, rates and state are LNGD's own.
 
-Left is the side of a matrix's m outputs, right that of its d inputs (with the bias, where it is in the factor). Both are
-cut into k diagonal blocks past `max_factor_dim`. Averages are undamped (Eq. 14 of the LNGD paper), corrected for their
-start; only what is inverted is damped.
+Left is the side of a matrix's m outputs, right that of its d inputs (with the bias, where it is in the factor). Both
+are cut into k diagonal blocks past `max_factor_dim`. Averages are undamped (Eq. 14 of the LNGD paper), corrected for
+their start; only what is inverted is damped.
 """
 
 from __future__ import annotations
@@ -205,7 +205,9 @@ class EKFAC(FamilyBank):
     s is a running average over factor steps (the paper's EKFAC-ra), taken under the basis of its time. A new basis
     turns it as the diagonal of a matrix turns, s ← (U_BᵀU_B')²ᵀ s (U_AᵀU_A')², which keeps its sum (ours); before the
     first estimate KFAC's eigenvalues stand in. λ is relative to the mean of s, or bounded; it is added to s.
-    With factors in blocks the basis is that of the blocks, and s still the diagonal of the whole F.
+    With factors in blocks the basis is that of the blocks, and s still the diagonal of the whole F. Where a factor is
+    singular, rounding picks the eigenvectors: unlike the others, EKFAC then is the same from run to run, but not to the
+    last digits under another split into micro-batches.
     """
 
     sums = EKFACSums
