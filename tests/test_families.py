@@ -375,7 +375,7 @@ def test_a_batch_that_is_seen_twice_changes_no_factor(family: str, shape: tuple[
 
 
 def test_ekfac_under_one_basis_knows_no_micro_batches() -> None:
-    """`test_accumulation` has the other families. Here the basis is fixed: rounding picks it where a factor is singular."""
+    """`test_accumulation` has the others. Here the basis is fixed: rounding picks it where a factor is singular."""
     fields: dict[str, Any] = {"family": "ekfac", "factor_interval": 1, "inverse_interval": 100, "early_factors": False}
     model = core_marian()
     optimizer = LNGD(model, lr=1e-2, **fields)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_lngd.curvature.factors import add_damping
-from hf_lngd.curvature.inverses import inverse, inverse_sqrt, pack, packed_shape, unpack, whitener
+from hf_lngd.curvature.inverses import eigenbasis, inverse, inverse_sqrt, pack, packed_shape, unpack, whitener
 
 
 @settings(max_examples=40, deadline=None)
@@ -105,3 +105,28 @@ def test_what_is_damped_is_symmetric_to_the_last_bit() -> None:
     damped = add_damping(matrix, lam)
     assert torch.equal(damped, damped.mT)
     torch.testing.assert_close(damped, (matrix + matrix.mT) / 2 + lam[..., None, None] * torch.eye(5))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["raised", "silent"])
+def test_an_eigenbasis_that_fails_is_sought_in_float64(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK raises for the whole batch, or gives NaN for one matrix and says nothing."""
+    real = torch.linalg.eigh
+
+    def fail(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if matrix.dtype == torch.float64:
+            return real(matrix)
+        if told:
+            raise torch.linalg.LinAlgError("no convergence")
+        values, vectors = real(matrix)
+        vectors[1] = torch.nan
+        return values, vectors
+
+    matrix = spd(9, 100, torch.float32)
+    expected = real(matrix.double()).eigenvalues.float()
+    matrix = torch.cat((matrix, torch.full((1, 9, 9), torch.inf)))
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    values, vectors, ok = eigenbasis(matrix)
+    assert ok.tolist() == [True, True, True, False]
+    torch.testing.assert_close(values[:3], expected, rtol=1e-3, atol=1e-5)
+    back = (vectors[:3] * values[:3, None, :]) @ vectors[:3].mT
+    torch.testing.assert_close(back, matrix[:3], rtol=1e-3, atol=1e-5)

@@ -25,7 +25,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"preset": "lngd_lr", "factor_interval": 3},
     {"family": "kfac", "factor_interval": 2, "inverse_interval": 3},
     {"family": "ekfac", "factor_interval": 2, "inverse_interval": 3},
-    {"family": "tkfac", "factor_interval": 2, "inverse_interval": 3, "fisher": "true"},
+    {"family": "tkfac", "factor_interval": 2, "inverse_interval": 3, "fisher": "true", "preset": "paper"},
     {"family": "ng+", "factor_interval": 2, "inverse_interval": 3, "bias": "factor", "max_factor_dim": 10},
 ]
 

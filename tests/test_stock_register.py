@@ -52,10 +52,12 @@ def test_a_stock_trainer_trains_with_it(registered: None, tmp_path: Path, capsys
     assert capsys.readouterr().out.count(optimizer.routing_table().split("\n\n")[0]) == 1
 
 
-def test_it_steps_as_our_trainer_does(registered: None, tmp_path: Path) -> None:
-    found = stock(tmp_path, hf_vit(), optim="lngd")
+@pytest.mark.parametrize("text", ["family=lngd", "family=kfac", "family=ekfac", "family=tkfac", "family=ng+"])
+def test_it_steps_as_our_trainer_does(registered: None, text: str, tmp_path: Path) -> None:
+    found = stock(tmp_path, hf_vit(), optim="lngd", optim_args=text)
     found.train()
-    ours = LNGDTrainer(hf_vit(), LNGDTrainingArguments(str(tmp_path), **SETTINGS), train_dataset=hf_images(16))
+    args = LNGDTrainingArguments(str(tmp_path), optim_args=text, **SETTINGS)
+    ours = LNGDTrainer(hf_vit(), args, train_dataset=hf_images(16))
     ours.train()
     for (name, value), other in zip(found.model.state_dict().items(), ours.model.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
@@ -88,6 +90,8 @@ def test_our_classes_work_beside_it(registered: None, tmp_path: Path) -> None:
         ("factor_intervall=3", "did you mean factor_interval"),
         ("damping_rho=-1", "damping_rho: got -1.0"),
         ("preset=lngd_lr", "fisher: got 'true' in a stock Trainer"),
+        ("family=kfac,fisher=true", "accepted: empirical; or use hf_lngd.LNGDTrainer"),
+        ("family=kfac,direction=polar", r"direction: got 'polar', accepted: natural \(family=kfac\)"),
     ],
 )
 def test_bad_settings_say_what_is_wrong(registered: None, text: str, words: str, tmp_path: Path) -> None:

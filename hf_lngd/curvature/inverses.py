@@ -140,19 +140,35 @@ def _eye_like(matrix: Tensor) -> Tensor:
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues [..., n], ascending, and eigenvectors [..., n, n] of symmetric matrices [..., n, n]; ok [...]: False
-    where they are not to be used. On an accelerator it waits for the device."""
+    """Eigenvalues and eigenvectors of symmetric matrices; waits for the device.
+
+    Single precision fails now and then where many eigenvalues are zero, and may not say so: the vectors are NaN. Such a
+    matrix is tried again in float64.
+
+    Args:
+        matrix: [..., n, n].
+
+    Returns:
+        values [..., n], ascending, vectors [..., n, n] in columns, ok [...] (False: they are not to be used).
+    """
     finite = torch.isfinite(matrix.flatten(-2)).all(-1)
     # LAPACK refuses the whole batch for one bad matrix
     safe = torch.where(finite[..., None, None], matrix, _eye_like(matrix))
+    values, vectors, ok = _eigh(safe)
+    if matrix.dtype != torch.float64 and not matrix.is_meta and not bool(ok.all()):
+        again_values, again_vectors, again_ok = _eigh(safe[~ok].double())
+        values[~ok], vectors[~ok] = again_values.to(matrix.dtype), again_vectors.to(matrix.dtype)
+        ok = ok.masked_scatter(~ok, again_ok)
+    return values, vectors, finite & ok
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        values, vectors = torch.linalg.eigh(safe)
+        values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
-        try:
-            values, vectors = (x.to(matrix.dtype) for x in torch.linalg.eigh(safe.double()))
-        except torch.linalg.LinAlgError:
-            return torch.ones_like(safe[..., 0]), safe, torch.zeros_like(finite)
-    return values, vectors, finite
+        nothing = torch.zeros(matrix.shape[:-2], dtype=torch.bool, device=matrix.device)
+        return torch.ones_like(matrix[..., 0]), matrix.clone(), nothing
+    return values, vectors, torch.isfinite(vectors.flatten(-2)).all(-1)
 
 
 def _eigh_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
