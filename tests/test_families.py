@@ -551,6 +551,18 @@ def test_state_and_what_it_takes(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_storage_can_be_sized(family: str) -> None:
+    with torch.device("meta"):
+        model = Layer(8, 6)
+        optimizer = LNGD(model, lr=0.0, family=family, factor_interval=1)
+        for _ in range(2):
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+    usage = optimizer.memory_usage()
+    assert usage["momentum"] == 4 * 48 and min(usage["factors"], usage["inverses"]) > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_another_family_is_refused(family: str) -> None:
     states = []
     for own in (family, "lngd"):
