@@ -27,6 +27,11 @@ from .patches import MIB_OF_FLOATS
 from .sums import GroupSums
 
 
+def _along(flags: Tensor, value: Tensor) -> Tensor:
+    """[n] in the shape of a value [n, ...]."""
+    return flags.view(-1, *[1] * (value.dim() - 1))
+
+
 class FamilyBank(Bank):
     """Curvature of L layers with one shape, none of them shared.
 
@@ -75,13 +80,13 @@ class FamilyBank(Bank):
             return
         fresh = {key: torch.cat([new[name][key].to(self.like.dtype) for name in names]) for key in new[names[0]]}
         valid = torch.stack([torch.isfinite(value.flatten(1)).all(1) for value in fresh.values()]).all(0)
-        rows = index_tensor(self.rows_of(names), self.weight.device)
-        old_weight = self.weight[rows]
-        for side in self.kept_sides():
-            packed = torch.where(valid[:, None, None, None], pack(fresh[side]), torch.nan)
-            average, weight = running_average(self.averages[side][rows], packed, old_weight, self.config.ema_decay)
-            self.averages[side][rows], self.weight[rows] = average, weight
+        fresh = {key: torch.where(_along(valid, value), value, torch.nan) for key, value in fresh.items()}
         self.skipped += (~valid).sum()
+        rows = index_tensor(self.rows_of(names), self.weight.device)
+        old_weight, e = self.weight[rows], self.config.ema_decay
+        for side in self.kept_sides():
+            average, weight = running_average(self.averages[side][rows], pack(fresh[side]), old_weight, e)
+            self.averages[side][rows], self.weight[rows] = average, weight
         self._take(rows, fresh)
 
     def _take(self, rows: Tensor, fresh: dict[str, Tensor]) -> None:
@@ -111,8 +116,7 @@ class FamilyBank(Bank):
         """Take what was derived where all of it is good; a failed row keeps the last."""
         for name, value in found.items():
             store = self.derived[name]
-            keep = good.view(-1, *[1] * (value.dim() - 1))
-            store[rows] = torch.where(keep, value, store[rows])
+            store[rows] = torch.where(_along(good, value), value, store[rows])
         self.condition[rows] = torch.where(good, condition.to(self.condition.dtype), self.condition[rows])
         self.failures += (~good).sum()
 
