@@ -15,6 +15,7 @@ from test_convolutions import convolution, patches_of
 from torch import Tensor, nn
 
 from hf_lngd import LNGD, LNGDConfig
+from hf_lngd.checks import FAMILIES as ACCEPTED
 from hf_lngd.config import FAMILY_DEFAULTS, PRESETS
 from hf_lngd.curvature import families
 from hf_lngd.curvature.factors import block_layout
@@ -301,6 +302,10 @@ def test_ngplus_takes_rows_whole_and_in_pieces(m: int, d: int, most: int) -> Non
 
 
 # What they share with LNGD
+
+
+def test_every_list_of_families_is_whole() -> None:
+    assert set(ACCEPTED) == set(FAMILY_DEFAULTS) == {"lngd", *FAMILIES} == {"lngd", *families.FAMILIES}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
