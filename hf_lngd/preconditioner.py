@@ -9,6 +9,7 @@ from .config import LNGDConfig
 from .curvature.factor_bank import FactorBank, FactorSpec
 from .curvature.layer_bank import LayerBank, gram_side
 from .curvature.layers import Layer, factor_blocks
+from .curvature.pooling import Pool
 from .curvature.sums import GroupSums
 from .curvature.topology import Group, Topology
 
@@ -23,10 +24,11 @@ class Preconditioner:
         layers: the owned layers by name.
         topology: who shares Φ with whom; frozen.
         config: the optimizer's.
+        pool: the processes that train the model.
     """
 
-    def __init__(self, layers: dict[str, Layer], topology: Topology, config: LNGDConfig) -> None:
-        self.layers, self.config = layers, config
+    def __init__(self, layers: dict[str, Layer], topology: Topology, config: LNGDConfig, pool: Pool) -> None:
+        self.layers, self.config, self.pool = layers, config, pool
         self.factor_banks: list[FactorBank] = []
         self.layer_banks: list[LayerBank] = []
         self._bank_of_group: dict[str, FactorBank] = {}
@@ -60,9 +62,9 @@ class Preconditioner:
         keyed: dict[tuple, list[Layer]] = {}
         for layer in self.layers.values():
             group = topology.of_layer[layer.name]
-            bank = self._bank_of_group[group.name]
+            shared = id(self._bank_of_group[group.name])
             estimated = bool(group.links) or self.config.fisher != "expected"
-            key = (layer.units, layer.out_features, layer.columns, layer.bias_name is None, id(bank), estimated)
+            key = (layer.units, layer.out_features, layer.columns, layer.bias_name is None, shared, estimated)
             keyed.setdefault(key, []).append(layer)
         before = 0
         for (units, m, columns, _, _, estimated), members in keyed.items():
@@ -73,13 +75,15 @@ class Preconditioner:
                 factors = self._bank_of_group[names[0]]
                 like = state_like(chunk[0])
                 rows = torch.tensor(factors.rows_of(names), device=like.device)
-                self.layer_banks.append(LayerBank(chunk, factors, rows, estimated, before, self.config, like))
+                bank = LayerBank(chunk, factors, rows, estimated, before, self.config, like, self.pool)
+                self.layer_banks.append(bank)
                 before += len(chunk)
 
     def update_factors(self, sums: dict[str, GroupSums], scale: Tensor | float | None) -> None:
-        """Take one step's sums into the running averages (Eq. 4, 5, 14)."""
+        """Take one step's sums, of all processes, into the running averages (Eq. 4, 5, 14)."""
         phi: dict[str, Tensor] = {}
         psi: dict[str, Tensor] = {}
+        seen = {name: group.kept > 0 for name, group in sums.items() if isinstance(group.kept, Tensor)}
         for name, group in sums.items():
             if group.s is None:
                 continue
@@ -87,7 +91,7 @@ class Preconditioner:
             if own is not None:
                 psi[name] = own
         for factor_bank in self.factor_banks:
-            factor_bank.update(phi)
+            factor_bank.update(phi, seen)
         for layer_bank in self.layer_banks:
             layer_bank.update_psi(psi)
 

@@ -90,8 +90,13 @@ class FactorBank:
         """The rows of these groups, one after the other."""
         return tuple(row for name in names for row in self.rows[name])
 
-    def update(self, new: dict[str, Tensor]) -> None:
-        """Eq. 14 with the factors of one step: name → Φ [u, k, b, b], undamped. Non-finite ones are left out."""
+    def update(self, new: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
+        """Eq. 14 with the factors of one step: name → Φ [u, k, b, b], undamped. Non-finite ones are left out.
+
+        Args:
+            seen: name → a truth value: whether any process saw the group; no entry: it was seen. What nobody saw is
+                left out, but does not count as skipped.
+        """
         names = [name for name in new if name in self.rows]
         if not names:
             return
@@ -100,7 +105,10 @@ class FactorBank:
         old_weight = self.weight[rows]
         average, weight = running_average(self.phi[rows], packed, old_weight, self.config.ema_decay)
         self.phi[rows], self.weight[rows] = average, weight
-        self.skipped += (~torch.isfinite(packed.flatten(1)).all(1)).sum()
+        skipped = ~torch.isfinite(packed.flatten(1)).all(1)
+        if seen:
+            skipped &= torch.cat([seen[name].expand(len(self.rows[name])) for name in names])
+        self.skipped += skipped.sum()
 
     def refresh(self, step: int) -> None:
         """Invert the groups whose turn this step is, all of them at the first call and at early factor steps. A

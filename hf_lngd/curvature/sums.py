@@ -17,15 +17,15 @@ class GroupSums:
 
     Attributes:
         blocks: (k, b).
-        seen, kept: rows of the batch in the step, and those of them that were summed.
+        seen, kept: rows of the batch in the step, and those of them that were summed; tensors over several processes.
     """
 
     blocks: tuple[int, int]
     s: Tensor | None = None
     v: Tensor | None = None
     n: Tensor | None = None
-    seen: int = 0
-    kept: int = 0
+    seen: int | Tensor = 0
+    kept: int | Tensor = 0
 
     def add(self, a: Tensor, g2: Tensor | None, mask: Tensor | None) -> None:
         """Add some positions.
@@ -52,13 +52,17 @@ class GroupSums:
         self.s = s if self.s is None else self.s.add_(s)
         self.n = count if self.n is None else self.n + count
 
+    def seen_over_kept(self) -> float | Tensor:
+        """Rows of the step over those of them that were summed; over several processes a tensor, NaN for none."""
+        return self.seen / self.kept if isinstance(self.kept, Tensor) or self.kept else 1.0
+
     def factors(self, scale: Tensor | float | None = None) -> tuple[Tensor, Tensor | None]:
         """Φ = S·scale (Eq. 4; `scale` 1/n by default) [u, k, b, b] and Ψ = v / tr S (Eq. 5) [u, m], tr Ψ = 1.
 
         With no positions at all Φ is NaN, which the running average passes over.
         """
         assert self.s is not None and self.n is not None
-        phi = self.s / self.n if scale is None else self.s * (scale * (self.seen / self.kept if self.kept else 1.0))
+        phi = self.s / self.n if scale is None else self.s * (scale * self.seen_over_kept())
         if self.v is None:
             return phi, None
         size = trace(self.s)[:, None]  # may overflow where v does not: then Ψ is no more to be used than Φ
@@ -83,7 +87,7 @@ class RowSamples:
         self.calls.setdefault(forward, []).append((a, g))
 
     def sum_of_squares(self, layer: Layer, direction: Tensor) -> Tensor:
-        """Σ q_n² over the rows kept, times rows seen / rows kept; q_n = Σ_t g_tᵀ D a_t, direction [u, m, columns].
+        """Σ q_n² over the rows kept; q_n = Σ_t g_tᵀ D a_t, direction [u, m, columns].
 
         A layer that is called twice in one forward adds both calls to a row's q; other forwards are other rows.
         """
@@ -91,7 +95,12 @@ class RowSamples:
         for calls in self.calls.values():
             q = sum(_row_products(layer, direction, a, g) for a, g in calls)
             total = total + torch.as_tensor(q).square().sum()
-        return total * (self.seen / self.kept) if self.kept else total
+        return total
+
+    @property
+    def seen_over_kept(self) -> float:
+        """What makes a sum over the rows kept one over all rows."""
+        return self.seen / self.kept if self.kept else 1.0
 
 
 def _row_products(layer: Layer, direction: Tensor, a: Tensor, g: Tensor) -> Tensor:
