@@ -41,11 +41,12 @@ class DistPool:
     Args:
         size: how many.
         folder: for the file through which they meet.
+        module: whose functions they will run.
     """
 
-    def __init__(self, size: int, folder: Path) -> None:
+    def __init__(self, size: int, folder: Path, module: str = "tests.dist_cases") -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.dist_cases"])  # torch and transformers are imported once for all
+        context.set_forkserver_preload([module])  # torch and transformers are imported once for all
         self.size, self._pipes, self._processes = size, [], []
         for rank in range(size):
             here, there = context.Pipe()

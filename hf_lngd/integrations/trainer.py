@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +12,7 @@ from ..config import LNGDConfig
 from ..optimizer import LNGD
 from .checkpoints import freeze_fixed_positions, load_weights, restores_by_name
 from .diagnostics import lngd_of, log_entries
+from .launching import refuse_unsupported
 from .loss import IGNORED_LABEL, SummedCrossEntropy, ignores_num_items, with_decoder_inputs
 from .training_args import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
 
@@ -40,28 +39,10 @@ def create_lngd_optimizer(
         RuntimeError: a way of running that LNGD does not support; names the command to use.
     """
     if args is not None:
-        refuse_unsupported(args)
+        refuse_unsupported(args, model)
         from_args, from_lr = lngd_settings(args)
         config, lr = config or from_args, from_lr if lr is None else lr
     return LNGD(model, config, lr=1e-3 if lr is None else lr, **fields)
-
-
-def refuse_unsupported(args: TrainingArguments) -> None:
-    """Raise RuntimeError where LNGD would be wrong: replicas of DataParallel, several processes, sharded parameters."""
-    command = shlex.join(["python", *sys.argv]) if sys.argv and sys.argv[0] else "python your_script.py"
-    if args.n_gpu > 1:
-        raise RuntimeError(
-            f"LNGD: got {args.n_gpu} GPUs in one process (DataParallel), whose replicas LNGD cannot watch, accepted: "
-            f"one GPU. Use: CUDA_VISIBLE_DEVICES=0 {command}"
-        )
-    sharded = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else None
-    if sharded:
-        raise RuntimeError(f"LNGD: got {sharded}, accepted: one process, whole parameters. Use: {command}")
-    if args.world_size > 1:
-        raise RuntimeError(
-            f"LNGD: got {args.world_size} processes, whose factors would differ and with them the weights, accepted: "
-            f"one. Use: {command}"
-        )
 
 
 class LNGDTrainerMixin:
@@ -79,7 +60,7 @@ class LNGDTrainerMixin:
         if args is None:
             args = self._default_args(output_dir="tmp_trainer")
         if is_lngd(args):
-            refuse_unsupported(args)
+            refuse_unsupported(args, model)
         self._routing_is_told = False
         if isinstance(model, nn.Module):
             freeze_fixed_positions(model)
