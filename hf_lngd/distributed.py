@@ -58,6 +58,14 @@ class Ranks:
                 result[i] = piece.view(tensors[i].shape)
         return result
 
+    def gather(self, own: Tensor, most: int) -> Tensor:
+        """Bytes of every rank: own [n] uint8, n at most `most` (the same on every rank) → [ranks, most]."""
+        buffer = own.new_zeros(most)
+        buffer[: own.numel()] = own
+        everyone = own.new_empty(self.size * most)
+        dist.all_gather_into_tensor(everyone, buffer, group=self.group)
+        return everyone.view(self.size, most)
+
     def check_same(self, what: str, own: Mapping[str, Any]) -> None:
         """Make sure that every rank says the same of itself: only a digest travels where they do.
 

@@ -10,6 +10,7 @@ from .curvature.factor_bank import FactorBank, FactorSpec
 from .curvature.layer_bank import LayerBank, gram_side
 from .curvature.layers import Layer, factor_blocks
 from .curvature.pooling import Pool
+from .curvature.spreading import SpreadInverses
 from .curvature.sums import GroupSums
 from .curvature.topology import Group, Topology
 
@@ -34,6 +35,7 @@ class Preconditioner:
         self._bank_of_group: dict[str, FactorBank] = {}
         self._make_factor_banks(topology.groups)
         self._make_layer_banks(topology)
+        self._spread = SpreadInverses(config.placement, pool)
         self.bank_of_layer = {layer.name: (bank, i) for bank in self.layer_banks for i, layer in enumerate(bank.layers)}
 
     def _make_factor_banks(self, groups: list[Group]) -> None:
@@ -97,8 +99,15 @@ class Preconditioner:
 
     def refresh(self, step: int) -> None:
         """Invert what is due at this step."""
-        for bank in self.factor_banks:
-            bank.refresh(step)
+        due = [(bank, rows) for bank in self.factor_banks if (rows := bank.due(step))]
+        spread = self._spread.plan(due) if self.pool.size > 1 else None
+        if spread is not None:
+            self._spread.invert(spread)
+        else:
+            for bank, rows in due:
+                bank.invert(rows)
+        for bank, _ in due:
+            bank.inverted = True
 
     def factors(self, name: str) -> dict[str, Tensor]:
         """Φ [columns, columns] and Ψ [m] of a layer, as the paper defines them, undamped; with a grouped convolution's

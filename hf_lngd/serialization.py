@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 VERSION = 2
 # Fields that change no result.
-_FREE = ("conv_memory",)
+_FREE = ("conv_memory", "placement")
 
 
 def state_of(optimizer: LNGD) -> dict[str, Any]:

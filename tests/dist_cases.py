@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -234,3 +235,19 @@ def alone(steps: int = 3) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     return report(model, optimizer, start, None)
+
+
+def no_inverse(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In place of `inverse`: none of them is to be used."""
+    return matrix, torch.zeros(matrix.shape[:-2], dtype=torch.bool), matrix[..., 0, 0]
+
+
+def with_failing_inverses(placement: str) -> float:
+    """How many inverses failed in a step in which all four did."""
+    model = make("images", torch.float64)
+    optimizer = LNGD(model, lr=LR, direction="natural", placement=placement, conv_rows=1)
+    batch = batch_of("images", 0, 4, torch.float64)
+    F.cross_entropy(model(**batch), batch["labels"]).backward()
+    with patch("hf_lngd.curvature.factor_bank.inverse", no_inverse):
+        optimizer.step()
+    return optimizer.diagnostics()["failed_inverses"]

@@ -87,6 +87,27 @@ def test_other_settings_too(kind: str, fields: dict[str, Any], pools: Pools) -> 
     check(pools, [(2, 2), (4, 1)], kind=kind, fields=fields, dtype="float64")
 
 
+@pytest.mark.parametrize("fields", [{}, {"direction": "gram"}, {"direction": "natural", "stagger": False}], ids=str)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_spread_inverses_are_those_that_all_would_compute(fields: Any, dtype: str, pools: Pools) -> None:
+    # in float32 the roots are kept in bfloat16, and packed where there is no half precision
+    case = {"kind": "marian", "dtype": dtype, "ranks": 4, "steps": 12}
+    fields = {"inverse_interval": 4, "factor_interval": 4, **fields}
+    alone = pools[4].run(dist_cases.train, fields={**fields, "placement": "replicated"}, **case)
+    spread = pools[4].run(dist_cases.train, fields={**fields, "placement": "spread"}, **case)
+    assert dist_cases.distance(spread[0], alone[0]) <= TOLERANCE[dtype]
+    assert spread[0]["numbers"]["damping_mean"] == pytest.approx(alone[0]["numbers"]["damping_mean"])
+    assert spread[0]["numbers"]["condition_max"] == pytest.approx(alone[0]["numbers"]["condition_max"], rel=1e-3)
+    for other in spread[1:]:
+        assert all(torch.equal(w, spread[0]["weights"][name]) for name, w in other["weights"].items())
+
+
+@pytest.mark.parametrize("placement", ["spread", "replicated"])
+def test_failed_inverses_are_counted_once(placement: str, pools: Pools) -> None:
+    numbers = pools[2].run(dist_cases.with_failing_inverses, placement=placement)
+    assert numbers == [4.0, 4.0]
+
+
 def test_token_counts_are_those_of_all_ranks(pools: Pools) -> None:
     # an exact embedding counts what is looked up, padding behind a last word too: all parts are padded alike
     case = {"kind": "marian", "fields": {"embedding": "exact"}, "dtype": "float64", "steps": 8, "trim": False}

@@ -26,6 +26,7 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
 
 ARGS = "conv_rows=1,rate_rows=1,matrix_dtype=full,factor_interval=2,inverse_interval=4"
 # (processes, rows of a micro-batch, accumulation): windows of 16 rows, the last of an epoch has 8
+SMOOTHED = {"label_smoothing_factor": 0.1}
 LAYOUTS = [(1, 4, 4), (2, 4, 2), (2, 2, 4), (4, 2, 2), (4, 1, 4)]
 
 

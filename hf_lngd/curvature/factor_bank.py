@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ..config import LNGDConfig, is_due
+from ..placement import Speed
 from .factors import add_damping, damping, running_average, trace
-from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack
+from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack, uses_newton
 
 
 @lru_cache(maxsize=4096)
 def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """Indices on a device. Cached: to copy a list there waits for the device, and the same ones come again."""
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 def product_dtype(config: LNGDConfig, dtype: torch.dtype) -> torch.dtype:
@@ -80,10 +81,10 @@ class FactorBank:
         self.skipped = torch.zeros((), dtype=torch.int64, device=like.device)
         self._columns = like.new_tensor([float(spec.columns) for spec in specs for _ in range(spec.units)])
         self._scale = like.new_tensor([spec.scale for spec in specs for _ in range(spec.units)])
-        self._due: dict[int, Tensor] = {}
+        self._due: dict[int, tuple[int, ...]] = {}
         for offset in sorted(set(offsets)):
             members = [spec.name for spec, own in zip(specs, offsets, strict=True) if own == offset]
-            self._due[offset] = torch.tensor(self.rows_of(members), device=like.device)
+            self._due[offset] = self.rows_of(members)
         self.inverted = False
 
     def rows_of(self, names: Iterable[str]) -> tuple[int, ...]:
@@ -110,17 +111,16 @@ class FactorBank:
             skipped &= torch.cat([seen[name].expand(len(self.rows[name])) for name in names])
         self.skipped += skipped.sum()
 
-    def refresh(self, step: int) -> None:
-        """Invert the groups whose turn this step is, all of them at the first call and at early factor steps. A
-        failed one keeps the last."""
+    def due(self, step: int) -> tuple[int, ...]:
+        """The rows whose turn it is to be inverted: all of them at the first time and at early factor steps."""
         early = 0 < step < self.config.inverse_interval and is_due(step, self.config.inverse_interval, self.config)
         if not self.inverted or early:
-            self._refresh(torch.arange(self.phi.shape[0], device=self.phi.device))
-            self.inverted = True
-        elif (due := self._due.get(step % self.config.inverse_interval)) is not None:
-            self._refresh(due)
+            return tuple(range(self.phi.shape[0]))
+        return self._due.get(step % self.config.inverse_interval, ())
 
-    def _refresh(self, rows: Tensor) -> None:
+    def invert(self, due: tuple[int, ...]) -> None:
+        """Invert these rows. A failed one keeps the last."""
+        rows = index_tensor(due, self.phi.device)
         phi = self.dense(rows)
         mean = trace(phi) / self._columns[rows]
         c = self.config
@@ -157,8 +157,16 @@ class FactorBank:
         found = self.derived[kind][rows].to(dtype)
         return found if self.ready else unpack(found, self.b)
 
+    def results(self) -> dict[str, Tensor]:
+        """What :meth:`invert` writes, with a row of each unit of each group in the first dimension."""
+        return {"damping": self.damping, "condition": self.condition, **self.derived}
+
+    def seconds(self, speed: Speed) -> float:
+        """What a row costs, roughly."""
+        method = "newton" if uses_newton(self.config.inverse_root, self.phi.device) else "eigh"
+        rates = {"inverse": speed.cholesky, "root": getattr(speed, method)}
+        return sum(self.k * self.b**3 / rates[kind] for kind in self.derived)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with a row of each unit of each group in the first dimension."""
-        return {"phi": self.phi, "weight": self.weight, "damping": self.damping, "condition": self.condition} | {
-            kind: value for kind, value in self.derived.items()
-        }
+        return {"phi": self.phi, "weight": self.weight, **self.results()}

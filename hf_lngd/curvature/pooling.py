@@ -26,8 +26,15 @@ class Pool(Protocol):
     def size(self) -> int:
         """How many."""
 
+    @property
+    def rank(self) -> int:
+        """This one's number."""
+
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:
         """The sum of each tensor over all of them."""
+
+    def gather(self, own: Tensor, most: int) -> Tensor:
+        """Bytes of every rank, see `distributed.Ranks.gather`."""
 
 
 def pool_sums(
