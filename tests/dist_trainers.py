@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, TrainerState
 
 from hf_lngd import LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
 from tests.hf_helpers import hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
@@ -27,14 +30,15 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_trainer(
-    kind: str, folder: str, ranks: int, size: int, accumulation: int, double: bool = True, **values: Any
-) -> Any:
-    """A trainer whose model has no dropout; `double`: in float64."""
+    kind: str, folder: str, ranks: int, size: int, accumulation: int, double: bool = True, dropout: float = 0.0,
+    **values: Any,
+) -> Any:  # fmt: skip
+    """A trainer of a small model; `double`: in float64."""
     layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
     settings = {**SETTINGS, **layout, **({"ddp_backend": "gloo"} if ranks > 1 else {}), **values}
     precision = torch.float64 if double else torch.float32
     if kind == "images":
-        model = freeze_keys(hf_vit(initializer_range=0.25, attention_probs_dropout_prob=0.0)).to(precision)
+        model = freeze_keys(hf_vit(initializer_range=0.25, hidden_dropout_prob=dropout)).to(precision)
         return LNGDTrainer(
             model, LNGDTrainingArguments(folder, **settings), train_dataset=hf_images(ROWS, dtype=precision)
         )
@@ -73,3 +77,24 @@ def train(
         "state": state.get("lngd"),
         "rate": trainer.lr_scheduler.get_last_lr(),
     }
+
+
+def slow_to_save(folder: str) -> bool:
+    """Rank 1 takes its time with its random state; was it there when rank 0 wrote the file that comes last?"""
+    trainer = make_trainer("images", folder, 2, 4, 1, save_strategy="steps", save_steps=2, max_steps=2)
+    there = []
+    save, finish = torch.save, TrainerState.save_to_json
+
+    def slow_save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if str(path).endswith("rng_state_1.pth"):
+            time.sleep(0.5)
+        save(value, path, *args, **kwargs)
+
+    def look(state: Any, path: str) -> None:
+        there.append((Path(path).parent / "rng_state_1.pth").is_file())
+        finish(state, path)
+
+    with patch("torch.save", slow_save), patch.object(TrainerState, "save_to_json", look):
+        trainer.train()
+    dist.barrier()
+    return all(there)

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import LNGDConfig
 from ..optimizer import LNGD
-from .checkpoints import freeze_fixed_positions, load_weights, restores_by_name
+from .checkpoints import (
+    STATE,
+    check_checkpoint,
+    freeze_fixed_positions,
+    last_checkpoint,
+    load_weights,
+    restores_by_name,
+)
 from .diagnostics import lngd_of, log_entries
 from .launching import refuse_unsupported
 from .loss import IGNORED_LABEL, SummedCrossEntropy, ignores_num_items, with_decoder_inputs
@@ -122,6 +131,35 @@ class LNGDTrainerMixin:
         if lngd is not None and me.is_in_train and "loss" in logs:
             logs.update(log_entries(lngd))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. True resumes from the last checkpoint that is whole, and warns of those that are not.
+
+        Raises:
+            ValueError: a checkpoint that is damaged or none, naming the file; nothing is loaded then.
+        """
+        folder: str | bool | None = resume_from_checkpoint or None
+        if folder is True:
+            folder = last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+            if folder is None:
+                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")  # type: ignore[attr-defined]
+        elif folder:
+            check_checkpoint(folder)
+        return super().train(folder, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that is written over is none until its last file is there."""
+        me: Any = self
+        if me.args.should_save:
+            folder = Path(me._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{me.state.global_step}"
+            (folder / STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Each rank writes its own; the file that makes a checkpoint one comes after all of them."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        me: Any = self
+        me.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         me: Any = self
