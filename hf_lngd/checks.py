@@ -20,6 +20,7 @@ MATRIX_DTYPES = ("bfloat16", "full")
 ROOTS = ("auto", "eigh", "newton")
 CHAINS = ("activation", "full")
 HEADS = ("gaussian", "categorical")
+PLACEMENTS = ("auto", "spread", "replicated")
 
 
 def invalid(name: str, value: Any, accepted: str) -> ValueError:
@@ -148,4 +149,5 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "head": _choice(HEADS),
     "conv_rows": _integer(1),
     "conv_memory": _integer(1),
+    "placement": _choice(PLACEMENTS),
 }

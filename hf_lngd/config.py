@@ -52,6 +52,7 @@ _FAST: dict[str, Any] = {
     "head": "gaussian",
     "conv_rows": 8,
     "conv_memory": 64,
+    "placement": "auto",
 }
 
 _PAPER: dict[str, Any] = _FAST | {
@@ -166,6 +167,8 @@ class LNGDConfig:
             (the paper), or ``categorical``: the model's own, E[g²] = p(1 − p).
         conv_rows: one row of the batch in this many estimates the factors of convolutions; 1: all of them.
         conv_memory: MiB that the patches of a convolution's input may take at once, in a factor step.
+        placement: of inverses over several processes. ``spread``: each is computed by one of them and sent to all;
+            ``replicated``: by every one; ``auto``: what a cost model finds quicker, step by step.
 
     Raises:
         ValueError: names the field, the value and what is accepted.
@@ -210,6 +213,7 @@ class LNGDConfig:
     head: str = _FROM_PRESET
     conv_rows: int = _FROM_PRESET
     conv_memory: int = _FROM_PRESET
+    placement: str = _FROM_PRESET
 
     def __post_init__(self) -> None:
         one_of("preset", self.preset, tuple(PRESETS))

@@ -16,9 +16,12 @@ from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
 from .curvature.embeddings import EmbeddingLayer
 from .curvature.fisher import FisherSource
+from .curvature.pooling import pool_sums
 from .curvature.rotated import RotatedTable
+from .curvature.topology import Group
+from .distributed import Ranks
 from .fallback import Fallback
-from .preconditioner import Preconditioner
+from .preconditioner import Preconditioner, state_like
 from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route, format_routes, route
 
 
@@ -36,6 +39,8 @@ class LNGD(torch.optim.Optimizer):
         model: the model that will be trained; its layers are watched by hooks during factor steps.
         config: the settings; none: those of the preset ``fast``.
         lr: α of the paper; with ``rate="rms"`` (the default) it means what it means for AdamW.
+        process_group: the processes that train this model together, if these are not all of the job: the group that
+            DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients.
         **fields: fields of `LNGDConfig`, on top of `config`.
 
     The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and
@@ -43,10 +48,17 @@ class LNGD(torch.optim.Optimizer):
 
     Raises:
         ValueError: a bad value (field, value and what is accepted are named), or nothing to train.
+        RuntimeError: processes that disagree about the model or the settings; says what differs.
     """
 
     def __init__(
-        self, model: nn.Module, config: LNGDConfig | None = None, *, lr: float | Tensor = 1e-3, **fields: Any
+        self,
+        model: nn.Module,
+        config: LNGDConfig | None = None,
+        *,
+        lr: float | Tensor = 1e-3,
+        process_group: Any = None,
+        **fields: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module (not its parameters)")
@@ -62,9 +74,10 @@ class LNGD(torch.optim.Optimizer):
         self._parameters = dict(model.named_parameters())
         self._fallback = Fallback(config.betas, config.eps)
         super().__init__(self._make_groups(lr), {"lr": lr, "weight_decay": 0.0})
+        self._ranks = Ranks(process_group)
         kind: Any = RotatedTable if config.embedding == "rotated" else EmbeddingLayer
         self._embeddings: list[EmbeddingLayer | RotatedTable] = [
-            kind(name, modules, config) for name, modules in self._routing.embeddings
+            kind(name, modules, config, self._ranks) for name, modules in self._routing.embeddings
         ]
         self._capture = Capture(
             model,
@@ -75,7 +88,18 @@ class LNGD(torch.optim.Optimizer):
         self._preconditioner: Preconditioner | None = None
         self._steps = 0
         self._factor_seconds = 0.0
+        self._ranks_agree = False
+        self._check_ranks()
         self._arm()
+
+    def _check_ranks(self) -> None:
+        """Once, as soon as there are several: do they train the same model in the same way?"""
+        if self._ranks_agree or self._ranks.size == 1:
+            return
+        parameters = {r.parameter: f"{list(r.shape)}, {r.owner} ({r.reason})" for r in self._routing.routes}
+        settings = {f"{group['name']}.lr": float(group["lr"]) for group in self.param_groups}
+        self._ranks.check_same("the model or its settings", self.config.to_dict() | settings | parameters)
+        self._ranks_agree = True
 
     def _make_groups(self, lr: float | Tensor) -> list[dict[str, Any]]:
         c = self.config
@@ -110,6 +134,7 @@ class LNGD(torch.optim.Optimizer):
         """
         if self._capture.closed:
             raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
+        self._check_ranks()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -133,22 +158,38 @@ class LNGD(torch.optim.Optimizer):
         return loss
 
     def _arm(self) -> None:
-        made = self._preconditioner
-        self._capture.arm(self._is_factor_step(), None if made is None else made.basis_of)
+        """Get ready for the coming step."""
+        made, factors = self._preconditioner, self._is_factor_step()
+        self._capture.arm(factors, None if made is None else made.basis_of)
+        if factors and self._ranks.size > 1:
+            self._capture.source.restart(self._ranks.rank, self._steps)
 
     def _is_factor_step(self) -> bool:
         return is_due(self._steps, self.config.factor_interval, self.config) or self._preconditioner is None
 
     def _update_factors(self) -> None:
+        capture = self._capture
         if self._is_factor_step():
-            sums = self._capture.finish()
+            sums = capture.finish()
             self._check_capture(bool(sums))
             if self._preconditioner is None:
-                self._preconditioner = Preconditioner(self._capture.layers, self._capture.topology, self.config)
-            scale = self._capture.source.scale(self._capture.terms) if sums else None
+                found = {"/".join(g["members"]): f"{g['links']} {g['stream']}" for g in capture.topology.state()}
+                order = {"order of layers": list(found)}
+                self._ranks.check_same("what follows the layers, and who shares an input", found | order)
+                self._preconditioner = Preconditioner(capture.layers, capture.topology, self.config, self._ranks)
+            terms, drawn = capture.terms, capture.source.sampled_terms
+            if sums:
+                capture.source.check_terms(terms)
+            if self._ranks.size > 1:
+                groups, scalars = capture.topology.groups, [terms, drawn]
+                sums, (terms, drawn) = pool_sums(sums, groups, capture.empty_sums, self._like_of, scalars, self._ranks)
+            scale = capture.source.scale(terms, drawn, self._ranks.size) if sums else None
             self._preconditioner.update_factors(sums, scale)
         assert self._preconditioner is not None
         self._preconditioner.refresh(self._steps)
+
+    def _like_of(self, group: Group) -> Tensor:
+        return state_like(self._capture.layers[group.name])
 
     def _check_capture(self, seen: bool) -> None:
         source = self._capture.source
@@ -180,6 +221,8 @@ class LNGD(torch.optim.Optimizer):
         if self.config.rate != "adaptive":
             return
         seen = self._capture.rows
+        if self._capture.rows_seen and self._ranks.size > 1:  # another rank may have called a layer that this did not
+            return
         layers = [layer.name for layer in self._routing.layers if layer.weight.grad is not None]
         unseen = layers if not self._capture.rows_seen else [n for n in layers if n not in seen or not seen[n].calls]
         if unseen:

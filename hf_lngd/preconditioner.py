@@ -13,6 +13,8 @@ from .curvature.families import FAMILIES, FamilyBank
 from .curvature.family_sums import Basis, FamilySums
 from .curvature.layer_bank import LayerBank, gram_side
 from .curvature.layers import Layer, factor_blocks, sides_of
+from .curvature.pooling import Pool
+from .curvature.spreading import SpreadInverses
 from .curvature.sums import GroupSums
 from .curvature.topology import Group, Topology
 
@@ -27,15 +29,17 @@ class Preconditioner:
         layers: the owned layers by name.
         topology: who shares Φ with whom; frozen.
         config: the optimizer's.
+        pool: the processes that train the model.
     """
 
-    def __init__(self, layers: dict[str, Layer], topology: Topology, config: LNGDConfig) -> None:
-        self.layers, self.config = layers, config
+    def __init__(self, layers: dict[str, Layer], topology: Topology, config: LNGDConfig, pool: Pool) -> None:
+        self.layers, self.config, self.pool = layers, config, pool
         self.factor_banks: list[Bank] = []
         self.layer_banks: list[LayerBank] = []
         self._bank_of_group: dict[str, Bank] = {}
         self._make_factor_banks(topology.groups)
         self._make_layer_banks(topology)
+        self._spread = SpreadInverses(config.placement, pool)
         self.bank_of_layer = {layer.name: (bank, i) for bank in self.layer_banks for i, layer in enumerate(bank.layers)}
 
     def _make_factor_banks(self, groups: list[Group]) -> None:
@@ -70,10 +74,10 @@ class Preconditioner:
         keyed: dict[tuple, list[Layer]] = {}
         for layer in self.layers.values():
             group = topology.of_layer[layer.name]
-            bank = self._bank_of_group[group.name]
+            shared = id(self._bank_of_group[group.name])
             ours = self.config.family == "lngd"
             estimated = ours and (bool(group.links) or self.config.fisher != "expected")
-            key = (layer.units, layer.out_features, layer.columns, layer.bias_name is None, id(bank), estimated)
+            key = (layer.units, layer.out_features, layer.columns, layer.bias_name is None, shared, estimated)
             keyed.setdefault(key, []).append(layer)
         before = 0
         for (units, m, columns, _, _, estimated), members in keyed.items():
@@ -84,14 +88,16 @@ class Preconditioner:
                 factors = self._bank_of_group[names[0]]
                 like = state_like(chunk[0])
                 rows = torch.tensor(factors.rows_of(names), device=like.device)
-                self.layer_banks.append(LayerBank(chunk, factors, rows, estimated, before, self.config, like))
+                bank = LayerBank(chunk, factors, rows, estimated, before, self.config, like, self.pool)
+                self.layer_banks.append(bank)
                 before += len(chunk)
 
     def update_factors(self, sums: Mapping[str, GroupSums | FamilySums], scale: Tensor | float | None) -> None:
-        """Take one step's sums into the running averages (Eq. 4, 5, 14)."""
+        """Take one step's sums, of all processes, into the running averages (Eq. 4, 5, 14)."""
         phi: dict[str, Tensor] = {}
         psi: dict[str, Tensor] = {}
         statistics: dict[str, dict[str, Tensor]] = {}
+        seen = {name: group.kept > 0 for name, group in sums.items() if isinstance(group.kept, Tensor)}
         for name, group in sums.items():
             if isinstance(group, FamilySums):
                 if group.parts:
@@ -102,15 +108,22 @@ class Preconditioner:
             phi[name], own = group.factors(scale)
             if own is not None:
                 psi[name] = own
-        for bank in self.factor_banks:
-            bank.update(statistics if isinstance(bank, FamilyBank) else phi)
+        for factor_bank in self.factor_banks:
+            factor_bank.update(statistics if isinstance(factor_bank, FamilyBank) else phi, seen)
         for layer_bank in self.layer_banks:
             layer_bank.update_psi(psi)
 
     def refresh(self, step: int) -> None:
         """Invert what is due at this step."""
-        for bank in self.factor_banks:
-            bank.refresh(step)
+        due = [(bank, rows) for bank in self.factor_banks if (rows := bank.due(step))]
+        spread = self._spread.plan(due) if self.pool.size > 1 else None
+        if spread is not None:
+            self._spread.invert(spread)
+        else:
+            for bank, rows in due:
+                bank.invert(rows)
+        for bank, _ in due:
+            bank.inverted = True
 
     def basis_of(self, name: str) -> Basis | None:
         """The coordinates in which a group's coming sums are wanted, see `FamilyBank.basis_of`."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 VERSION = 4
 # Fields that change no result.
-_FREE = ("conv_memory",)
+_FREE = ("conv_memory", "placement")
 
 
 def state_of(optimizer: LNGD) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditio
     unknown = sorted(set(topology.of_layer) ^ set(optimizer._capture.layers))
     if unknown:
         raise ValueError(f"state_dict: the layers differ: {', '.join(unknown[:5])}")
-    return Preconditioner(optimizer._capture.layers, topology, optimizer.config)
+    return Preconditioner(optimizer._capture.layers, topology, optimizer.config, optimizer._ranks)
 
 
 def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:

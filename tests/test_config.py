@@ -51,6 +51,7 @@ BAD = {
     "head": ["poisson"],
     "conv_rows": [0, 1.5],
     "conv_memory": [0],
+    "placement": ["round"],
 }
 
 

@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
     "file not there": ({"train_file": "nowhere.json"}, None, "train_file: got 'nowhere.json', which is no file"),
     "kind of file": ({"train_file": "pairs.tsv"}, None, "train_file: got 'pairs.tsv', accepted: a file that ends in"),
     "files and set": ({"dataset_name": "wmt16"}, None, "dataset_name: got 'wmt16' and files"),
-    "checkpoint": ({"resume_from_checkpoint": "nowhere"}, None, "resume_from_checkpoint: got 'nowhere', accepted:"),
+    "checkpoint": ({"resume_from_checkpoint": "nowhere"}, None, "resume_from_checkpoint: got 'nowhere', which is no"),
     "no checkpoint": ({"resume_from_checkpoint": "last"}, None, "resume_from_checkpoint: got 'last', but"),
     "report": ({"report_to": "paper"}, None, "report_to: "),
     "empty file": ({}, [], "which is empty, accepted: at least one line"),

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +21,6 @@ from hf_lngd import (
 )
 from hf_lngd.integrations.diagnostics import lngd_of
 from hf_lngd.integrations.loss import SummedCrossEntropy, ignores_num_items
-from hf_lngd.integrations.trainer import refuse_unsupported
 from tests.hf_helpers import HF_FAMILIES, hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,34 +106,6 @@ def test_lngd_steps_alike_whatever_the_layout(settings: str, tmp_path: Path) -> 
 def test_images_step_alike_whatever_the_layout(make: Any, tmp_path: Path) -> None:
     found = [weights_after(image_trainer(tmp_path, make().double(), optim="sgd", **layout(*s))) for s in LAYOUTS]
     assert_same(found, rtol=1e-6, atol=1e-9)
-
-
-TWO_PROCESSES = """
-import sys
-import torch
-from tests.test_trainer import seq2seq_trainer
-values = {"optim": "sgd", "ddp_backend": "gloo", "per_device_train_batch_size": int(sys.argv[2])}
-trainer = seq2seq_trainer(sys.argv[1], double=True, **values)
-trainer.train()
-if trainer.is_world_process_zero():
-    torch.save(trainer.model.state_dict(), sys.argv[1] + "/weights.pt")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_step_as_one(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path), "4"], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = torch.load(tmp_path / "weights.pt")
-    one = weights_after(seq2seq_trainer(tmp_path, double=True, optim="sgd", per_device_train_batch_size=8))
-    assert_same([one, two], rtol=1e-6, atol=1e-9)
 
 
 def test_whose_loss_is_replaced(tmp_path: Path) -> None:
@@ -287,24 +254,6 @@ def test_decoder_inputs_are_made_as_the_collator_makes_them(tmp_path: Path) -> N
             found = trainer.compute_loss(model, bare, num_items_in_batch=10)
             expected = trainer.compute_loss(model, made, num_items_in_batch=10)
         assert torch.equal(found, expected), family
-
-
-def test_data_parallel_is_refused_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", "--optim", "lngd"])
-    args = LNGDTrainingArguments(str(tmp_path), use_cpu=True)
-    assert args.n_gpu == 0
-    args._n_gpu = 2
-    with pytest.raises(RuntimeError, match=r"DataParallel.*Use: CUDA_VISIBLE_DEVICES=0 python train.py --optim lngd"):
-        LNGDTrainer(hf_vit(), args)
-
-
-@pytest.mark.parametrize(
-    ("given", "word"), [({"world_size": 2}, "2 processes"), ({"fsdp": [1]}, "FSDP"), ({"deepspeed": "x"}, "DeepSpeed")]
-)
-def test_ways_of_running_that_would_be_wrong_are_refused(given: dict[str, Any], word: str) -> None:
-    args = SimpleNamespace(**{"n_gpu": 1, "fsdp": None, "deepspeed": None, "world_size": 1, **given})
-    with pytest.raises(RuntimeError, match=f"LNGD: got {word}.*accepted: one"):
-        refuse_unsupported(args)
 
 
 def test_a_run_is_saved_with_its_arguments(tmp_path: Path) -> None:

@@ -365,10 +365,14 @@ class Capture:
 
     def _sums(self, group: Group) -> GroupSums | FamilySums:
         if group.name not in self.sums:
-            members = [self.layers[name] for name in group.members]
-            basis = None if self._basis_of is None else self._basis_of(group.name)
-            self.sums[group.name] = new_sums(members, self.config, basis)
+            self.sums[group.name] = self.empty_sums(group)
         return self.sums[group.name]
+
+    def empty_sums(self, group: Group) -> GroupSums | FamilySums:
+        """What this step's sums of a group begin with."""
+        members = [self.layers[name] for name in group.members]
+        basis = None if self._basis_of is None else self._basis_of(group.name)
+        return new_sums(members, self.config, basis, bool(group.links))
 
     def _keep_rows(self, layer: Layer, a: Tensor, output: Tensor) -> None:
         if not output.requires_grad:

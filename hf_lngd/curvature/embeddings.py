@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import LNGDConfig
 from .capture import in_backward
 from .factors import damping, rms_rate
+from .pooling import Pool
 
 # A row's step is at most this multiple of the table's root mean square: a token seen once in many batches has next
 # to no frequency, and would divide its gradient by the damping alone.
@@ -32,10 +33,11 @@ class EmbeddingLayer:
         name: the parameter's name.
         modules: the embeddings that share the table; `padding_idx` is not counted.
         config: the optimizer's.
+        pool: the processes that train the model.
     """
 
-    def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig) -> None:
-        self.name, self.module, self.config = name, modules[0], config
+    def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig, pool: Pool) -> None:
+        self.name, self.module, self.config, self.pool = name, modules[0], config, pool
         self.momentum: Tensor | None = None
         self.frequency: Tensor | None = None
         self.weight: Tensor | None = None
@@ -70,13 +72,18 @@ class EmbeddingLayer:
 
     def _average(self) -> Tensor:
         assert self.frequency is not None and self.weight is not None
-        if self._counts is not None:
-            counts, self._counts = self._counts, None
+        counts, self._counts = self._counts, None
+        many = self.pool.size > 1
+        if many:  # whether or not this rank has looked anything up
+            none = torch.zeros_like(self.frequency, dtype=torch.float32)
+            (counts,) = self.pool.sum([none if counts is None else counts])
+        if counts is not None:
+            seen = (counts.sum() > 0).to(self.frequency.dtype) if many else 1.0
             if self.module.padding_idx is not None:
                 counts[self.module.padding_idx] = 0
-            decay = self.config.ema_decay
-            self.frequency.mul_(decay).add_((counts / counts.sum().clamp_min(1)).to(self.frequency), alpha=1 - decay)
-            self.weight.mul_(decay).add_(1 - decay)
+            fresh = (1 - self.config.ema_decay) * seen
+            self.frequency.mul_(1 - fresh).add_((counts / counts.sum().clamp_min(1)).to(self.frequency) * fresh)
+            self.weight.mul_(1 - fresh).add_(fresh)
         uniform = torch.full_like(self.frequency, 1.0 / self.frequency.shape[0])
         return torch.where(self.weight > 0, self.frequency / self.weight.clamp_min(1e-30), uniform)
 

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from ..config import LNGDConfig, is_due
+from ..placement import Speed
 from .factors import add_damping, apply_right, damping, running_average, trace
-from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack, whitener
+from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack, uses_newton, whitener
 
 
 @lru_cache(maxsize=4096)
 def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """Indices on a device. Cached: to copy a list there waits for the device, and the same ones come again."""
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 def product_dtype(config: LNGDConfig, dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +46,10 @@ class Bank:
     """Curvature of several groups in one batch: which rows are a group's, when each is inverted, what failed.
 
     What :meth:`LNGD.step` asks of every family, LNGD's included: :meth:`update` with the factors of one step,
-    :meth:`refresh` to invert what is due, :meth:`precondition` a gradient.
+    :meth:`invert` what is :meth:`due`, :meth:`precondition` a gradient.
+
+    Attributes:
+        derived: what :meth:`invert` makes of the averages; rows (units of groups) are the first dimension.
 
     Args:
         specs: the groups; each of their units is a row of its own.
@@ -63,31 +67,53 @@ class Bank:
         self.condition = like.new_ones(self.count)
         self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=like.device)
-        self._due: dict[int, Tensor] = {}
+        self.derived: dict[str, Tensor] = {}
+        self._due: dict[int, tuple[int, ...]] = {}
         for offset in sorted(set(offsets)):
             members = [spec.name for spec, own in zip(specs, offsets, strict=True) if own == offset]
-            self._due[offset] = torch.tensor(self.rows_of(members), device=like.device)
+            self._due[offset] = self.rows_of(members)
         self.inverted = False
 
     def rows_of(self, names: Iterable[str]) -> tuple[int, ...]:
         """The rows of these groups, one after the other."""
         return tuple(row for name in names for row in self.rows[name])
 
-    def update(self, new: Mapping[str, Any]) -> None:
-        """Eq. 14 with the factors of one step: group → what the family makes of its sums."""
+    def update(self, new: Mapping[str, Any], seen: Mapping[str, Tensor]) -> None:
+        """Eq. 14 with the factors of one step: group → what the family makes of its sums.
+
+        Args:
+            seen: group → a truth value: whether any process saw it; no entry: it was seen. What nobody saw is left
+                out, but does not count as skipped.
+        """
         raise NotImplementedError
 
-    def refresh(self, step: int) -> None:
-        """Invert the groups whose turn this step is, all of them at the first call and at early factor steps. A
-        failed one keeps the last."""
+    def _count_skipped(self, valid: Tensor, names: list[str], seen: Mapping[str, Tensor]) -> None:
+        """Count the rows of these groups that were seen and are of no use: valid [rows]."""
+        skipped = ~valid
+        if seen:
+            skipped &= torch.cat([seen[name].expand(len(self.rows[name])) for name in names])
+        self.skipped += skipped.sum()
+
+    def due(self, step: int) -> tuple[int, ...]:
+        """The rows whose turn it is to be inverted: all of them at the first time and at early factor steps."""
         early = 0 < step < self.config.inverse_interval and is_due(step, self.config.inverse_interval, self.config)
         if not self.inverted or early:
-            self._refresh(torch.arange(self.count, device=self.damping.device))
-            self.inverted = True
-        elif (due := self._due.get(step % self.config.inverse_interval)) is not None:
-            self._refresh(due)
+            return tuple(range(self.count))
+        return self._due.get(step % self.config.inverse_interval, ())
+
+    def invert(self, due: tuple[int, ...]) -> None:
+        """Invert these rows. A failed one keeps the last."""
+        self._refresh(index_tensor(due, self.damping.device))
 
     def _refresh(self, rows: Tensor) -> None:
+        raise NotImplementedError
+
+    def results(self) -> dict[str, Tensor]:
+        """What :meth:`invert` writes."""
+        return {"damping": self.damping, "condition": self.condition, **self.derived}
+
+    def seconds(self, speed: Speed) -> float:
+        """What a row's inverse costs, roughly."""
         raise NotImplementedError
 
     def precondition(self, grad: Tensor, rows: Tensor) -> Tensor:
@@ -96,7 +122,7 @@ class Bank:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with a row of each unit of each group in the first dimension."""
-        return {"damping": self.damping, "condition": self.condition}
+        return self.results()
 
 
 def averaged(packed: Tensor, weight: Tensor, b: int) -> Tensor:
@@ -139,7 +165,7 @@ class FactorBank(Bank):
         self._columns = like.new_tensor([float(spec.columns) for spec in specs for _ in range(spec.units)])
         self._scale = like.new_tensor([spec.scale for spec in specs for _ in range(spec.units)])
 
-    def update(self, new: Mapping[str, Tensor]) -> None:
+    def update(self, new: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
         """Eq. 14 with the factors of one step: name → Φ [u, k, b, b], undamped. Non-finite ones are left out."""
         names = [name for name in new if name in self.rows]
         if not names:
@@ -149,7 +175,7 @@ class FactorBank(Bank):
         old_weight = self.weight[rows]
         average, weight = running_average(self.phi[rows], packed, old_weight, self.config.ema_decay)
         self.phi[rows], self.weight[rows] = average, weight
-        self.skipped += (~torch.isfinite(packed.flatten(1)).all(1)).sum()
+        self._count_skipped(torch.isfinite(packed.flatten(1)).all(1), names, seen)
 
     def _refresh(self, rows: Tensor) -> None:
         phi = self.dense(rows)
@@ -196,6 +222,12 @@ class FactorBank(Bank):
         """G Φ̂⁻¹ (of what is kept); the rows' Ψ̂⁻¹ is the layers'."""
         return apply_right(grad, self.get("inverse", rows))
 
+    def seconds(self, speed: Speed) -> float:
+        """What a row's inverses cost, roughly."""
+        method = "newton" if uses_newton(self.config.inverse_root, self.phi.device) else "eigh"
+        rates = {"inverse": speed.cholesky, "whitener": speed.cholesky, "root": getattr(speed, method)}
+        return sum(self.k * self.b**3 / rates[kind] for kind in self.derived)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with a row of each unit of each group in the first dimension."""
-        return {"phi": self.phi, "weight": self.weight} | super().tensors() | self.derived
+        return {"phi": self.phi, "weight": self.weight} | super().tensors()

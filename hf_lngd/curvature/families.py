@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..config import LNGDConfig
+from ..placement import Speed
 from .factor_bank import Bank, FactorSpec, averaged, index_tensor
 from .factors import add_damping, apply_left, apply_right, damping, running_average, trace
 from .family_sums import Basis, EKFACSums, FamilySums, KFACSums, NGPlusSums, TKFACSums, rotate
@@ -72,7 +73,7 @@ class FamilyBank(Bank):
 
     # Update
 
-    def update(self, new: Mapping[str, dict[str, Tensor]]) -> None:
+    def update(self, new: Mapping[str, dict[str, Tensor]], seen: Mapping[str, Tensor]) -> None:
         """Eq. 14 with the statistics of one step: layer → statistic → [u, ...]. If one of a row is not finite, none
         of the row's is used."""
         names = [name for name in new if name in self.rows]
@@ -81,7 +82,7 @@ class FamilyBank(Bank):
         fresh = {key: torch.cat([new[name][key].to(self.like.dtype) for name in names]) for key in new[names[0]]}
         valid = torch.stack([torch.isfinite(value.flatten(1)).all(1) for value in fresh.values()]).all(0)
         fresh = {key: torch.where(_along(valid, value), value, torch.nan) for key, value in fresh.items()}
-        self.skipped += (~valid).sum()
+        self._count_skipped(valid, names, seen)
         rows = index_tensor(self.rows_of(names), self.weight.device)
         old_weight, e = self.weight[rows], self.config.ema_decay
         for side in self.kept_sides():
@@ -120,6 +121,13 @@ class FamilyBank(Bank):
         self.condition[rows] = torch.where(good, condition.to(self.condition.dtype), self.condition[rows])
         self.failures += (~good).sum()
 
+    def seconds(self, speed: Speed) -> float:
+        """What a row's inverses cost, roughly."""
+        return sum(k * b**3 for k, b in map(self.sides.blocks, self.kept_sides())) / self._rate(speed)
+
+    def _rate(self, speed: Speed) -> float:
+        return speed.cholesky
+
     # What it tells
 
     def factors(self, rows: Tensor) -> dict[str, Tensor]:
@@ -132,7 +140,7 @@ class FamilyBank(Bank):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with a row of each unit of each layer in the first dimension."""
-        return self.averages | {"weight": self.weight} | super().tensors() | self.derived
+        return self.averages | {"weight": self.weight} | super().tensors()
 
 
 class KFAC(FamilyBank):
@@ -224,6 +232,9 @@ class EKFAC(FamilyBank):
             "moments": self.like.new_ones(self.count, k * b, n * c),
             "moments_weight": self.like.new_zeros(self.count),
         }
+
+    def _rate(self, speed: Speed) -> float:
+        return speed.eigh
 
     def basis_of(self, name: str) -> Basis | None:
         """The eigenvectors, once there are any."""
@@ -335,14 +346,17 @@ class NGPlus(FamilyBank):
 FAMILIES: dict[str, type[FamilyBank]] = {"kfac": KFAC, "ekfac": EKFAC, "tkfac": TKFAC, "ng+": NGPlus}
 
 
-def new_sums(members: list[Layer], config: LNGDConfig, basis: Basis | None) -> GroupSums | FamilySums:
+def new_sums(members: list[Layer], config: LNGDConfig, basis: Basis | None, linked: bool) -> GroupSums | FamilySums:
     """Empty sums for a factor step of these layers, which share a factor; other families than LNGD share none.
 
     Args:
         basis: of the family's bank, see `FamilyBank.basis_of`.
+        linked: something that φ is made of follows the layers.
     """
+    first = members[0]
     if config.family == "lngd":
-        return GroupSums(factor_blocks(members, config.max_factor_dim))
-    (layer,) = members
+        estimated = linked or config.fisher != "expected"
+        shape = (first.units, first.out_features if estimated else None)
+        return GroupSums(factor_blocks(members, config.max_factor_dim), *shape)
     most = config.conv_memory * MIB_OF_FLOATS
-    return FAMILIES[config.family].sums(sides_of(layer, config.max_factor_dim), most, basis)
+    return FAMILIES[config.family].sums(sides_of(first, config.max_factor_dim), first.units, most, basis)

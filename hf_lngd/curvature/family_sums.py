@@ -8,13 +8,14 @@ is a sum over positions or rows: those of micro-batches, calls and processes add
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .factors import from_blocks, input_statistic, to_blocks
 from .layers import LEFT, RIGHT, Sides
+from .sums import seen_over_kept
 
 # Eigenvectors of a layer's left factor [u, k, b, b] and of its right one.
 Basis = tuple[Tensor, Tensor]
@@ -32,6 +33,7 @@ class FamilySums:
 
     Attributes:
         sides: the layer's.
+        units: u.
         most: numbers that a temporary may hold, where a family has large ones.
         basis: the coordinates of some of the sums; only EKFAC has any.
         parts: statistic → its sum, [u, ...].
@@ -40,12 +42,13 @@ class FamilySums:
     """
 
     sides: Sides
+    units: int
     most: int
     basis: Basis | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
     n: Tensor | None = None
-    seen: int = 0
-    kept: int = 0
+    seen: int | Tensor = 0
+    kept: int | Tensor = 0
 
     def add_gradient(self, a: Tensor, g: Tensor, mask: Tensor | None, per_row: int) -> None:
         """Add some positions.
@@ -83,7 +86,22 @@ class FamilySums:
 
     def _mean(self, value: Tensor, scale: Tensor | float | None) -> Tensor:
         assert scale is not None  # these families take gradients, whose scale is known
-        return value * (scale * (self.seen / self.kept if self.kept else 1.0))
+        return value * (scale * seen_over_kept(self.seen, self.kept))
+
+    # Over several processes
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each sum of one unit."""
+        return {side: (k, b, b) for side in (LEFT, RIGHT) for k, b in (self.sides.blocks(side),)}
+
+    def plain(self, like: Tensor) -> dict[str, Tensor]:
+        """Every sum by name, zeros of this dtype and device where there is none yet; those of `SYMMETRIC` are."""
+        zeros = {name: like.new_zeros(self.units, *shape) for name, shape in self._shapes().items()}
+        return zeros | self.parts | {"n": like.new_zeros(()) if self.n is None else self.n}
+
+    def pooled(self, plain: dict[str, Tensor], seen: Tensor, kept: Tensor) -> FamilySums:
+        """Sums with these in place of its own."""
+        return replace(self, parts={k: v for k, v in plain.items() if k != "n"}, n=plain["n"], seen=seen, kept=kept)
 
 
 class KFACSums(FamilySums):
@@ -108,6 +126,10 @@ class EKFACSums(KFACSums):
         if self.basis is not None:
             left, right = self.basis
             yield "moments", rotate(g, left).square().mT @ rotate(a, right).square()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        (k, b), (n, c) = self.sides.left, self.sides.right
+        return super()._shapes() | ({} if self.basis is None else {"moments": (k * b, n * c)})
 
 
 class TKFACSums(FamilySums):
@@ -145,6 +167,9 @@ class NGPlusSums(FamilySums):
         rows = max(1, self.most // max(1, a.shape[0] * self.sides.m * self.sides.columns))
         for x, y in zip(own.split(rows, 1), other.split(rows, 1), strict=True):
             yield side, self._gram((y.mT @ x).flatten(1, 2))
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {self.sides.smaller: super()._shapes()[self.sides.smaller]}
 
     def _gram(self, x: Tensor) -> Tensor:
         blocks = self._blocks(x)

@@ -6,6 +6,7 @@ forward pass only. ``empirical`` and ``true`` use gradients of a loss and keep e
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,7 @@ class FisherSource:
         self.others = tuple(other for other in accepted if other != kind)
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._stream = seed
         self.in_pass = False  # the second backward pass runs: its gradients are not those of the loss
         self.reset()
 
@@ -178,28 +180,41 @@ class FisherSource:
             if g is not None:
                 _add_gradient(call, g.view(shape))
 
-    def scale(self, terms: Tensor | int) -> Tensor | float | None:
+    def check_terms(self, terms: Tensor | int) -> None:
+        """Raise RuntimeError where ``empirical`` cannot know over how many terms the loss is a mean."""
+        if self.kind == "empirical" and isinstance(terms, int) and terms == 0:
+            raise RuntimeError(
+                "fisher: 'empirical' needs the size of the batch, and the model's arguments hold no tensor; name "
+                f"them with optimizer.set_batch(inputs) before each forward, or accepted: {', '.join(self.others)}"
+            )
+
+    def scale(self, terms: Tensor | int, sampled_terms: Tensor | int, ranks: int) -> Tensor | float | None:
         """What the sums are multiplied by to become Φ; None: one over the number of positions.
 
         With g the gradient of the mean over T terms, the Fisher block is (1/T) Σ (T g)(T g)ᵀ = T Σ g gᵀ; with g
-        the gradient of the sum over T drawn labels it is (1/T) Σ g gᵀ.
+        the gradient of the sum over T drawn labels it is (1/T) Σ g gᵀ. Over W ranks the loss is the mean of theirs,
+        and the g of a rank's own loss is W times that of the loss: T/W² Σ g gᵀ.
+
+        Args:
+            terms, sampled_terms: T, of the loss and of the drawn labels, of all ranks.
+            ranks: W.
         """
         if self.kind == "empirical":
-            if isinstance(terms, int) and terms == 0:
-                raise RuntimeError(
-                    "fisher: 'empirical' needs the size of the batch, and the model's arguments hold no tensor; name "
-                    f"them with optimizer.set_batch(inputs) before each forward, or accepted: {', '.join(self.others)}"
-                )
-            return terms
+            return terms if ranks == 1 else terms / ranks**2
         if self.kind == "true":
-            terms = self.sampled_terms
-            return 1.0 / (terms if isinstance(terms, Tensor) else max(terms, 1))
+            return 1.0 / (sampled_terms if isinstance(sampled_terms, Tensor) else max(sampled_terms, 1))
         return None
+
+    def restart(self, rank: int, step: int) -> None:
+        """Draw from a stream that belongs to this rank and step: with many ranks no one state says where all are."""
+        digest = hashlib.blake2b(f"{self.seed} {rank} {step}".encode(), digest_size=7)
+        self._stream = int.from_bytes(digest.digest(), "big")
+        self._generators.clear()
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of this device: never the user's."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+            self._generators[device] = torch.Generator(device).manual_seed(self._stream)
         return self._generators[device]
 
     def state(self) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from .factors import (
 )
 from .inverses import inverse_sqrt, pack, packed_shape, unpack, uses_newton
 from .layers import Layer
+from .pooling import Pool, pool_curvature
 from .sums import RowSamples
 
 # Added to the Gram matrix of mean eigenvalue 1 before its root is taken: what the polar factor does to directions
@@ -62,6 +63,7 @@ class LayerBank:
         offset: number of layers in the banks before: staggers the recomputed roots over all banks.
         config: the optimizer's.
         like: a tensor with the device and dtype of the state.
+        pool: the processes that train the model.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class LayerBank:
         offset: int,
         config: LNGDConfig,
         like: Tensor,
+        pool: Pool,
     ) -> None:
+        self.pool = pool
         self.layers, self.factors, self.rows, self.config, self.offset = layers, factors, rows, config, offset
         first = layers[0]
         self.m, self.columns, self.units = first.out_features, first.columns, first.units
@@ -260,13 +264,17 @@ class LayerBank:
             phi = self._phi.dense(rows) * self.scale
             form = quadratic_form(direction, phi, self.dense_psi(index))
             return trust_rate(form.view(-1, u).sum(-1), c.rate_scale)
+        kept = [samples.get(self.layers[i].name, RowSamples()) for i in present]
         squares = [
-            samples[self.layers[i].name].sum_of_squares(self.layers[i], direction[row * u : (row + 1) * u])
-            if self.layers[i].name in samples
-            else direction.new_zeros(())
-            for row, i in enumerate(present)
+            own.sum_of_squares(self.layers[i], direction[row * u : (row + 1) * u])
+            for row, (i, own) in enumerate(zip(present, kept, strict=True))
         ]
         slope = (direction * grad).sum((-2, -1)).view(-1, u).sum(-1)
+        if self.pool.size > 1:
+            curvature, seen = pool_curvature(torch.stack(squares), kept, terms, self.pool)
+            # with no curvature at all the rate would be about 1/μ
+            return torch.where(seen, adaptive_rate(slope, curvature, c.rate_mu), 0.0)
+        squares = [square * own.seen_over_kept for square, own in zip(squares, kept, strict=True)]
         return adaptive_rate(slope, torch.stack(squares) * terms, c.rate_mu)
 
     def tensors(self) -> dict[str, Tensor]:

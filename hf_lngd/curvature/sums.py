@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .factors import input_statistic, output_statistic, trace
-from .layers import Layer
+from .layers import LEFT, RIGHT, Layer
+
+# Sums that equal their transpose: half of each tells all.
+SYMMETRIC = ("s", LEFT, RIGHT)
 
 
 @dataclass
@@ -17,15 +20,19 @@ class GroupSums:
 
     Attributes:
         blocks: (k, b).
-        seen, kept: rows of the batch in the step, and those of them that were summed.
+        units: u.
+        out_features: m, where Ψ is estimated; None where φ' = 1.
+        seen, kept: rows of the batch in the step, and those of them that were summed; tensors over several processes.
     """
 
     blocks: tuple[int, int]
+    units: int = 1
+    out_features: int | None = None
     s: Tensor | None = None
     v: Tensor | None = None
     n: Tensor | None = None
-    seen: int = 0
-    kept: int = 0
+    seen: int | Tensor = 0
+    kept: int | Tensor = 0
 
     def add(self, a: Tensor, g2: Tensor | None, mask: Tensor | None) -> None:
         """Add some positions.
@@ -62,11 +69,31 @@ class GroupSums:
         With no positions at all Φ is NaN, which the running average passes over.
         """
         assert self.s is not None and self.n is not None
-        phi = self.s / self.n if scale is None else self.s * (scale * (self.seen / self.kept if self.kept else 1.0))
+        phi = self.s / self.n if scale is None else self.s * (scale * seen_over_kept(self.seen, self.kept))
         if self.v is None:
             return phi, None
         size = trace(self.s)[:, None]  # may overflow where v does not: then Ψ is no more to be used than Φ
         return phi, torch.where(torch.isfinite(size), self.v / size, torch.nan)
+
+    # Over several processes
+
+    def plain(self, like: Tensor) -> dict[str, Tensor]:
+        """Every sum by name, zeros of this dtype and device where there is none yet; those of `SYMMETRIC` are."""
+        k, b = self.blocks
+        s = like.new_zeros(self.units, k, b, b) if self.s is None else self.s
+        found = {"s": s, "n": like.new_zeros(()) if self.n is None else self.n}
+        if self.out_features is not None:
+            found["v"] = like.new_zeros(self.units, self.out_features) if self.v is None else self.v
+        return found
+
+    def pooled(self, plain: dict[str, Tensor], seen: Tensor, kept: Tensor) -> GroupSums:
+        """Sums with these in place of its own."""
+        return replace(self, s=plain["s"], v=plain.get("v"), n=plain["n"], seen=seen, kept=kept)
+
+
+def seen_over_kept(seen: int | Tensor, kept: int | Tensor) -> float | Tensor:
+    """Rows of the step over those of them that were summed; over several processes a tensor, NaN for none."""
+    return seen / kept if isinstance(kept, Tensor) or kept else 1.0
 
 
 @dataclass
@@ -87,7 +114,7 @@ class RowSamples:
         self.calls.setdefault(forward, []).append((a, g))
 
     def sum_of_squares(self, layer: Layer, direction: Tensor) -> Tensor:
-        """Σ q_n² over the rows kept, times rows seen / rows kept; q_n = Σ_t g_tᵀ D a_t, direction [u, m, columns].
+        """Σ q_n² over the rows kept; q_n = Σ_t g_tᵀ D a_t, direction [u, m, columns].
 
         A layer that is called twice in one forward adds both calls to a row's q; other forwards are other rows.
         """
@@ -95,7 +122,12 @@ class RowSamples:
         for calls in self.calls.values():
             q = sum(_row_products(layer, direction, a, g) for a, g in calls)
             total = total + torch.as_tensor(q).square().sum()
-        return total * (self.seen / self.kept) if self.kept else total
+        return total
+
+    @property
+    def seen_over_kept(self) -> float:
+        """What makes a sum over the rows kept one over all rows."""
+        return self.seen / self.kept if self.kept else 1.0
 
 
 def _row_products(layer: Layer, direction: Tensor, a: Tensor, g: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Loading a checkpoint's weights without losing any.
+"""Checkpoints: which of them can be used, and loading their weights without losing any.
+
+The Trainer writes ``trainer_state.json`` last; a folder without it was being written when its process ended. Such a
+folder is passed over with a warning, one that is named is refused.
 
 `save_pretrained` writes some models (ViT, Swin, …) under older names of their parameters. The Trainer loads such a
 file by today's names, finds none of them, and goes on with the weights that it has. `from_pretrained` knows both.
@@ -7,12 +10,22 @@ file by today's names, finds none of them, and goes on with the weights that it 
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import os
+import struct
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
+STATE = "trainer_state.json"
+_ZIPPED = (".pt", ".pth")  # as torch.save writes them
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -47,3 +60,78 @@ def load_weights(model: Any, folder: str) -> None:
     if missing:
         raise RuntimeError(f"checkpoint {folder}: no weights for {', '.join(missing[:5])}")
     model.load_state_dict(loaded.state_dict(), strict=True)
+
+
+def problem_of(folder: str | Path) -> str | None:
+    """Why training cannot go on from a checkpoint, naming the file; None: it can, as far as files tell.
+
+    Looks at the ends of files, so it is quick: a file that was cut off anywhere is found.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "is no folder"
+    if not (folder / STATE).is_file():
+        return f"has no {STATE}, which is written last: it was not finished, or is no checkpoint of a Trainer"
+    for path in sorted(folder.iterdir()):
+        broken = (
+            (path.suffix == ".json" and not _is_json(path))
+            or (path.suffix in _ZIPPED and not zipfile.is_zipfile(path))
+            or (path.suffix == ".safetensors" and not _is_safetensors(path))
+        )
+        if broken:
+            return f"has a damaged {path.name}: it was cut off, or is of another kind"
+    for index in folder.glob("*.index.json"):
+        parts = sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()))
+        missing = [part for part in parts if not (folder / part).is_file()]
+        if missing:
+            return f"has no {missing[0]}, which {index.name} names"
+    names = {path.name for path in folder.iterdir()}
+    if ("optimizer.pt" in names) != ("scheduler.pt" in names):
+        return f"has no {'scheduler.pt' if 'optimizer.pt' in names else 'optimizer.pt'}"
+    return None
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Raise ValueError, naming folder and file, for a checkpoint that :func:`problem_of` finds fault with."""
+    problem = problem_of(folder)
+    if problem is not None:
+        raise ValueError(f"checkpoint {folder}: {problem}. Accepted: a whole checkpoint-N of a Trainer")
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The last checkpoint in a folder that can be used; None: there is none. Warns of each that is passed over."""
+    output_dir = Path(output_dir)
+    numbered = []
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        prefix, _, number = path.name.rpartition("-")
+        if prefix == PREFIX_CHECKPOINT_DIR and number.isdigit() and path.is_dir():
+            numbered.append((int(number), path))
+    for _, path in sorted(numbered, reverse=True):
+        problem = problem_of(path)
+        if problem is None:
+            return str(path)
+        logger.warning("checkpoint %s %s. It is passed over.", path, problem)
+    return None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def _is_safetensors(path: Path) -> bool:
+    """The header is whole, and the file as long as it says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        header = file.read(length) if length <= size else b""
+    try:
+        entries = json.loads(header)
+    except ValueError:
+        return False
+    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)

@@ -6,8 +6,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
+from .checkpoints import last_checkpoint, problem_of
 from .usage import UsageError
 
 
@@ -64,16 +63,18 @@ def find_checkpoint(training: Any) -> str | None:
     """The folder to resume from; ``true`` and ``last``: the last one in `output_dir`.
 
     Raises:
-        UsageError: no checkpoint there.
+        UsageError: no checkpoint there, or a damaged one.
     """
     if not training.resume_from_checkpoint:
         return None
     given = str(training.resume_from_checkpoint)
     if given.lower() in ("true", "last"):
-        last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+        last = last_checkpoint(training.output_dir)
         if last is None:
             raise UsageError("resume_from_checkpoint", f"got {given!r}, but {training.output_dir} has no checkpoint")
-        return str(last)
-    if not (Path(given) / "trainer_state.json").is_file():
-        raise UsageError("resume_from_checkpoint", f"got {given!r}, accepted: a folder checkpoint-N, or last")
+        return last
+    problem = problem_of(given)
+    if problem is not None:
+        what = f"got {given!r}, which {problem}, accepted: a folder checkpoint-N, or last"
+        raise UsageError("resume_from_checkpoint", what)
     return given

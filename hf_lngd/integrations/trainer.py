@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checks import fishers_of
 from ..config import LNGDConfig
 from ..optimizer import LNGD
-from .checkpoints import freeze_fixed_positions, load_weights, restores_by_name
+from .checkpoints import (
+    STATE,
+    check_checkpoint,
+    freeze_fixed_positions,
+    last_checkpoint,
+    load_weights,
+    restores_by_name,
+)
 from .diagnostics import lngd_of, log_entries
+from .launching import refuse_unsupported
 from .loss import IGNORED_LABEL, SummedCrossEntropy, ignores_num_items, with_decoder_inputs
 from .training_args import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
 
@@ -41,28 +49,10 @@ def create_lngd_optimizer(
         RuntimeError: a way of running that LNGD does not support; names the command to use.
     """
     if args is not None:
-        refuse_unsupported(args)
+        refuse_unsupported(args, model)
         from_args, from_lr = lngd_settings(args)
         config, lr = config or from_args, from_lr if lr is None else lr
     return LNGD(model, config, lr=1e-3 if lr is None else lr, **fields)
-
-
-def refuse_unsupported(args: TrainingArguments) -> None:
-    """Raise RuntimeError where LNGD would be wrong: replicas of DataParallel, several processes, sharded parameters."""
-    command = shlex.join(["python", *sys.argv]) if sys.argv and sys.argv[0] else "python your_script.py"
-    if args.n_gpu > 1:
-        raise RuntimeError(
-            f"LNGD: got {args.n_gpu} GPUs in one process (DataParallel), whose replicas LNGD cannot watch, accepted: "
-            f"one GPU. Use: CUDA_VISIBLE_DEVICES=0 {command}"
-        )
-    sharded = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else None
-    if sharded:
-        raise RuntimeError(f"LNGD: got {sharded}, accepted: one process, whole parameters. Use: {command}")
-    if args.world_size > 1:
-        raise RuntimeError(
-            f"LNGD: got {args.world_size} processes, whose factors would differ and with them the weights, accepted: "
-            f"one. Use: {command}"
-        )
 
 
 class LNGDTrainerMixin:
@@ -80,7 +70,7 @@ class LNGDTrainerMixin:
         if args is None:
             args = self._default_args(output_dir="tmp_trainer")
         if is_lngd(args):
-            refuse_unsupported(args)
+            refuse_unsupported(args, model)
         self._routing_is_told = False
         if isinstance(model, nn.Module):
             freeze_fixed_positions(model)
@@ -143,6 +133,35 @@ class LNGDTrainerMixin:
         if lngd is not None and me.is_in_train and "loss" in logs:
             logs.update(log_entries(lngd))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. True resumes from the last checkpoint that is whole, and warns of those that are not.
+
+        Raises:
+            ValueError: a checkpoint that is damaged or none, naming the file; nothing is loaded then.
+        """
+        folder: str | bool | None = resume_from_checkpoint or None
+        if folder is True:
+            folder = last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+            if folder is None:
+                raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")  # type: ignore[attr-defined]
+        elif folder:
+            check_checkpoint(folder)
+        return super().train(folder, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A checkpoint that is written over is none until its last file is there."""
+        me: Any = self
+        if me.args.should_save:
+            folder = Path(me._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{me.state.global_step}"
+            (folder / STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Each rank writes its own; the file that makes a checkpoint one comes after all of them."""
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        me: Any = self
+        me.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         me: Any = self

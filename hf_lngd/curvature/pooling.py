@@ -1,0 +1,101 @@
+"""The statistics of a step, summed over the processes that train one model as they are over micro-batches.
+
+DDP averages gradients, so the loss is the mean of the ranks' own: with W ranks the gradient of it with respect to a
+rank's activation is 1/W of the one that this rank's hooks see. Sums of products of two such gradients carry 1/W².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .family_sums import FamilySums
+from .inverses import pack, unpack
+from .sums import SYMMETRIC, GroupSums, RowSamples
+from .topology import Group
+
+
+class Pool(Protocol):
+    """Processes that sum together, see `distributed.Ranks`."""
+
+    @property
+    def size(self) -> int:
+        """How many."""
+
+    @property
+    def rank(self) -> int:
+        """This one's number."""
+
+    def sum(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The sum of each tensor over all of them."""
+
+    def gather(self, own: Tensor, most: int) -> Tensor:
+        """Bytes of every rank, see `distributed.Ranks.gather`."""
+
+
+Sums = GroupSums | FamilySums
+
+
+def pool_sums(
+    sums: Mapping[str, Sums],
+    groups: list[Group],
+    empty: Callable[[Group], Sums],
+    like: Callable[[Group], Tensor],
+    scalars: list[Tensor | int],
+    pool: Pool,
+) -> tuple[dict[str, Sums], list[Tensor]]:
+    """The sums and the rows of every group over all ranks, symmetric ones packed, in one collective.
+
+    A rank that saw nothing of a group adds zeros; where no rank saw anything ``kept`` is 0.
+
+    Args:
+        sums: of this rank.
+        groups: all of the model, in an order that is the same on every rank.
+        empty: makes the sums of a group of which this rank saw nothing.
+        like: a tensor with the device and dtype of a group's sums, where they are not there yet.
+        scalars: more numbers to sum.
+
+    Returns:
+        The sums of each group, with ``seen`` and ``kept`` as tensors; the sums of the scalars.
+    """
+    own = [sums[group.name] if group.name in sums else empty(group) for group in groups]
+    plain = [one.plain(like(group)) for one, group in zip(own, groups, strict=True)]
+    parts = [pack(t) if name in SYMMETRIC else t for named in plain for name, t in named.items()]
+    sizes = [t.shape[-1] if name in SYMMETRIC else 0 for named in plain for name, t in named.items()]
+    first = parts[0]
+    parts.append(_numbers([float(n) for one in own for n in (one.seen, one.kept)], first))
+    parts += [torch.as_tensor(n).to(first.device, first.dtype, non_blocking=True) for n in scalars]
+    found = pool.sum(parts)
+    # as numbers seen and kept would be waited for
+    counts = found[len(sizes)].view(-1, 2)
+    whole = iter([unpack(t, size) if size else t for t, size in zip(found, sizes, strict=False)])
+    pooled = {
+        group.name: one.pooled({name: next(whole) for name in named}, counts[i, 0], counts[i, 1])
+        for i, (group, one, named) in enumerate(zip(groups, own, plain, strict=True))
+    }
+    return pooled, found[len(sizes) + 1 :]
+
+
+def _numbers(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+def pool_curvature(squares: Tensor, rows: list[RowSamples], terms: Tensor | int, pool: Pool) -> tuple[Tensor, Tensor]:
+    """DᵀFD of Eq. 13 for some layers over all ranks, in one collective.
+
+    Args:
+        squares: [n], Σ q² over the rows that this rank kept.
+        rows: n, what this rank kept.
+        terms: T of this rank.
+
+    Returns:
+        T Σ q² · rows seen / rows kept [n], and where [n] any rank kept a row at all.
+    """
+    counts = _numbers([float(n) for own in rows for n in (own.seen, own.kept)], squares)
+    total = torch.as_tensor(terms).to(squares.device, squares.dtype, non_blocking=True)
+    squares, counts, total = pool.sum([squares, counts, total])
+    seen, kept = counts.view(-1, 2).unbind(1)
+    return squares * (seen / kept.clamp_min(1)) * (total / pool.size**2), kept > 0

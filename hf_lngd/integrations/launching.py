@@ -1,0 +1,58 @@
+"""Ways of running: DDP is LNGD's; what shards or replicates the model otherwise is refused before training."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from typing import Any
+
+from transformers import TrainingArguments
+
+
+def refuse_unsupported(args: TrainingArguments, model: Any = None) -> None:
+    """Raise RuntimeError where LNGD would be wrong: replicas of DataParallel, sharded parameters or layers."""
+    if args.n_gpu > 1:
+        raise RuntimeError(
+            f"LNGD: got {args.n_gpu} GPUs in one process (DataParallel), whose replicas LNGD cannot watch, accepted: "
+            f"one process a GPU (DDP). Use: {_launch(args.n_gpu)}"
+        )
+    sharding = _sharding(args, model)
+    if sharding:
+        raise RuntimeError(
+            f"LNGD: got {sharding}, accepted: whole parameters in every process (DDP). Use, without it: "
+            f"{_launch(max(args.world_size, 1))}"
+        )
+
+
+def _launch(processes: int) -> str:
+    """The command of this process, as one that starts several."""
+    script = sys.argv if sys.argv and sys.argv[0] else ["your_script.py"]
+    launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
+    return shlex.join([*launcher, *script])
+
+
+def _sharding(args: TrainingArguments, model: Any) -> str | None:
+    """What splits parameters or layers over processes, by the name under which a user asked for it; else None."""
+    if args.fsdp or _asked("ACCELERATE_USE_FSDP"):
+        config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+        version = config.get("version") or os.environ.get("FSDP_VERSION") or 2
+        return f"FSDP{version}{' on CPU, which accelerate has not got' if args.use_cpu else ''} (fsdp)"
+    if args.deepspeed or _asked("ACCELERATE_USE_DEEPSPEED"):
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        return f"DeepSpeed ZeRO{f'-{stage}' if stage else ''} (deepspeed)"
+    parallelism = args.parallelism_config
+    for name in ("tp", "cp", "sp"):
+        if getattr(parallelism, f"{name}_size", 1) > 1:
+            return f"{_PARALLEL[name]} (parallelism_config.{name}_size)"
+    if (getattr(model, "_tp_size", None) or getattr(model, "tp_size", None) or 1) > 1:
+        return "tensor parallelism (tp_plan)"
+    return None
+
+
+_PARALLEL = {"tp": "tensor parallelism", "cp": "context parallelism", "sp": "sequence parallelism"}
+
+
+def _asked(variable: str) -> bool:
+    """What `accelerate launch` tells the processes that it starts."""
+    return os.environ.get(variable, "false").lower() in ("true", "1")

@@ -1,0 +1,100 @@
+"""What the ranks of a pool run through transformers' Trainer."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from transformers import DataCollatorForSeq2Seq, TrainerState
+
+from hf_lngd import LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
+from tests.hf_helpers import hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
+
+# No multiple of a step's rows, so that the last window of accumulation is a short one; a multiple of a round of
+# micro-batches, which accelerate would otherwise fill up with rows that were seen already.
+ROWS = 40
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "num_train_epochs": 4,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "learning_rate": 1e-3,
+    "warmup_steps": 2,
+    "logging_steps": 5,
+}
+
+
+def make_trainer(
+    kind: str, folder: str, ranks: int, size: int, accumulation: int, double: bool = True, dropout: float = 0.0,
+    **values: Any,
+) -> Any:  # fmt: skip
+    """A trainer of a small model; `double`: in float64."""
+    layout = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    settings = {**SETTINGS, **layout, **({"ddp_backend": "gloo"} if ranks > 1 else {}), **values}
+    precision = torch.float64 if double else torch.float32
+    if kind == "images":
+        model = freeze_keys(hf_vit(initializer_range=0.25, hidden_dropout_prob=dropout)).to(precision)
+        return LNGDTrainer(
+            model, LNGDTrainingArguments(folder, **settings), train_dataset=hf_images(ROWS, dtype=precision)
+        )
+    tokenizer = hf_tokenizer()
+    model = freeze_keys(hf_seq2seq_model(kind, tokenizer, **({} if kind == "t5" else {"init_std": 0.25})))
+    return LNGDSeq2SeqTrainer(
+        model.to(precision),
+        LNGDSeq2SeqTrainingArguments(folder, **settings),
+        train_dataset=hf_encoded(tokenizer, hf_pairs(ROWS)),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+    )
+
+
+def freeze_keys(model: Any) -> Any:
+    """Keys' biases have a gradient of rounding alone."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("k_proj.bias", "key.bias")):
+            parameter.requires_grad_(False)
+    return model
+
+
+def train(
+    kind: str, folder: str, ranks: int, size: int, accumulation: int, resume: bool | str | None = None, **values: Any
+) -> dict[str, Any]:
+    """Weights after training, what they were before, the losses that were logged, the optimizer's state."""
+    trainer = make_trainer(kind, folder, ranks, size, accumulation, **values)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train(resume_from_checkpoint=resume)
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if ranks > 1:
+        dist.barrier()
+    result = {"weights": weights, "start": start, "losses": losses, "steps": trainer.state.global_step}
+    state = trainer.optimizer.optimizer.state_dict() if hasattr(trainer.optimizer, "optimizer") else {}
+    return result | {
+        "state": state.get("lngd"),
+        "rate": trainer.lr_scheduler.get_last_lr(),
+    }
+
+
+def slow_to_save(folder: str) -> bool:
+    """Rank 1 takes its time with its random state; was it there when rank 0 wrote the file that comes last?"""
+    trainer = make_trainer("images", folder, 2, 4, 1, save_strategy="steps", save_steps=2, max_steps=2)
+    there = []
+    save, finish = torch.save, TrainerState.save_to_json
+
+    def slow_save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if str(path).endswith("rng_state_1.pth"):
+            time.sleep(0.5)
+        save(value, path, *args, **kwargs)
+
+    def look(state: Any, path: str) -> None:
+        there.append((Path(path).parent / "rng_state_1.pth").is_file())
+        finish(state, path)
+
+    with patch("torch.save", slow_save), patch.object(TrainerState, "save_to_json", look):
+        trainer.train()
+    dist.barrier()
+    return all(there)

@@ -1,0 +1,137 @@
+"""A process may die at any moment of saving: the last whole checkpoint is found, and what is damaged is named."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import modeling_utils, trainer_callback, trainer_utils
+
+from hf_lngd.integrations.checkpoints import check_checkpoint, last_checkpoint, problem_of
+from tests import dist_trainers
+
+# The step whose checkpoint is being written.
+DYING = 3
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+VALUES: dict[str, Any] = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "max_steps": 5,
+    "optim_args": "fisher=sampled,factor_interval=2,inverse_interval=2",
+}
+
+
+def run(folder: str, resume: bool | None = None) -> dict[str, Any]:
+    return dist_trainers.train("images", folder, 1, 4, 1, double=False, resume=resume, **VALUES)
+
+
+def die_at(event: str, folder: str) -> None:
+    """Train, and be killed while a file of the third checkpoint is half written, or while an old one is removed."""
+    place = f"{os.sep}checkpoint-{DYING}{os.sep}"
+
+    def killed_by(write: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = write(*args, **kwargs)
+            for given in (*args, *kwargs.values()):
+                if isinstance(given, (str, Path)) and place in str(given) and str(given).endswith(event):
+                    os.truncate(given, os.path.getsize(given) // 2)
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
+
+    def remove_half(path: Any, *args: Any, **kwargs: Any) -> None:
+        (Path(path) / "trainer_state.json").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = killed_by(torch.save)
+    modeling_utils.safe_save_file = killed_by(modeling_utils.safe_save_file)
+    state = trainer_callback.TrainerState
+    state.save_to_json = killed_by(state.save_to_json)
+    if event == "rotation":
+        trainer_utils.shutil.rmtree = remove_half
+    run(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("whole")
+    return {**run(str(folder)), "folder": folder}
+
+
+@pytest.mark.parametrize("event", [*FILES, "rotation"])
+def test_killed_while_saving(
+    event: str, whole: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.dist_trainers"])
+    process = context.Process(target=die_at, args=(event, str(tmp_path)))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    with caplog.at_level(logging.WARNING):
+        resumed = run(str(tmp_path), resume=True)
+    half = str(tmp_path / f"checkpoint-{DYING}")
+    assert (half in caplog.text) == (event != "rotation")  # which happens when the new one is whole
+    assert "It is passed over." in caplog.text or event == "rotation"
+    assert resumed["steps"] == 5
+    assert all(torch.equal(w, resumed["weights"][name]) for name, w in whole["weights"].items())
+    assert problem_of(half) is None or not Path(half).exists()  # written anew, or rotated away
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 2000), "damaged model.safetensors"),
+    "empty weights": (lambda f: os.truncate(f / "model.safetensors", 0), "damaged model.safetensors"),
+    "cut optimizer": (lambda f: os.truncate(f / "optimizer.pt", 5000), "damaged optimizer.pt"),
+    "cut random state": (lambda f: os.truncate(f / "rng_state.pth", 100), "damaged rng_state.pth"),
+    "cut state": (lambda f: os.truncate(f / "trainer_state.json", 30), "damaged trainer_state.json"),
+    "no state": (lambda f: (f / "trainer_state.json").unlink(), "no trainer_state.json"),
+    "no scheduler": (lambda f: (f / "scheduler.pt").unlink(), "no scheduler.pt"),
+    "no optimizer": (lambda f: (f / "optimizer.pt").unlink(), "no optimizer.pt"),
+    "no part": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors"}}'),
+        "no model-1-of-2.safetensors",
+    ),
+    "no folder": (shutil.rmtree, "no folder"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_nothing_is_loaded(
+    damage: str, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint-5"
+    shutil.copytree(whole["folder"] / "checkpoint-5", folder)
+    check_checkpoint(folder)
+    do, message = DAMAGES[damage]
+    do(folder)
+    made = dist_trainers.make_trainer("images", str(tmp_path), 1, 4, 1, double=False, **VALUES)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    with pytest.raises(ValueError, match=f"{folder}.*{message}"):
+        made.train(resume_from_checkpoint=str(folder))
+    assert all(torch.equal(p, before[name]) for name, p in made.model.named_parameters())
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_a_foreign_checkpoint_is_named(whole: dict[str, Any], tmp_path: Path) -> None:
+    adamw = {**VALUES, "optim": "adamw_torch", "optim_args": None}
+    dist_trainers.make_trainer("images", str(tmp_path), 1, 4, 1, double=False, **adamw).train()
+    lngd = dist_trainers.make_trainer("images", str(tmp_path), 1, 4, 1, double=False, **{**VALUES, "max_steps": 7})
+    with pytest.raises(ValueError, match="state of another optimizer"):
+        lngd.train(resume_from_checkpoint=True)
+
+
+def test_without_any_checkpoint(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "none") is None
+    (tmp_path / "checkpoint-x").mkdir()
+    made = dist_trainers.make_trainer("images", str(tmp_path), 1, 4, 1, **VALUES)
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        made.train(resume_from_checkpoint=True)

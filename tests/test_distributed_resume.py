@@ -1,0 +1,96 @@
+"""Resume on many processes: to the bit on as many, to rounding on more or fewer, through the Trainer's checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import dist_trainers
+from tests.dist_cases import distance
+from tests.dist_pool import DistPool
+from tests.test_resume import assert_identical
+
+Pools = dict[int, DistPool]
+ARGS = "conv_rows=1,matrix_dtype=full,factor_interval=4,inverse_interval=4"
+# Rows of a micro-batch and accumulation that make steps of 16 rows; an epoch has three, the last of 8 rows.
+LAYOUT = {1: (4, 4), 2: (4, 2), 4: (2, 2)}
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
+    made = {size: DistPool(size, tmp_path_factory.mktemp("pool"), "tests.dist_trainers") for size in (2, 4)}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
+def run(pools: Pools, ranks: int, folder: Path, **values: Any) -> list[dict[str, Any]]:
+    size, accumulation = LAYOUT[ranks]
+    case = {"kind": "images", "folder": str(folder), "ranks": ranks, "size": size, "accumulation": accumulation}
+    case |= {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "optim_args": ARGS, **values}
+    return pools[ranks].run(dist_trainers.train, **case) if ranks > 1 else [dist_trainers.train(**case)]
+
+
+def resumed(pools: Pools, ranks: int, whole: Path, stop: int, folder: Path, **values: Any) -> list[dict[str, Any]]:
+    shutil.copytree(whole / f"checkpoint-{stop}", folder / f"checkpoint-{stop}")
+    return run(pools, ranks, folder, resume=True, **values)
+
+
+# Factor steps are 0, 1, 2, 4, 8: within an epoch between factor steps, at its end, and within the next before one.
+STOPS = (5, 6, 8)
+
+
+@pytest.fixture(scope="module")
+def unbroken(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """Runs that were not stopped, by number of processes."""
+    made = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp("whole")
+        made[ranks] = (folder, run(pools, ranks, folder))
+    return made
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4)])
+def test_resume_on_as_many_and_on_others(
+    before: int, after: int, stop: int, unbroken: dict[int, Any], pools: Pools, tmp_path: Path
+) -> None:
+    folder, whole = unbroken[before]
+    found = resumed(pools, after, folder, stop, tmp_path)
+    assert found[0]["steps"] == whole[0]["steps"] == 12
+    assert found[0]["rate"] == whole[0]["rate"]
+    assert found[0]["losses"][-1] == pytest.approx(whole[0]["losses"][-1], rel=1e-6)
+    assert distance(found[0], whole[0]) <= 1e-10
+    if before == after:
+        for mine, theirs in zip(found, whole, strict=True):
+            assert_identical(mine["weights"], theirs["weights"])
+            assert_identical(mine["state"], theirs["state"])
+
+
+def test_random_states_of_each_rank_come_back(pools: Pools, tmp_path: Path) -> None:
+    """Dropout and the draws of the Fisher."""
+    values = {"optim_args": f"{ARGS},fisher=sampled", "dropout": 0.2}
+    whole = run(pools, 2, tmp_path / "whole", **values)
+    found = resumed(pools, 2, tmp_path / "whole", 5, tmp_path / "again", **values)
+    for mine, theirs in zip(found, whole, strict=True):
+        assert_identical(mine["weights"], theirs["weights"])
+        assert_identical(mine["state"], theirs["state"])
+
+
+def test_there_and_back(unbroken: dict[int, Any], pools: Pools, tmp_path: Path) -> None:
+    """One process, then two, then one again."""
+    first = tmp_path / "first"
+    folder, whole = unbroken[1]
+    resumed(pools, 2, folder, 3, first)
+    last = resumed(pools, 1, first, 7, tmp_path / "last")
+    assert distance(last[0], whole[0]) <= 1e-10
+
+
+def test_a_checkpoint_is_finished_when_all_ranks_have_written(pools: Pools, tmp_path: Path) -> None:
+    assert pools[2].run(dist_trainers.slow_to_save, folder=str(tmp_path)) == [True, True]
+    assert torch.load(tmp_path / "checkpoint-2" / "rng_state_1.pth", weights_only=False)

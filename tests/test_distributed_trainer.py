@@ -1,0 +1,65 @@
+"""The Trainer on many processes: the weights of one, through the project's own trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import dist_trainers
+from tests.dist_cases import distance
+from tests.dist_pool import DistPool
+
+Pools = dict[int, DistPool]
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
+    made = {size: DistPool(size, tmp_path_factory.mktemp("pool"), "tests.dist_trainers") for size in (2, 4)}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
+ARGS = "conv_rows=1,rate_rows=1,matrix_dtype=full,factor_interval=2,inverse_interval=4"
+# (processes, rows of a micro-batch, accumulation): windows of 16 rows, the last of an epoch has 8
+SMOOTHED = {"label_smoothing_factor": 0.1}
+LAYOUTS = [(1, 4, 4), (2, 4, 2), (2, 2, 4), (4, 2, 2), (4, 1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "layouts"),
+    [
+        ("marian", {"optim_args": ARGS}, LAYOUTS),
+        (
+            "marian",
+            {"optim_args": f"{ARGS},preset=paper,fisher=expected", "label_smoothing_factor": 0.1},
+            LAYOUTS[-2:-1],
+        ),
+        ("t5", {"optim_args": f"{ARGS},fisher=empirical"}, LAYOUTS[1:2]),
+        ("images", {"optim_args": ARGS}, LAYOUTS[-2:]),
+        ("images", {"optim_args": f"{ARGS},rate=adaptive,momentum_on=update"}, LAYOUTS[1:2]),
+    ],
+    ids=str,
+)
+def test_many_processes_train_as_one(kind: str, values: Any, layouts: Any, pools: Pools, tmp_path: Path) -> None:
+    one = dist_trainers.train(kind, str(tmp_path), 1, 16, 1, **values)
+    assert one["steps"] == 12
+    for ranks, size, accumulation in layouts:
+        layout = {"ranks": ranks, "size": size, "accumulation": accumulation}
+        case = {"kind": kind, "folder": str(tmp_path), **layout, **values}
+        found = [dist_trainers.train(**case)] if ranks == 1 else pools[ranks].run(dist_trainers.train, **case)
+        assert distance(found[0], one) <= 1e-10, layout
+        assert found[0]["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        for other in found[1:]:
+            assert all(torch.equal(w, found[0]["weights"][name]) for name, w in other["weights"].items())
+
+
+def test_in_single_precision(pools: Pools, tmp_path: Path) -> None:
+    case = {"kind": "marian", "folder": str(tmp_path), "double": False, "optim_args": ARGS}
+    one = dist_trainers.train(ranks=1, size=16, accumulation=1, **case)
+    found = pools[2].run(dist_trainers.train, ranks=2, size=4, accumulation=2, **case)
+    assert distance(found[0], one) <= 1e-3

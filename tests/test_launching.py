@@ -1,0 +1,70 @@
+"""Ways of running that LNGD is not made for are refused by name, with the command to use."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hf_lngd import LNGDTrainer, LNGDTrainingArguments
+from hf_lngd.integrations.launching import refuse_unsupported
+from tests.hf_helpers import hf_vit
+
+
+@pytest.fixture(autouse=True)
+def command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--optim", "lngd"])
+
+
+def arguments(**given: Any) -> SimpleNamespace:
+    plain = {"n_gpu": 1, "fsdp": None, "fsdp_config": None, "deepspeed": None, "world_size": 4, "use_cpu": False}
+    return SimpleNamespace(**{**plain, "parallelism_config": None, **given})
+
+
+def test_data_parallel_is_refused_with_the_command(tmp_path: Path) -> None:
+    args = LNGDTrainingArguments(str(tmp_path), use_cpu=True)
+    assert args.n_gpu == 0
+    args._n_gpu = 2
+    with pytest.raises(RuntimeError, match=r"DataParallel.*Use: torchrun --nproc_per_node 2 train.py --optim lngd"):
+        LNGDTrainer(hf_vit(), args)
+
+
+CASES = [
+    ({"fsdp": True}, {}, "FSDP2 "),
+    ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "FSDP1 "),
+    ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 "),
+    ({"fsdp": True, "use_cpu": True}, {}, "FSDP2 on CPU, which accelerate has not got"),
+    ({"deepspeed": "zero.json"}, {}, "DeepSpeed ZeRO "),
+    ({}, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed ZeRO-3 "),
+    ({"parallelism_config": SimpleNamespace(tp_size=2)}, {}, r"tensor parallelism \(parallelism_config.tp_size\)"),
+    ({"parallelism_config": SimpleNamespace(cp_size=2)}, {}, "context parallelism"),
+]
+
+
+@pytest.mark.parametrize(("given", "environment", "name"), CASES, ids=[case[-1] for case in CASES])
+def test_what_shards_is_refused_by_name(
+    given: dict[str, Any], environment: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    wanted = rf"LNGD: got {name}.*DDP.*: torchrun --nproc_per_node 4 train.py --optim lngd"
+    with pytest.raises(RuntimeError, match=wanted):
+        refuse_unsupported(arguments(**given))
+
+
+def test_a_model_split_by_tensors_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="tensor parallelism"):
+        refuse_unsupported(arguments(), SimpleNamespace(_tp_size=2))
+
+
+def test_several_processes_are_welcome() -> None:
+    refuse_unsupported(arguments())
+
+
+def test_fsdp_on_the_cpu_is_refused_before_training(tmp_path: Path) -> None:
+    args = LNGDTrainingArguments(str(tmp_path), use_cpu=True, fsdp=True)
+    with pytest.raises(RuntimeError, match="FSDP2 on CPU"):
+        LNGDTrainer(hf_vit(), args)
