@@ -56,6 +56,9 @@ SLOW = pytest.mark.slow
         ({}, "float64", GRID),
         ({}, "float32", [(1, 4), (4, 2)]),
         (PAPER, "float64", [(2, 4), (4, 2)]),
+        ({"family": "kfac"}, "float64", [(2, 2)]),
+        ({"family": "tkfac"}, "float64", [(2, 2)]),
+        ({"family": "ng+"}, "float64", [(2, 2)]),
         pytest.param({}, "float32", GRID, marks=SLOW),
         pytest.param(PAPER, "float64", GRID, marks=SLOW),
         pytest.param(PAPER, "float32", GRID, marks=SLOW),
@@ -87,7 +90,16 @@ def test_other_settings_too(kind: str, fields: dict[str, Any], pools: Pools) -> 
     check(pools, [(2, 2), (4, 1)], kind=kind, fields=fields, dtype="float64")
 
 
-@pytest.mark.parametrize("fields", [{}, {"direction": "gram"}, {"direction": "natural", "stagger": False}], ids=str)
+SPREAD = (
+    {},
+    {"direction": "gram"},
+    {"direction": "natural", "stagger": False},
+    {"family": "kfac"},
+    {"family": "ekfac"},
+)
+
+
+@pytest.mark.parametrize("fields", SPREAD, ids=str)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_spread_inverses_are_those_that_all_would_compute(fields: Any, dtype: str, pools: Pools) -> None:
     # in float32 the roots are kept in bfloat16, and packed where there is no half precision

@@ -287,7 +287,7 @@ def test_ngplus_takes_rows_whole_and_in_pieces(m: int, d: int, most: int) -> Non
     torch.manual_seed(0)
     a, g = torch.randn(2, 12, d).double(), torch.randn(2, 12, m).double()
     sides = Sides(m, d, block_layout(m, 4), block_layout(d, 4))
-    whole, pieces = NGPlusSums(sides, most), NGPlusSums(sides, most)
+    whole, pieces = NGPlusSums(sides, 2, most), NGPlusSums(sides, 2, most)
     whole.add_gradient(a, g, None, 4)
     for start, stop in ((0, 3), (3, 4), (4, 8), (8, 9), (9, 12)):
         pieces.add_gradient(a[:, start:stop], g[:, start:stop], None, 4)
