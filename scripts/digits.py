@@ -69,6 +69,7 @@ def train(model: nn.Module, x: Tensor, y: Tensor, steps: int, seed: int, lr: flo
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    optimizer.zero_grad()  # or the last batch's gradients would be added to whoever calls backward next
     with torch.no_grad():
         return float((logits_of(model, x).argmax(-1) == y).double().mean())
 
