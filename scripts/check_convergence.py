@@ -1,0 +1,326 @@
+"""Theorems 1 and 2 of Liu et al. (NeurIPS 2024), checked numerically: where each holds, and counter-examples.
+
+    python scripts/check_convergence.py
+
+**Theorem 1.** Along directions D_l of L layers the quadratic model of the loss, with slopes x_l = ⟨D_l, G_l⟩ and
+curvature C_kl = D_kᵀ F_kl D_l, is q(α) = −Σ α_l x_l + ½ αᵀ C α. Let C be diagonal (F block-diagonal) with c_l = C_ll
+> 0. Rates per layer are best at α_l = x_l/c_l (Eq. 12-13, μ = 0), where q = −½ Σ x_l²/c_l; one rate for all is best
+at α = Σx/Σc, where q = −½ (Σ x_l)²/Σ c_l. By Cauchy-Schwarz, (Σ √c_l · x_l/√c_l)² ≤ Σ c_l · Σ x_l²/c_l: the first is
+never above the second, and equal only where all x_l/c_l are alike. This proves it, and shows what it needs:
+
+- *μ = 0.* With μ > 0 both rates are too small, by factors c_l/(c_l + μ) and Σc/(Σc + μ). For x = (1, 1), c = (1,
+  0.01), μ = 1 the layer-wise rates give −1.36 and the single one −1.50.
+- *No curvature between layers.* With x = (1, …, 1) and C = (1 − r) I + r 11ᵀ the layer-wise rates are 1 each and q =
+  −L/2 + r L(L − 1)/2, the best single one gives −½ L/(1 + r(L − 1)): better for each r > 0, and for r > 1/(L − 1) the
+  layer-wise step goes up. Networks have such curvature: it is measured here on trained ones, exactly.
+
+**Theorem 2.** f(x) = m^(−1/2) Σ_r b_r relu(w_rᵀ x), b_r = ±1 fixed, |x_i| = 1, no two parallel, X [n, d] of rank d,
+loss 1/(2n) ‖y − v‖². With g_i = m^(−1/2) b ⊙ 1[W x_i > 0] and G [n, m] their rows, the gradient is (1/n) Σ (v_i −
+y_i) g_i x_iᵀ and the factors are Z = Φ = (1/n) Σ ‖g_i‖² x_i x_iᵀ, η = (1/n) Σ ‖g_i‖², Ψ = GᵀG/(nη), dense. One step W
+← W − α Ψ⁺ ∇ Φ⁻¹ changes the outputs, up to changes of the activation pattern, by
+
+    v_j ← v_j − (α/n) Σ_i (g_jᵀ Ψ⁺ g_i)(x_jᵀ Z⁻¹ x_i)(v_i − y_i),     g_jᵀ Ψ⁺ g_i = nη δ_ij  (G of full row rank),
+
+so each error shrinks on its own: e_i ← (1 − α t_i) e_i, with t_i = η x_iᵀ Z⁻¹ x_i. Two facts about t:
+
+- t_i ≥ 1, since λ_max(Z) ≤ tr Z = η;
+- Σ ‖g_i‖² t_i = nη d, so max t ≥ d (a weighted mean of the t_i is d).
+
+‖e_k‖² ≤ (1 − α)^k ‖e_0‖² for *every* e_0 therefore holds if and only if (1 − α t_i)² ≤ 1 − α for all i, that is
+
+    α ≤ α* = min_i (2 t_i − 1)/t_i²     (sufficient: α ≤ 1/max t; necessary: α ≤ (2d − 1)/d² < 2/d),
+
+and past 2/max t the linearised iteration diverges. A rate near 1, which the text allows, is possible for d = 1 alone.
+Width enters only through the changes of the pattern: the narrower, the more of them. Tested: the dense Ψ, and Eq. 5's
+diagonal Ψ, whose map (1/n)(X Z⁻¹ Xᵀ) ∘ (G Ψ⁻¹ Gᵀ) is not diagonal and needs the same of its eigenvalues, now called
+t. They grow as m, so its rate has to shrink as 1/m: rates are given as multiples of what each Ψ's own t allow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the neighbours, when this one runs as a command
+
+from scripts import digits  # noqa: E402
+from scripts.convergence_report import draw, table  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+# Rates of Theorem 2, as multiples of what the derivation allows, and two that the text allows.
+RATES = ("0.5/max t", "1/max t", "alpha*", "1.5 alpha*", "2.1/max t", "0.5", "0.9")
+SLACK = 1e-9  # of comparisons of two numbers that may be equal
+
+
+def model_values(x: Tensor, c: Tensor, mu: float = 0.0) -> tuple[Tensor, Tensor]:
+    """q of the layer-wise rates x_l/(c_l + μ) and of the single rate Σx/(Σc + μ), curvature diagonal.
+
+    Args:
+        x, c: slopes and curvatures [..., L].
+    """
+    return full_values(x, torch.diag_embed(c), mu)
+
+
+def full_values(x: Tensor, curvature: Tensor, mu: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The same where C [..., L, L] is full: rates from its diagonal (what Eq. 13 sees), the one rate from all of it."""
+    c = curvature.diagonal(dim1=-2, dim2=-1)
+    each = x / (c + mu)
+    one = (x.sum(-1) / (curvature.sum((-2, -1)) + mu))[..., None].expand_as(x)
+
+    def value(rate: Tensor) -> Tensor:
+        return -(rate * x).sum(-1) + 0.5 * torch.einsum("...k,...kl,...l->...", rate, curvature, rate)
+
+    return value(each), value(one)
+
+
+def share_holding(each: Tensor, one: Tensor) -> float:
+    """How often the layer-wise value is not above the single one, up to rounding."""
+    return float((each <= one + SLACK * one.abs()).double().mean())
+
+
+def random_quadratics(count: int, layers: int, seed: int, correlation: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Slopes [count, L] and curvatures [count, L, L], over six decades; `correlation` r: C_kl = r √(c_k c_l)."""
+    generator = torch.Generator().manual_seed(seed)
+    c = 10 ** (6 * torch.rand(count, layers, generator=generator, dtype=torch.float64) - 3)
+    x = torch.randn(count, layers, generator=generator, dtype=torch.float64) * c.sqrt()
+    roots = c.sqrt()
+    return x, correlation * roots[:, :, None] * roots[:, None, :] + (1 - correlation) * torch.diag_embed(c)
+
+
+def network_quadratic(activation: str, steps: int, seed: int, batch: int = 256) -> tuple[Tensor, Tensor]:
+    """x [L] and C [L, L] of LNGD's directions (natural, relative damping) in the digits' MLP, F the network's, exact.
+
+    C_kl = E_n[u_kᵀ (diag p − p pᵀ) u_l] with u_l the derivative of the logits along D_l.
+    """
+    from hf_lngd import LNGD
+
+    data, labels = digits.load()
+    model = digits.make_mlp(activation, seed)
+    digits.train(model, data, labels, steps, seed)
+    data, labels = data[:batch], labels[:batch]
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights = {name: value for name, value in parameters.items() if name.endswith("weight")}
+    settings: dict[str, Any] = {"direction": "natural", "rate": "none", "momentum": 0.0, "nesterov": False}
+    optimizer = LNGD(model, lr=1.0, weight_decay=0.0, momentum_on="update", **settings)
+    torch.nn.functional.cross_entropy(model(data), labels).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if name in weights and p.grad is not None}
+    optimizer.step()
+    optimizer.close()
+    directions = {name: weights[name] - p.detach() for name, p in model.named_parameters() if name in weights}
+
+    def logits(changed: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, {**parameters, **changed}, (data,))
+
+    along = [torch.func.jvp(logits, ({n: weights[n]},), ({n: directions[n]},))[1] for n in weights]
+    p = logits({}).detach().softmax(-1)
+    u = torch.stack(along)
+    mean = (u * p).sum(-1)
+    curvature = (torch.einsum("kni,ni,lni->kl", u, p, u) - mean @ mean.mT) / batch
+    return torch.stack([(directions[n] * gradients[n]).sum() for n in weights]), curvature
+
+
+def theorem_1(count: int, seed: int, training: tuple[int, ...]) -> dict[str, Any]:
+    """Every test of Theorem 1, as rows of JSON."""
+    rows, ratios = [], []
+    for layers in (2, 8, 32):
+        for r, mu in ((0.0, 0.0), (0.0, 1.0), (0.5, 0.0)):
+            x, curvature = random_quadratics(count, layers, seed, r)
+            each, one = full_values(x, curvature, mu)
+            if (r, mu) == (0.0, 0.0):
+                ratios += (each / one.abs()).tolist()[:2000]
+            rows.append({"what": "random", "layers": layers, "correlation": r, "mu": mu, "count": count,
+                         "holds": share_holding(each, one), "goes_up": float((each > 0).double().mean())})  # fmt: skip
+    networks = []
+    for activation in digits.ACTIVATIONS:
+        for steps in training:
+            x, curvature = network_quadratic(activation, steps, seed)
+            block, one_block = model_values(x, curvature.diagonal())
+            full, one_full = full_values(x, curvature)
+            networks.append({"activation": activation, "steps": steps, "slopes": x.tolist(),
+                             "curvature": curvature.tolist(), "layerwise_block": float(block),
+                             "single_block": float(one_block), "layerwise_full": float(full),
+                             "single_full": float(one_full)})  # fmt: skip
+    cross = {}
+    for r in (0.0, 0.2, 0.5, 0.9):
+        each, one = full_values(torch.ones(4, dtype=torch.float64), (1 - r) * torch.eye(4, dtype=torch.float64) + r)
+        cross[str(r)] = [float(each), float(one)]
+    damped = model_values(torch.ones(2, dtype=torch.float64), torch.tensor([1.0, 0.01], dtype=torch.float64), 1.0)
+    examples = {"four layers, correlation r": cross, "mu = 1": [float(v) for v in damped]}
+    return {"random": rows, "networks": networks, "examples": examples, "gain_ratios": ratios}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Theorem 2's: inputs [n, d] of norm 1, targets [n], initial W [m, d], signs b [m]."""
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor
+    signs: Tensor
+
+    def jacobian(self, weight: Tensor) -> Tensor:
+        """G [n, m]: g_i = m^(−1/2) b ⊙ 1[W x_i > 0]."""
+        return (self.x @ weight.mT > 0).to(self.x.dtype) * self.signs / len(self.signs) ** 0.5
+
+    def outputs(self, weight: Tensor) -> Tensor:
+        """v [n]."""
+        return (self.x @ weight.mT).relu() @ self.signs / len(self.signs) ** 0.5
+
+
+def make_problem(n: int, d: int, width: int, seed: int) -> Problem:
+    """Inputs uniform on the sphere, targets and weights standard normal."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    y = torch.randn(n, generator=generator, dtype=torch.float64)
+    weight = torch.randn(width, d, generator=generator, dtype=torch.float64)
+    signs = torch.randint(0, 2, (width,), generator=generator).double() * 2 - 1
+    return Problem(x / x.norm(dim=1, keepdim=True), y, weight, signs)
+
+
+def factors(problem: Problem, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Z [d, d] (Eq. 4) and η."""
+    size = g.square().sum(1)
+    return (problem.x * size[:, None]).mT @ problem.x / len(g), size.mean()
+
+
+def multipliers(problem: Problem, weight: Tensor) -> Tensor:
+    """t_i = η x_iᵀ Z⁻¹ x_i: [n]."""
+    z, eta = factors(problem, problem.jacobian(weight))
+    return eta * (problem.x @ torch.linalg.inv(z) * problem.x).sum(1)
+
+
+def largest_rate(t: Tensor) -> float:
+    """α* = min (2t − 1)/t²: the largest rate with (1 − αt)² ≤ 1 − α for all; 0 or less: none."""
+    return float(((2 * t - 1) / t.square()).min())
+
+
+def step(problem: Problem, weight: Tensor, alpha: float, psi: str) -> Tensor:
+    """One step of LNGD: W − α Ψ⁺ ∇ Φ⁻¹; `psi`: dense (GᵀG/(nη)) or diagonal (Eq. 5)."""
+    g, n = problem.jacobian(weight), len(problem.x)
+    z, eta = factors(problem, g)
+    error = problem.outputs(weight) - problem.y
+    if psi == "dense":  # (GᵀG)⁺ Gᵀ = Gᵀ (G Gᵀ)⁺: n × n in place of m × m
+        left = n * eta * g.mT @ torch.linalg.pinv(g @ g.mT, hermitian=True)
+    else:
+        diagonal = g.square().mean(0) / eta
+        left = g.mT / torch.where(diagonal > 0, diagonal, torch.inf)[:, None]
+    return weight - alpha / n * (left * error) @ problem.x @ torch.linalg.inv(z)
+
+
+def diagonal_eigenvalues(problem: Problem, weight: Tensor) -> Tensor:
+    """Eigenvalues of the linearised map of the errors under Eq. 5's Ψ, (1/n) (X Z⁻¹ Xᵀ) ∘ (G Ψ⁻¹ Gᵀ): [n]."""
+    g = problem.jacobian(weight)
+    z, eta = factors(problem, g)
+    diagonal = g.square().mean(0) / eta
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
+    return torch.linalg.eigvalsh((problem.x @ torch.linalg.inv(z) @ problem.x.mT) * ((g * inverse) @ g.mT) / len(g))
+
+
+def run(problem: Problem, alpha: float, steps: int, psi: str) -> list[float]:
+    """‖y − v_k‖² for k = 0 … steps; ends early where it exceeds 10⁶ times the first."""
+    weight, errors = problem.weight, []
+    for _ in range(steps + 1):
+        errors.append(float((problem.y - problem.outputs(weight)).square().sum()))
+        if not errors[-1] <= 1e6 * errors[0]:
+            break
+        weight = step(problem, weight, alpha, psi)
+    return errors
+
+
+def bound_holds(errors: list[float], alpha: float, steps: int) -> bool:
+    """‖e_k‖² ≤ (1 − α)^k ‖e_0‖² for all k up to `steps`, down to rounding (10⁻²⁴ of the first)."""
+    return len(errors) == steps + 1 and all(
+        error <= errors[0] * max((1 - alpha) ** k * (1 + SLACK), 1e-24) for k, error in enumerate(errors)
+    )
+
+
+def theorem_2(n: int, d: int, widths: list[int], seeds: int, steps: int) -> dict[str, Any]:
+    """For each width, rate and Ψ: in how many problems the bound holds, the error reached, what the theory allows."""
+    rows, curves = [], []
+    for width in widths:
+        problems = [make_problem(n, d, width, seed) for seed in range(seeds)]
+        for psi, name in itertools.product(("dense", "diagonal"), RATES):
+            held, last, alphas, up = 0, [], [], 0
+            for problem in problems:
+                spectrum = multipliers if psi == "dense" else diagonal_eigenvalues
+                t = spectrum(problem, problem.weight)
+                alpha = rate_of(name, t)
+                errors = run(problem, alpha, steps, psi)
+                held += bound_holds(errors, alpha, steps)
+                up += errors[-1] > errors[0]
+                last.append(errors[-1] / errors[0])
+                alphas.append(alpha)
+            if width == widths[-1] and psi == "dense":
+                curves.append({"rate": name, "alpha": alphas[-1], "errors": [e / errors[0] for e in errors]})
+            rows.append({"width": width, "psi": psi, "rate": name, "alpha": sorted(alphas)[seeds // 2], "held": held,
+                         "seeds": seeds, "diverged": up, "last": sorted(last)[seeds // 2]})  # fmt: skip
+    spectra = []
+    for problem in problems:
+        t, own = multipliers(problem, problem.weight), diagonal_eigenvalues(problem, problem.weight)
+        spectra.append({"t_least": float(t.min()), "t_most": float(t.max()), "alpha_star": largest_rate(t),
+                        "diagonal_least": float(own.min()), "diagonal_most": float(own.max()),
+                        "diagonal_alpha_star": largest_rate(own)})  # fmt: skip
+    return {"n": n, "d": d, "steps": steps, "rows": rows, "curves": curves, "widest": spectra}
+
+
+def rate_of(name: str, t: Tensor) -> float:
+    """α of a name in `RATES`."""
+    most = float(t.max())
+    named = {"0.5/max t": 0.5 / most, "1/max t": 1 / most, "alpha*": largest_rate(t)}
+    named |= {"1.5 alpha*": 1.5 * largest_rate(t), "2.1/max t": 2.1 / most}
+    return named[name] if name in named else float(name)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The arguments. ValueError names the one that is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=20_000, help="of random quadratics (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=24, help="n of Theorem 2 (default: %(default)s)")
+    parser.add_argument("--inputs", type=int, default=8, help="d of Theorem 2 (default: %(default)s)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384], help="m, rising")
+    parser.add_argument("--seeds", type=int, default=5, help="problems a width (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="of each run (default: %(default)s)")
+    parser.add_argument(
+        "--training", type=int, nargs="+", default=[0, 100, 300, 1000], help="steps of Theorem 1's MLPs"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of convergence.json and .png")
+    args = parser.parse_args(arguments)
+    for name in ("count", "inputs", "seeds", "steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}: got {getattr(args, name)}, accepted: at least 1")
+    if args.samples < args.inputs:
+        raise ValueError(f"--samples: got {args.samples}, accepted: at least --inputs = {args.inputs}, X has full rank")
+    if min(args.widths) < args.samples:
+        raise ValueError(f"--widths: got {min(args.widths)}, accepted: at least --samples = {args.samples}")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs both, writes the JSON file and the picture, prints the tables."""
+    args = parse(arguments)
+    result = {
+        "theorem_1": theorem_1(args.count, 0, tuple(args.training)),
+        "theorem_2": theorem_2(args.samples, args.inputs, sorted(args.widths), args.seeds, args.steps),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    kept = {**result, "theorem_1": {k: v for k, v in result["theorem_1"].items() if k != "gain_ratios"}}
+    (args.output / "convergence.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    draw(result, args.output / "convergence.png")
+    print(table(result))
+    print(f"written: convergence.json, convergence.png in {args.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, ImportError, OSError) as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,100 @@
+"""Tables and the picture of `check_convergence.py`, from its results alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#99f6e4", "#14b8a6", "#0f766e", "#d97706", "#be123c", "#7c3aed", "#c026d3")
+LEAST = -6.5  # of the left axis: what is below is at the edge
+
+
+def table(result: dict[str, Any]) -> str:
+    """Where each theorem holds, in Markdown."""
+    one, two = result["theorem_1"], result["theorem_2"]
+    lines = ["Theorem 1, random quadratics", ""]
+    lines += [
+        "| layers | curvature between layers | μ | layer-wise ≤ single | layer-wise step goes up |",
+        "|" + " --- |" * 5,
+    ]
+    for r in one["random"]:
+        lines.append(
+            f"| {r['layers']} | {r['correlation']:g} | {r['mu']:g} | {r['holds']:.1%} of {r['count']:,} "
+            f"| {r['goes_up']:.1%} |"
+        )
+    lines += ["", "Theorem 1, digits' MLP along LNGD's directions: model value q, layer-wise / single", ""]
+    lines += ["| φ | steps | blocks alone (the theorem) | with the curvature between layers |", "|" + " --- |" * 4]
+    for r in one["networks"]:
+        lines.append(
+            f"| {r['activation']} | {r['steps']} | {r['layerwise_block']:.4g} / {r['single_block']:.4g} "
+            f"| {r['layerwise_full']:.4g} / {r['single_full']:.4g} |"
+        )
+    lines += [
+        "",
+        f"Theorem 2, n = {two['n']}, d = {two['d']}, {two['steps']} steps: problems in which the bound holds",
+        "",
+    ]
+    widths = sorted({r["width"] for r in two["rows"]})
+    lines += ["| Ψ | rate | α | " + " | ".join(f"m = {w}" for w in widths) + " |", "|" + " --- |" * (3 + len(widths))]
+    for psi, name in dict.fromkeys((r["psi"], r["rate"]) for r in two["rows"]):
+        found = [r for r in two["rows"] if (r["psi"], r["rate"]) == (psi, name)]
+        cells = [f"{r['held']}/{r['seeds']}" + (f" ({r['diverged']} diverge)" if r["diverged"] else "") for r in found]
+        lines.append(f"| {psi} | {name} | {found[-1]['alpha']:.2g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Theorem 1's gain, Theorem 2's errors at the largest width, and where the bound holds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    one, two = result["theorem_1"], result["theorem_2"]
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(11.2, 3.9), layout="constrained", width_ratios=[1, 1.15, 1.05]
+    )
+    random = np.maximum(one["gain_ratios"][::10], LEAST + 0.3)
+    across = np.linspace(-0.35, 0.35, len(random))
+    left.plot(across, random, ".", color="#0f766e", alpha=0.35, markersize=4, markeredgewidth=0)
+    networks = one["networks"]
+    places = range(1, len(networks) + 1)
+    block = [r["layerwise_block"] / abs(r["single_block"]) for r in networks]
+    full = [r["layerwise_full"] / abs(r["single_full"]) for r in networks]
+    left.plot(places, block, "o", color="#0f766e", markersize=6, label="blocks alone (the theorem)")
+    left.plot(places, full, "D", color="#be123c", markersize=6, label="curvature between layers, too")
+    left.axhline(-1, color="#111827", linewidth=1, linestyle="--")
+    left.axhline(0, color="#9ca3af", linewidth=0.8)
+    left.set_ylim(LEAST, max(10, 1.4 * max(full)))
+    names = [f"{r['activation']}, {r['steps']}" for r in networks]
+    left.set_xticks(range(len(networks) + 1), ["random", *names], rotation=60, ha="right", fontsize=8)
+    left.set_ylabel("model's change, one best rate = −1", fontsize=9)
+    left.set_title("Theorem 1: rates of each layer", fontsize=10.5, loc="left")
+    left.legend(frameon=False, fontsize=8, loc="upper right")
+    for curve, colour in zip(two["curves"], COLOURS, strict=True):
+        errors = np.clip(curve["errors"], 1e-24, 1e6)
+        plain = curve["rate"].replace(".", "").isdigit()
+        label = f"α = {curve['rate']}" if plain else f"α = {curve['rate'].replace('alpha', 'α')} = {curve['alpha']:.2f}"
+        middle.semilogy(errors, color=colour, linewidth=1.8, label=label)
+        steps = np.arange(two["steps"] + 1)
+        middle.semilogy(np.maximum((1 - curve["alpha"]) ** steps, 1e-24), color=colour, linewidth=0.8, linestyle=":")
+    middle.set_ylim(1e-13, 1e16)
+    middle.set_xlabel("step k")
+    middle.set_title("Theorem 2: ‖y − v$_k$‖² and its bound (dotted)", fontsize=10.5, loc="left")
+    middle.legend(frameon=False, fontsize=7.5, loc="upper right", ncols=2)
+    rows = [r for r in two["rows"] if r["psi"] == "dense"]
+    widths, names = sorted({r["width"] for r in rows}), list(dict.fromkeys(r["rate"] for r in rows))
+    share = np.array([[next(r["held"] / r["seeds"] for r in rows if (r["rate"], r["width"]) == (name, width))
+                       for width in widths] for name in names])  # fmt: skip
+    right.imshow(share, cmap="BuGn", vmin=0, vmax=1.25, aspect="auto")
+    for y, x in np.ndindex(share.shape):
+        right.text(x, y, f"{share[y, x]:.0%}", ha="center", va="center", fontsize=8.5)
+    right.set_xticks(range(len(widths)), [str(w) for w in widths])
+    right.set_yticks(range(len(names)), [n.replace("alpha", "α") for n in names])
+    right.set_xlabel(f"width m (n = {two['n']}, d = {two['d']})")
+    right.set_title("runs in which the bound holds", fontsize=10.5, loc="left")
+    for axis in (left, middle):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
