@@ -150,10 +150,10 @@ def test_a_fault_within_the_step_leaves_weights_whole(monkeypatch: pytest.Monkey
     step(model, optimizer, x)
     before = [p.detach().clone() for p in model.parameters()]
 
-    def fault(self: object, step: int) -> None:
+    def fault(self: object, rows: Tensor) -> None:
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(factor_bank.FactorBank, "refresh", fault)
+    monkeypatch.setattr(factor_bank.FactorBank, "_refresh", fault)
     model(x).square().mean().backward()
     with pytest.raises(MemoryError):
         optimizer.step()

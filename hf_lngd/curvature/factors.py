@@ -152,9 +152,9 @@ def orthogonalize(x: Tensor) -> Tensor:
     """
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    tiny = torch.finfo(x.dtype).tiny
-    x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)  # squares of small entries would vanish
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(tiny)
+    # in float64: squares of small entries would vanish
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    x = x / norm.clamp_min(torch.finfo(x.dtype).tiny).to(x.dtype)
     if x.shape[-2] > 1:
         for a, b, c in quintics(x.shape[-2]):
             gram = x @ x.mT

@@ -101,11 +101,11 @@ def _from_cholesky(matrix: Tensor, solve: Callable[[Tensor], Tensor]) -> tuple[T
 
 def _cholesky(matrix: Tensor, dtype: torch.dtype, solve: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    finite = (info == 0) & torch.isfinite(factor.flatten(-2)).all(-1)
+    finite = (info == 0) & torch.isfinite(factor.sum((-2, -1)))
     # cholesky_inverse raises for the whole batch if one factor is unusable
     factor = torch.where(finite[..., None, None], factor, _eye_like(factor))
     result = solve(factor).to(dtype)
-    ok = finite & torch.isfinite(result.flatten(-2)).all(-1)
+    ok = finite & torch.isfinite(result.sum((-2, -1)))
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
     condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().to(dtype)
     return result, ok, condition

@@ -151,13 +151,24 @@ class LayerBank:
         index: slice | Tensor = slice(None) if whole else self.rows_of(present)
         average = self.config.momentum_on == "gradient"
         grad = self._averaged_gradient(present, index) if average else self._gradient(present)
-        direction = self._scale_rows(self.direction(grad, present, index, step), index)
-        rate = self._rate(direction, grad, present, index, samples, terms)
+        direction = self.direction(grad, present, index, step)
+        scale = None
+        if self.row_square is not None:
+            sizes = torch.linalg.vector_norm(direction, dim=-1) / self.columns**0.5
+            scale = self._row_scale(sizes, index)
+            if self.config.rate != "rms":  # which needs no more than the rows' sizes
+                direction.mul_(scale.unsqueeze(-1))
+        if scale is not None and self.config.rate == "rms":
+            rate = rms_rate((sizes * scale).view(len(present), -1, 1), self.config.rate_scale)
+            factor = scale * (rate * lr).repeat_interleave(self.units)[:, None]
+        else:
+            rate = self._rate(direction, grad, present, index, samples, terms)
+            factor = (rate * lr).repeat_interleave(self.units)[:, None]
         if whole:
             self.rate.copy_(rate)
         else:
             self.rate[index_tensor(tuple(present), rate.device)] = rate
-        update = direction.mul_((rate * lr).repeat_interleave(self.units)[:, None, None])
+        update = direction.mul_(factor.unsqueeze(-1))
         if not average:
             update = self._averaged_update(update, index)
         return update.unflatten(0, (-1, self.units)).unbind(0)
@@ -185,15 +196,13 @@ class LayerBank:
             grad = apply_right(grad, self._phi.get("inverse", rows).to(polar.dtype))
         return (grad @ polar if self.side == "right" else polar @ grad).to(self.momentum.dtype)
 
-    def _scale_rows(self, direction: Tensor, index: slice | Tensor) -> Tensor:
-        """Rows of D over the root of their running mean square (Li et al. 2025, NorMuon); its start-up bias cancels
-        in the layer's rate."""
-        if self.row_square is None:
-            return direction
-        fresh = direction.square().mean(-1)
-        average = self.row_square[index].lerp(fresh, 1 - self.config.row_decay)
+    def _row_scale(self, sizes: Tensor, index: slice | Tensor) -> Tensor:
+        """One over the root of the running mean square of each row of D (Li et al. 2025, NorMuon); its start-up bias
+        cancels in the layer's rate. sizes: the rows' root mean squares, [n · u, m] → the same."""
+        assert self.row_square is not None
+        average = self.row_square[index].lerp(sizes.square(), 1 - self.config.row_decay)
         self.row_square[index] = average
-        return direction.mul_((average + torch.finfo(average.dtype).tiny).rsqrt().unsqueeze(-1))
+        return (average + torch.finfo(average.dtype).tiny).rsqrt()
 
     def _refresh_polar(self, grad: Tensor, present: list[int], step: int) -> None:
         """``gram``: average the whitened Gram matrix of the layers whose turn it is, take its inverse root."""
