@@ -5,7 +5,7 @@
 
 Measured is the optimizer's part of a step, one thread: `optimizer.step()` over a whole interval (every kind of step
 once or more, medians over rounds), plus what a factor step adds to the forward pass, with caches emptied in between.
-The prediction has no fitted constant: operations as written in `cost_model.py`, seconds as in `cost_calibration.py`.
+No constant is fitted: operations as written in `cost_model.py`, seconds as in `cost_calibration.py`.
 """
 
 from __future__ import annotations

@@ -206,10 +206,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xticks(DEVICES, [str(count) for count in DEVICES])
         axis.minorticks_off()
         axis.set_xlabel("devices")
-        axis.set_title(f"{model}: step beside AdamW's, %", fontsize=10, loc="left")
+        axis.set_title(model, fontsize=10, loc="left")
         axis.set_ylim(bottom=-1)
     if others:
-        others[0].legend(frameon=False, fontsize=7.5, loc="upper right")
+        others[0].legend(frameon=False, fontsize=7.5, loc="lower right", bbox_to_anchor=(1, 0.04))
+        others[0].set_ylabel("step longer than AdamW's by, %")
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
