@@ -1,0 +1,218 @@
+"""Large models on paper, tables and the picture of `benchmarks.cost_check`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import cost_model, step_time
+from benchmarks.cost_cluster import Cluster, Device, cluster_step
+from benchmarks.tables import table
+from hf_lngd import LNGDConfig
+
+# An accelerator of today in round numbers, sustained and not peak: assumptions, not measurements.
+DEVICE = Device(float32=50e12, bfloat16=400e12, bandwidth=3e12)
+LINK = 50e9  # bytes a second of each device's link
+DEVICES = (8, 64, 512)
+SETTLED: dict[str, Any] = {"early_factors": False}
+# (name, optimizer, LNGD's fields, inverses spread over devices)
+CONTENDERS: list[tuple[str, str, dict[str, Any], bool]] = [
+    ("AdamW", "adamw", {}, False),
+    ("Muon", "muon", {}, False),
+    ("LNGD fast, each inverts all", "lngd", {}, False),
+    ("LNGD fast, inverses spread", "lngd", {}, True),
+    ("LNGD natural, T = 100, spread", "lngd",
+     {"direction": "natural", "factor_interval": 100, "inverse_interval": 100}, True),
+]  # fmt: skip
+COLOURS = ("#6b7280", "#d97706", "#5eead4", "#0f766e", "#7c3aed")
+SHOWN = {"adamw": "AdamW", "muon": "Muon"}
+MARKS = {"adamw": "o", "muon": "s", "lngd fast": "D", "lngd natural": "^", "lngd paper": "v"}
+SHADES = {"adamw": "#6b7280", "muon": "#d97706", "lngd fast": "#0f766e", "lngd natural": "#7c3aed",
+          "lngd paper": "#be123c"}  # fmt: skip
+
+
+def nllb() -> nn.Module:
+    """The architecture of NLLB-200-3.3B."""
+    from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+    config = M2M100Config(vocab_size=256_206, d_model=2048, encoder_layers=24, decoder_layers=24, encoder_ffn_dim=8192,
+                          decoder_ffn_dim=8192, encoder_attention_heads=16, decoder_attention_heads=16)  # fmt: skip
+    return M2M100ForConditionalGeneration._from_config(config, attn_implementation="eager")
+
+
+def vit_huge() -> nn.Module:
+    """ViT-H/14."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120,
+                       patch_size=14, image_size=224, num_labels=1000)  # fmt: skip
+    return ViTForImageClassification._from_config(config, attn_implementation="eager")
+
+
+def _text(rows: int, tokens: int) -> Callable[[], dict[str, Any]]:
+    def batch() -> dict[str, Any]:
+        ids = torch.ones(rows, tokens, dtype=torch.long)
+        return {"input_ids": ids, "decoder_input_ids": ids, "labels": ids}
+
+    return batch
+
+
+def _images() -> dict[str, Any]:
+    return {"pixel_values": torch.empty(64, 3, 224, 224), "labels": torch.ones(64, dtype=torch.long)}
+
+
+# What a device gets of a batch.
+LARGE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], str]] = {
+    "Transformer-big": (step_time.transformer_big, _text(128, 64), "128 × 64 tokens"),
+    "NLLB-3.3B": (nllb, _text(32, 128), "32 × 128 tokens"),
+    "ViT-H/14": (vit_huge, _images, "64 images"),
+}
+
+
+def large_rows(names: list[str] | None) -> dict[str, Any]:
+    """Predictions for large models on clusters; the assumptions stand beside them.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    names = list(LARGE) if names is None else names
+    for name in names:
+        if name not in LARGE:
+            raise ValueError(f"--large: got {name!r}, accepted: {', '.join(LARGE)}")
+    rows = []
+    for name in names:
+        build, feed, per_device = LARGE[name]
+        inventories: dict[str, cost_model.Inventory] = {}
+        for label, optimizer, fields, spread in CONTENDERS:
+            key = repr(fields)
+            if key not in inventories:
+                with torch.device("meta"):
+                    config = LNGDConfig(**{**SETTLED, **fields})
+                    inventories[key] = cost_model.take_inventory(build().eval(), feed(), config)
+            rows.append({"model": name, "batch": per_device, "optimizer": label,
+                         **large_row(inventories[key], optimizer, spread)})  # fmt: skip
+    return {"device": asdict(DEVICE), "link": LINK, "rows": rows}
+
+
+def large_row(inventory: cost_model.Inventory, optimizer: str, spread: bool) -> dict[str, Any]:
+    """State, arithmetic and memory traffic of a mean step, and its seconds and bytes sent on each number of devices."""
+    if optimizer == "adamw":
+        ops, state = cost_model.adamw_ops(inventory.parameters), cost_model.adamw_state(inventory)
+    elif optimizer == "muon":
+        ops = cost_model.muon_ops(inventory.matrices, inventory.others)
+        state = cost_model.muon_state(inventory)
+    else:
+        ops, state = cost_model.lngd_ops(inventory, masked=True), cost_model.lngd_state(inventory)
+    model_seconds = 3 * 2 * inventory.multiply_adds / DEVICE.bfloat16
+    clusters = {}
+    for count in DEVICES:
+        cluster = Cluster(DEVICE, count, LINK)
+        parts = cluster_step(inventory, cluster, optimizer, spread)
+        reference = cluster_step(inventory, cluster, "adamw")["total"]
+        clusters[str(count)] = {
+            **{key: round(value, 6) for key, value in parts.items()},
+            "over_adamw": round((model_seconds + parts["total"]) / (model_seconds + reference), 4),
+        }
+    return {
+        "parameters": sum(inventory.parameters),
+        "state_bytes": state,
+        "tflop": round(sum(op.flops for op in ops) / 1e12, 4),
+        "traffic_gb": round(sum(op.bytes for op in ops) / 1e9, 3),
+        "forward_backward_seconds": round(model_seconds, 5),
+        "devices": clusters,
+    }
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Both tables, in Markdown."""
+    text = "# What a step costs, predicted\n\n"
+    rows = result.get("check", [])
+    if rows:
+        near = sum(abs(row["ratio"] - 1) <= 0.2 for row in rows)
+        text += f"Optimizer's part of a step here, one thread: {near} of {len(rows)} predictions within 20 %.\n\n"
+        text += table(
+            ["model", "optimizer", "measured, ms", "predicted, ms", "predicted / measured"],
+            [
+                [row["model"], row["optimizer"], f"{row['measured_ms']:.2f}", f"{row['predicted_ms']:.2f}",
+                 f"{row['ratio']:.2f}" + ("" if abs(row["ratio"] - 1) <= 0.2 else " (miss)")]
+                for row in rows
+            ],
+        )  # fmt: skip
+    large = result["large"]
+    if large["rows"]:
+        device = large["device"]
+        text += (
+            f"\nOn accelerators of {device['bfloat16'] / 1e12:g} TFLOP/s in bfloat16, {device['float32'] / 1e12:g} in "
+            f"float32, {device['bandwidth'] / 1e12:g} TB/s, links of {large['link'] / 1e9:g} GB/s (assumed), DDP, "
+            "nothing overlapped. Step: forward, backward and optimizer, beside AdamW's.\n\n"
+        )
+        text += table(
+            ["model, batch a device", "optimizer", "state, GiB", "TFLOP", "traffic, GB", "update, ms",
+             *(f"step × on {count}" for count in DEVICES)],
+            [
+                [f"{row['model']}, {row['batch']}", row["optimizer"], f"{row['state_bytes'] / 2**30:.2f}",
+                 f"{row['tflop']:.2f}", f"{row['traffic_gb']:.1f}",
+                 f"{update_ms(row):.1f}",
+                 *(f"{row['devices'][str(count)]['over_adamw']:.3f}" for count in DEVICES)]
+                for row in large["rows"]
+            ],
+        )  # fmt: skip
+    return text
+
+
+def update_ms(row: dict[str, Any]) -> float:
+    """Of the fewest devices, with the inverses."""
+    parts = row["devices"][str(DEVICES[0])]
+    return 1e3 * (parts["update"] + parts["inverses"])
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Predicted against measured seconds, and steps beside AdamW's over the number of devices."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models = list(dict.fromkeys(row["model"] for row in result["large"]["rows"]))
+    figure, axes = plt.subplots(1, 1 + len(models), figsize=(3.0 * (1 + len(models)) + 0.6, 3.9), layout="constrained",
+                                width_ratios=[1.25, *(1.0 for _ in models)], squeeze=False)  # fmt: skip
+    left, *others = axes[0]
+    rows = result.get("check", [])
+    for name, mark in MARKS.items():
+        found = [row for row in rows if row["optimizer"] == name]
+        left.loglog([r["measured_ms"] for r in found], [r["predicted_ms"] for r in found], mark, color=SHADES[name],
+                    markersize=5.5, label=SHOWN.get(name, name.replace("lngd", "LNGD")))  # fmt: skip
+    if rows:
+        values = [row[key] for row in rows for key in ("measured_ms", "predicted_ms")]
+        ends = [min(values) / 1.5, max(values) * 1.5]
+        left.fill_between(
+            ends, [0.8 * e for e in ends], [1.2 * e for e in ends], color="#9ca3af", alpha=0.3, linewidth=0
+        )
+        left.plot(ends, ends, color="#111827", linewidth=0.8)
+    left.set_xlabel("measured here, ms")
+    left.set_ylabel("predicted, ms")
+    left.set_title("Optimizer's part of a step (band: ± 20 %)", fontsize=10, loc="left")
+    left.legend(frameon=False, fontsize=8)
+    for axis, model in zip(others, models, strict=True):
+        for (name, *_), colour in zip(CONTENDERS, COLOURS, strict=True):
+            (row,) = [r for r in result["large"]["rows"] if (r["model"], r["optimizer"]) == (model, name)]
+            ratios = [100 * (row["devices"][str(count)]["over_adamw"] - 1) for count in DEVICES]
+            axis.semilogx(DEVICES, ratios, "o-", color=colour, linewidth=1.8, markersize=4, label=name)
+        axis.set_xticks(DEVICES, [str(count) for count in DEVICES])
+        axis.minorticks_off()
+        axis.set_xlabel("devices")
+        axis.set_title(model, fontsize=10, loc="left")
+        axis.set_ylim(bottom=-1)
+    if others:
+        others[0].legend(frameon=False, fontsize=7.5, loc="lower right", bbox_to_anchor=(1, 0.04))
+        others[0].set_ylabel("step longer than AdamW's by, %")
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

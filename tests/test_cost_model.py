@@ -1,0 +1,220 @@
+"""The cost model against counters of its own: torch's FLOP counter, real optimizers' state, cases done by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import cost_calibration, cost_check, cost_model, cost_report, step_time
+from benchmarks.cost_cluster import Cluster, Device, cluster_step, makespan
+from benchmarks.cost_model import PRODUCTS, Factor, Inventory, Op
+from hf_lngd import LNGD, LNGDConfig
+
+SETTLED = cost_check.SETTLED
+MODELS = {
+    "marian": (lambda: step_time.marian(32, 80, 2, 1, 60), lambda: cost_check.text_batch(3, 5, 60)),
+    "vit": (lambda: cost_check._vit(32, 1, 8), lambda: cost_check.image_batch(3, 3, 32, 32)),
+    "resnet": (lambda: step_time.small_resnet(0), lambda: cost_check.image_batch(2, 3, 32, 32)),
+    "mlp": (lambda: cost_check.Mlp((12, 70, 130, 10)), lambda: cost_check.image_batch(9, 12)),
+}
+
+
+def taken(name: str, contender: str) -> tuple[Inventory, nn.Module, dict[str, torch.Tensor]]:
+    build, feed = MODELS[name]
+    config = LNGDConfig(**cost_check.CONFIGS.get(contender, SETTLED))
+    inventory = cost_model.take_inventory(build(), feed(), config)
+    torch.manual_seed(0)
+    return inventory, build().train(), feed()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("contender", ["adamw", "muon", *cost_check.CONFIGS])
+def test_bytes_of_state_are_those_of_the_optimizer(name: str, contender: str) -> None:
+    inventory, model, batch = taken(name, contender)
+    optimizer = cost_check.make(contender, model)
+    model(**batch).loss.backward()
+    optimizer.step()
+    own = optimizer.state_bytes()
+    optimizer.close()
+    if contender in cost_check.CONFIGS:
+        assert cost_model.lngd_state(inventory) == own
+    else:
+        predicted = (cost_model.adamw_state if contender == "adamw" else cost_model.muon_state)(inventory)
+        assert predicted <= own <= predicted + 4 * len(inventory.parameters)  # a step count a tensor
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("contender", ["muon", "lngd fast", "lngd natural"])
+def test_products_are_those_of_the_step(name: str, contender: str) -> None:
+    """A step without factor work, counted by torch."""
+    inventory, model, batch = taken(name, contender)
+    # all inverses in one step, so that others are free of them
+    unstaggered = LNGDConfig(**{**inventory.config.to_dict(), "stagger": False})
+    optimizer: Any = cost_check.make("muon", model) if contender == "muon" else LNGD(model, unstaggered)
+    ops = [op for op in cost_check.predict(contender, inventory) if op.kind in PRODUCTS and op.times >= 1]
+    model(**batch).loss.backward()
+    interval = cost_check.INTERVAL
+    counted = []
+    for _ in range(1 if contender == "muon" else interval + 1):
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        counted.append(counter.get_total_flops())
+    optimizer.close()
+    assert min(counted) == sum(op.flops for op in ops)  # the others hold an inverse's root, too
+
+
+def test_products_of_a_factor_step() -> None:
+    inventory, model, batch = taken("marian", "lngd fast")
+    optimizer = LNGD(model, inventory.config)
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer._capture.arm(False)
+    with FlopCounterMode(display=False) as plain:
+        model(**batch)
+    optimizer._capture.arm(True)
+    with FlopCounterMode(display=False) as armed:
+        model(**batch)
+    optimizer.close()
+    predicted = sum(
+        op.flops for f in inventory.factors for op in cost_model.capture_ops(f, True) if op.kind in PRODUCTS
+    )
+    extra = armed.get_total_flops() - plain.get_total_flops()
+    # Ψ's numerator, a vector times a matrix, is counted by torch as a product and here as a pass over memory
+    vectors = sum(2 * f.units * f.positions * f.links for f in inventory.factors)
+    assert extra in (predicted, predicted + vectors)
+
+
+def test_shared_factors_and_positions() -> None:
+    inventory, _, _ = taken("marian", "lngd fast")
+    # encoder: qkv, out, fc1, fc2; decoder: qkv, out, q, kv (with none of the encoder's), out, fc1, fc2
+    assert len(inventory.factors) == 4 + 7
+    assert {f.positions for f in inventory.factors} == {15} and inventory.tables == ((60, 32),)
+    assert sum(bank.layers for bank in inventory.banks) == 6 + 10
+    assert sorted(f.links for f in inventory.factors) == [0] * 9 + [80] * 2
+    weights = sum(m * d for m, d in inventory.matrices)
+    assert inventory.multiply_adds == 15 * weights
+
+
+@pytest.mark.parametrize("kind", ["polar", "natural", "adaptive"])
+def test_calls_of_the_dispatcher(kind: str) -> None:
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.number += 1
+            return func(*args, **(kwargs or {}))
+
+    contender = {"polar": "lngd fast", "natural": "lngd natural", "adaptive": "lngd paper"}[kind]
+    inventory, model, batch = taken("vit", contender)
+    optimizer = cost_check.make(contender, model)
+    found = []
+    for _ in range(4):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        with Count() as count:
+            optimizer.step()
+        found.append(count.number)
+    optimizer.close()
+    a_bank, a_layer = cost_model.CALLS[kind]
+    expected = sum(a_bank + a_layer * bank.layers for bank in inventory.banks)
+    assert min(found) == pytest.approx(expected, rel=0.35)
+
+
+def test_operations_by_hand() -> None:
+    assert Op("float32", (2, 3, 4, 5), 1.5).flops == 2 * 2 * 3 * 4 * 5 * 1.5
+    assert Op("bfloat16", (1, 3, 4, 5)).bytes == 2 * (12 + 20 + 15)
+    assert Op("adamw", (10,)).bytes == 280 and Op("call", (1,), 9).flops == Op("call", (1,), 9).bytes == 0
+    flops = sum(op.flops for op in cost_model.newton_schulz(2, 7, 3))
+    assert flops == 5 * 2 * (2 * 3 * 7 * 3 + 2 * 3 * 3 * 3 + 2 * 3 * 3 * 7)
+    assert [op.times for op in cost_model.scaled([Op("cast", (4,), 2)], 0.25)] == [0.5]
+    assert Factor(2, 3, 4, 12, 100, 0).triangle == 2 * 3 * 10
+
+
+def test_devices_by_hand() -> None:
+    device = Device(float32=1e12, bfloat16=4e12, bandwidth=1e11, launch=1e-6)
+    assert device.seconds(Op("float32", (1, 1000, 1000, 1000), 7)) == pytest.approx(2e9 / 1e12 + 1e-6)
+    assert device.seconds(Op("bfloat16", (1, 1, 1000, 1000))) == pytest.approx(2 * (1000 + 1e6 + 1000) / 1e11 + 1e-6)
+    assert device.seconds(Op("stream", (1000,))) == pytest.approx(12_000 / 1e11 + 1e-6)
+    assert device.seconds(Op("eigh", (1, 1000))) == pytest.approx(36 * (2e9 / 1e12 + 1e-6))
+    four = Cluster(device, 4, link=1e10, latency=1e-5)
+    assert four.all_reduce(1e9) == pytest.approx(1.5 * 0.1 + 1e-5)
+    assert four.all_gather(1e9) == pytest.approx(0.75 * 0.1 + 1e-5)
+    assert Cluster(device, 1, 1e10).all_reduce(1e9) == Cluster(device, 1, 1e10).all_gather(1e9) == 0
+    assert makespan([5, 4, 3, 3, 3], 2) == 10 and makespan([5, 1], 8) == 5 and makespan([1, 2, 3], 1) == 6
+    assert cost_calibration.interpolate([(10, 1.0), (20, 3.0)], 15) == 2
+    assert cost_calibration.interpolate([(10, 1.0), (20, 3.0)], 5) == 1
+    assert cost_calibration.interpolate([(10, 1.0), (20, 3.0)], 40) == 6
+
+
+def test_a_cluster_step_by_hand() -> None:
+    inventory, _, _ = taken("mlp", "lngd fast")
+    device = Device(1e12, 4e12, 1e11)
+    gradients = 4 * sum(inventory.parameters)
+    triangles = 4 * sum(f.triangle for f in inventory.factors)
+    one = cluster_step(inventory, Cluster(device, 1, 1e10), "lngd")
+    assert one["gradients"] == one["factors"] == one["gather"] == one["bytes_sent"] == 0
+    same = cost_model.total_seconds(cost_model.lngd_ops(inventory, masked=True), device)
+    assert one["total"] == pytest.approx(same)
+    eight, spread = (cluster_step(inventory, Cluster(device, 8, 1e10), "lngd", s) for s in (False, True))
+    assert eight["bytes_sent"] == pytest.approx(1.75 * (gradients + triangles / cost_check.INTERVAL))
+    assert spread["bytes_sent"] == pytest.approx(eight["bytes_sent"] + 0.875 * triangles / cost_check.INTERVAL)
+    assert 0 < spread["inverses"] < eight["inverses"] == pytest.approx(one["inverses"])
+    assert spread["total"] == pytest.approx(
+        sum(spread[k] for k in ("gradients", "factors", "inverses", "gather", "update"))
+    )
+    adamw = cluster_step(inventory, Cluster(device, 8, 1e10), "adamw")
+    assert adamw["bytes_sent"] == pytest.approx(1.75 * gradients) and adamw["factors"] == 0
+    with pytest.raises(ValueError, match="optimizer: got 'sgd', accepted: adamw, muon, lngd"):
+        cluster_step(inventory, Cluster(device, 8, 1e10), "sgd")
+    bank = inventory.banks[0]
+    with pytest.raises(ValueError, match="direction: got 'gram', accepted: natural, polar"):
+        cost_model.bank_ops(bank, LNGDConfig(direction="gram"))
+
+
+def test_the_check_in_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cost_check, "MODELS", {"tiny": MODELS["mlp"]})
+    monkeypatch.setattr(cost_calibration, "SIZES", [2**10, 2**12])
+    monkeypatch.setattr(cost_calibration, "COLD", 2**14)
+    monkeypatch.setattr(cost_report, "LARGE", {"tiny": (MODELS["marian"][0], cost_report._text(3, 5), "15 tokens")})
+    threads = torch.get_num_threads()
+    cost_check.main(["--models", "tiny", "--rounds", "1", "--results", str(tmp_path / "c.json")])
+    torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
+    assert [row["optimizer"] for row in result["check"]] == ["adamw", "muon", *cost_check.CONFIGS]
+    for row in result["check"]:
+        assert row["ratio"] == pytest.approx(row["predicted_ms"] / row["measured_ms"], rel=0.02)
+        assert row["predicted_ms"] == pytest.approx(sum(row["predicted_ms_by_kind"].values()), abs=0.02)
+    natural = next(row for row in result["large"]["rows"] if "natural" in row["optimizer"])
+    with torch.device("meta"):
+        model = MODELS["marian"][0]()
+        optimizer = LNGD(model, direction="natural", early_factors=False)
+        model(**cost_report._text(3, 5)()).loss.backward()
+        for route in optimizer.routing():
+            if route.owner == "fallback" and "rotated" not in route.reason:
+                model.get_parameter(route.parameter).grad = None
+        optimizer.step()
+        rest = sum(r.numel for r in optimizer.routing() if r.owner == "fallback" and "rotated" not in r.reason)
+        tensors = sum(r.owner == "fallback" and "rotated" not in r.reason for r in optimizer.routing())
+        assert natural["state_bytes"] == optimizer.memory_usage()["total"] + 8 * rest + 4 * tensors
+    assert "predicted / measured" in capsys.readouterr().out and (tmp_path / "c.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--rounds", "0"], "--rounds: got 0"), (["--large", "GPT"], "--large: got 'GPT', accepted: Transformer-big")],
+)
+def test_bad_arguments_are_named(arguments: list[str], named: str, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text("{}", encoding="utf-8")
+    threads = torch.get_num_threads()
+    with pytest.raises(ValueError, match=named):
+        cost_check.main(["--large-only", "--results", str(tmp_path / "c.json"), *arguments])
+    torch.set_num_threads(threads)
