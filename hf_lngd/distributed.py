@@ -63,7 +63,7 @@ class Ranks:
         buffer = own.new_zeros(most)
         buffer[: own.numel()] = own
         everyone = own.new_empty(self.size * most)
-        dist.all_gather_into_tensor(everyone, buffer, group=self.group)
+        dist.all_gather_single(everyone, buffer, group=self.group)
         return everyone.view(self.size, most)
 
     def check_same(self, what: str, own: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tests.core_helpers import IGNORED, core_batch, core_marian
 LR = 1e-3
 # Marian's own 0.02 leaves attention all but even: the gradients of queries and keys are then differences of near
 # equals, and their rounding, which every optimizer that scales its steps blows up, a thousand times as large.
-MARIAN = {"init_std": 0.25, "encoder_layers": 1, "decoder_layers": 1}
+MARIAN: dict[str, Any] = {"init_std": 0.25, "encoder_layers": 1, "decoder_layers": 1}
 
 
 class Images(nn.Module):
@@ -126,7 +126,8 @@ def backward(model: Any, optimizer: LNGD, part: dict[str, Tensor], terms: Tensor
     """The share of the mean loss over all ranks; DDP divides gradients by their number."""
     if spoiled:
         # seen by the hooks, not by the gradient
-        optimizer._capture._model()(**{k: v * torch.inf if v.is_floating_point() else v for k, v in part.items()})
+        bare = getattr(model, "module", model)
+        bare(**{k: v * torch.inf if v.is_floating_point() else v for k, v in part.items()})
     output = model(**part)
     logits = output if isinstance(output, Tensor) else output.logits
     labels = part["labels"]
@@ -251,3 +252,31 @@ def with_failing_inverses(placement: str) -> float:
     with patch("hf_lngd.curvature.factor_bank.inverse", no_inverse):
         optimizer.step()
     return optimizer.diagnostics()["failed_inverses"]
+
+
+def counted_traffic(fields: dict[str, Any], steps: int) -> tuple[list[int], dict[str, int]]:
+    """Bytes that LNGD hands to collectives, step by step, and what the cost model says of them."""
+    from benchmarks.traffic import traffic
+
+    model = make("marian", torch.float64)
+    optimizer = LNGD(model, lr=LR, early_factors=False, **fields)
+    wrapped = DistributedDataParallel(model)
+    sent: list[int] = []
+    reduce, gather = dist.all_reduce, dist.all_gather_single
+
+    def counting(function: Any, place: int) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            sent[-1] += args[place].numel() * args[place].element_size()
+            return function(*args, **kwargs)
+
+        return run
+
+    for step in range(steps):
+        batch = batch_of("marian", step, 4, torch.float64)
+        wrapped(**batch).loss.backward()
+        sent.append(0)
+        gathering = patch.object(dist, "all_gather_single", counting(gather, 1))
+        with patch.object(dist, "all_reduce", counting(reduce, 0)), gathering:
+            optimizer.step()
+        optimizer.zero_grad()
+    return sent, traffic(optimizer)

@@ -180,3 +180,16 @@ def test_draws_agree_in_distribution(fisher: str, pools: Pools) -> None:
 def test_a_group_of_its_own_trains_alone(pools: Pools) -> None:
     first, second = pools[2].run(dist_cases.alone)
     assert any(not torch.equal(w, second["weights"][name]) for name, w in first["weights"].items())
+
+
+def test_traffic_is_what_the_cost_model_says(pools: Pools) -> None:
+    fields = {"factor_interval": 3, "inverse_interval": 3, "stagger": False, "placement": "replicated"}
+    sent, model = pools[2].run(dist_cases.counted_traffic, fields=fields, steps=4)[0]
+    assert sent == [model["factors"], 0, 0, model["factors"]]
+    more = {"embedding": "exact", "rate": "adaptive", "fisher": "sampled"}
+    sent, model = pools[2].run(dist_cases.counted_traffic, fields={**fields, **more}, steps=4)[0]
+    each = model["counts"] + model["rates"]
+    assert sent == [model["factors"] + each, each, each, model["factors"] + each] and each > 0
+    sent, model = pools[2].run(dist_cases.counted_traffic, fields={**fields, "placement": "spread"}, steps=2)[0]
+    # each rank sends its half of the inverses, more or less
+    assert 0.4 < (sent[0] - model["factors"]) / model["inverses"] < 0.9 and sent[1] == 0

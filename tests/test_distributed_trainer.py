@@ -63,3 +63,12 @@ def test_in_single_precision(pools: Pools, tmp_path: Path) -> None:
     one = dist_trainers.train(ranks=1, size=16, accumulation=1, **case)
     found = pools[2].run(dist_trainers.train, ranks=2, size=4, accumulation=2, **case)
     assert distance(found[0], one) <= 1e-3
+
+
+@pytest.mark.parametrize("settings", ["preset=lngd_lr,factor_interval=2,inverse_interval=2", "fisher=sampled"])
+@pytest.mark.parametrize("kind", ["marian", "images"])
+def test_draws_of_each_rank_leave_the_ranks_alike(kind: str, settings: str, pools: Pools, tmp_path: Path) -> None:
+    case = {"kind": kind, "folder": str(tmp_path), "optim_args": settings, "num_train_epochs": 1}
+    found = pools[2].run(dist_trainers.train, ranks=2, size=4, accumulation=2, **case)
+    assert all(torch.equal(w, found[1]["weights"][name]) for name, w in found[0]["weights"].items())
+    assert all(w.isfinite().all() for w in found[0]["weights"].values())

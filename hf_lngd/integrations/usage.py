@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import HfArgumentParser
 
 EXIT_STATUS = 2
@@ -35,9 +36,12 @@ def one_line(message: object, limit: int = 1000) -> str:
 
 
 def exit_on_usage_error(main: Callable[[], None]) -> None:
-    """Run a script's main function; a :class:`UsageError` ends it as the user should see it, without a traceback."""
+    """Run a script's main function; a :class:`UsageError` ends it as the user should see it, without a traceback.
+
+    Whatever else is raised is told to torchrun, too, whose last lines then name rank and exception.
+    """
     try:
-        main()
+        record(main)()
     except UsageError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)

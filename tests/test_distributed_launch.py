@@ -1,0 +1,168 @@
+"""The commands of the README's part on many processes, as printed; faults that end a job and are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from safetensors.torch import load_file
+from transformers import ResNetConfig
+
+from scripts import run_translation
+from tests.hf_helpers import hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_write_pairs
+from tests.test_run_image_classification import write_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+DDP = "examples/accelerate/ddp.yaml"
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def launch(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the README with the launchers of this environment."""
+    launchers = {
+        "torchrun": ["-m", "torch.distributed.run"],
+        "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+    }
+    return subprocess.run(
+        [sys.executable, *launchers[command[0]], *command[1:]],
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT, **more},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def commands() -> dict[str, list[str]]:
+    """The README's commands for several processes, by launcher."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = text[text.index("## Many processes") :]
+    part = part[: part.index("\n## ", 1)]
+    lines = [
+        shlex.split(line)
+        for block in re.findall(r"```bash\n(.*?)```", part, re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines()
+        if line and not line.startswith("#")
+    ]
+    return {line[0]: line for line in lines}
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_the_printed_torchrun_trains_a_translator_as_one_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = hf_tokenizer()
+    hf_seq2seq_model("marian", tokenizer, init_std=0.25).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = hf_write_pairs(tmp_path / "train.json.gz", hf_pairs(40))
+    small = ["--model_name_or_path", str(tmp_path / "model"), "--train_file", str(data), "--max_steps", "4"]
+    small += ["--optim_args", "matrix_dtype=full,factor_interval=2,bias=factor", "--report_to", "none"]
+    command = commands()["torchrun"]
+    assert option(command, "--nproc_per_node") == "2"
+    script = command[command.index("scripts/run_translation.py") :]
+    drop = {"--config_name", "--tokenizer_name"}  # a model in their place
+    for name in drop:
+        for words in (command, script):
+            at = words.index(name)
+            del words[at : at + 2]
+    two = [*command, *small, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "two")]
+    one = [*script, *small, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "one")]
+    done = launch(two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", one)
+    run_translation.main()
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    start = load_file(tmp_path / "model" / "model.safetensors")
+    trained = [name for name in first if not name.endswith("k_proj.bias")]
+    gap = sum(float((second[name] - first[name]).square().sum()) for name in trained)
+    way = sum(float((first[name] - start[name]).square().sum()) for name in trained)
+    assert way > 0 and (gap / way) ** 0.5 <= 1e-3
+    results = json.loads((tmp_path / "two" / "all_results.json").read_text(encoding="utf-8"))
+    assert results["train_samples"] == 40
+
+
+def test_the_printed_accelerate_launch_trains_a_classifier(tmp_path: Path) -> None:
+    ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic").save_pretrained(tmp_path)
+    command = commands()["accelerate"]
+    assert option(command, "--config_file") == DDP
+    small = ["--config_name", str(tmp_path), "--train_dir", str(write_folder(tmp_path / "train", 4))]
+    small += ["--validation_dir", str(write_folder(tmp_path / "validation", 1)), "--image_size", "8"]
+    small += ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu"]
+    command = [word for word in command if not word.startswith("layer_type=")]
+    command.remove("--config_overrides")
+    at = command.index("--num_processes") + 1
+    command[at] = "2"
+    done = launch([*command, *small, "--output_dir", str(tmp_path / "out")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text(encoding="utf-8"))
+    assert results["train_samples"] == 24 and 0 <= results["eval_accuracy"] <= 1
+    assert done.stdout.count("owner     reason") == 1
+
+
+def test_the_yaml_is_what_accelerate_reads() -> None:
+    config = load_config_from_file(str(ROOT / DDP))
+    assert config.distributed_type == "MULTI_GPU" and config.num_processes == 4
+    args = launch_command_parser().parse_args(["--config_file", str(ROOT / DDP), "--num_processes", "2", "script.py"])
+    args, _, _ = _validate_launch_command(args)
+    assert args.multi_gpu and not args.use_fsdp and not args.use_deepspeed and args.num_processes == 2
+
+
+FAULTY = """
+import os, signal, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from hf_lngd import LNGD
+
+@record
+def main():
+    dist.init_process_group("gloo")
+    model = torch.nn.Linear(4, 3)
+    optimizer = LNGD(model, factor_interval=1)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for step in range(5):
+        wrapped(torch.ones(2, 4)).sum().backward()
+        if step == 2 and dist.get_rank() == 1:
+            if sys.argv[1] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("rank 1 has had enough")
+        optimizer.step()
+        optimizer.zero_grad()
+
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "named"), [("kill", r"rank +: 1 .*SIGKILL"), ("raise", r"rank +: 1 .*ValueError: rank 1 has had enough")]
+)
+def test_a_rank_that_fails_ends_the_job_and_is_named(how: str, named: str, tmp_path: Path) -> None:
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY, encoding="utf-8")
+    done = launch(["torchrun", "--standalone", "--nproc_per_node", "2", str(script), how])
+    assert done.returncode != 0
+    cause = done.stderr[done.stderr.index("Root Cause") :]
+    assert re.search(named, cause, re.DOTALL), cause
+
+
+def test_a_scripts_exception_reaches_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_lngd.integrations.usage import exit_on_usage_error
+
+    def broken() -> None:
+        raise KeyError("no such column")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(KeyError):
+        exit_on_usage_error(broken)
+    assert "no such column" in json.loads((tmp_path / "error.json").read_text(encoding="utf-8"))["message"]["message"]
