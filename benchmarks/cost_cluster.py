@@ -90,7 +90,7 @@ def cluster_step(inventory: Inventory, cluster: Cluster, optimizer: str, spread:
         triangles = float(FLOAT * sum(f.triangle for f in inventory.factors))
         parts["factors"] = cluster.all_reduce(triangles) / c.factor_interval
         sent += 2 * (cluster.count - 1) / cluster.count * triangles / c.factor_interval
-        costs = [total_seconds(invert_ops(f, c), cluster.device) for f in inventory.factors]
+        costs = [total_seconds(invert_ops(f), cluster.device) for f in inventory.factors]
         parts["inverses"] = (makespan(costs, cluster.count) if spread else sum(costs)) / c.inverse_interval
         if spread:
             parts["gather"] = cluster.all_gather(triangles) / c.inverse_interval

@@ -20,6 +20,7 @@ from torch import nn
 
 from benchmarks.rivals import split
 from hf_lngd import LNGD, LNGDConfig
+from hf_lngd.curvature.factor_bank import FactorBank
 from hf_lngd.curvature.inverses import packed_shape
 from hf_lngd.curvature.layers import Layer
 from hf_lngd.routing import ROTATED_EMBEDDING
@@ -168,6 +169,7 @@ def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfi
     banks, factors = [], []
     for bank in made.layer_banks:
         positions = tuple(seen.get(layer.name, 0) for layer in bank.layers)
+        assert isinstance(bank.factors, FactorBank)
         banks.append(
             Bank(len(bank.layers), len(bank.layers) * bank.units, bank.m, bank.columns, bank.factors.k, bank.factors.b,
                  bank.psi is not None, positions)
@@ -175,6 +177,7 @@ def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfi
     for group in optimizer._capture.topology.groups:
         layer = made.layers[group.name]
         source = made._bank_of_group[group.name]
+        assert isinstance(source, FactorBank)
         count = seen.get(group.name, 0)
         count = -(-count // config.conv_rows) if layer.is_convolution else count
         features = layer.out_features if group.links or config.fisher != "expected" else 0
@@ -283,13 +286,10 @@ def capture_ops(factor: Factor, masked: bool) -> list[Op]:
     return ops + [Op("alloc", (factor.units * factor.k * factor.b**2,), 6)]
 
 
-def invert_ops(factor: Factor, config: LNGDConfig) -> list[Op]:
-    """One refresh of one group: unpacked, damped, and its inverse or inverse root."""
+def invert_ops(factor: Factor) -> list[Op]:
+    """One refresh of one group: unpacked, damped, and its inverse or the inverse of its Cholesky factor."""
     size, batch = (factor.units * factor.k * factor.b**2,), factor.units * factor.k
-    ops = [Op("alloc", size, 7), Op("call", (1,), INVERT_CALLS)]
-    if config.direction == "natural":
-        return ops + [Op("inverse", (batch, factor.b))]
-    return ops + [Op("eigh", (batch, factor.b)), Op("float32", (batch, factor.b, factor.b, factor.b))]
+    return [Op("alloc", size, 7), Op("call", (1,), INVERT_CALLS), Op("inverse", (batch, factor.b))]
 
 
 def scaled(ops: Iterable[Op], times: float) -> list[Op]:
@@ -304,7 +304,7 @@ def lngd_ops(inventory: Inventory, masked: bool = False, inverses: bool = True) 
     for factor in inventory.factors:
         ops += scaled(capture_ops(factor, masked), 1 / c.factor_interval)
         if inverses:
-            ops += scaled(invert_ops(factor, c), 1 / c.inverse_interval)
+            ops += scaled(invert_ops(factor), 1 / c.inverse_interval)
     ops += [op for rows, d in inventory.tables for op in table_ops(rows, d, c)]
     return ops + adamw_ops(inventory.rest)
 

@@ -170,8 +170,8 @@ class LNGD(torch.optim.Optimizer):
     def _update_factors(self) -> None:
         capture = self._capture
         if self._is_factor_step():
-            sums = capture.finish()
-            self._check_capture(bool(sums))
+            sums = capture.finish(self._ranks.everyone)
+            self._check_capture(bool(capture.topology.groups))
             if self._preconditioner is None:
                 found = {"/".join(g["members"]): f"{g['links']} {g['stream']}" for g in capture.topology.state()}
                 order = {"order of layers": list(found)}
@@ -221,9 +221,9 @@ class LNGD(torch.optim.Optimizer):
         if self.config.rate != "adaptive":
             return
         seen = self._capture.rows
-        if self._capture.rows_seen and self._ranks.size > 1:  # another rank may have called a layer that this did not
-            return
         layers = [layer.name for layer in self._routing.layers if layer.weight.grad is not None]
+        if self._capture.rows_seen and self._ranks.size > 1:  # another rank may have called a layer that this did not
+            layers = [name for name in layers if name in self._capture.rows_hidden]
         unseen = layers if not self._capture.rows_seen else [n for n in layers if n not in seen or not seen[n].calls]
         if unseen:
             raise RuntimeError(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from core_helpers import core_batch, core_marian, core_step
 from hf_helpers import hf_seq2seq_model, hf_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import blockwise, dense_fisher, factors, polar_express
+from reference import blockwise, dense_fisher, factors
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.activations import ACT2FN
 
 from hf_lngd import LNGD
-from hf_lngd.curvature.factors import block_layout, from_blocks, orthogonalize, quintics, to_blocks
+from hf_lngd.curvature.factors import block_layout, from_blocks, orthogonalize, to_blocks
 from hf_lngd.curvature.links import activation_derivative, is_elementwise
 
 ACTIVATIONS = {
@@ -246,40 +244,17 @@ def test_a_model_without_storage_can_be_sized() -> None:
     assert optimizer.memory_usage()["momentum"] == 4 * 64
 
 
-def spectrum(n: int) -> torch.Tensor:
-    """n singular values from a third of their root mean square up: what `orthogonalize` promises to lift to 1."""
-    values = torch.logspace(-0.3, 0.3, n, dtype=torch.float64)
-    return values.clamp_min(values.square().mean().sqrt() / 3)
-
-
 @pytest.mark.parametrize("shape", [(2, 6, 9), (2, 9, 6), (1, 7, 7), (3, 1, 4), (3, 4, 1)], ids=str)
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_orthogonalize_is_the_polar_factor(shape: tuple[int, ...], scale: float) -> None:
     u, _, vh = torch.linalg.svd(torch.randn(*shape, generator=torch.Generator().manual_seed(0)).double(), False)
-    found = u.mT @ orthogonalize((u * spectrum(u.shape[-1])) @ vh * scale) @ vh.mT
+    values = torch.logspace(-2, 0, u.shape[-1]).double()
+    found = u.mT @ orthogonalize((u * values) @ vh * scale) @ vh.mT
     diagonal = found.diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(found, torch.diag_embed(diagonal), rtol=0, atol=1e-9)
-    torch.testing.assert_close(diagonal, torch.ones_like(diagonal), rtol=0, atol=0.05)
+    torch.testing.assert_close(diagonal, torch.ones_like(diagonal), rtol=0, atol=0.15)
     if min(shape[1:]) == 1:
         torch.testing.assert_close(diagonal, torch.ones_like(diagonal), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(("n", "error"), [(2, 0.05), (128, 0.05), (129, 0.02), (1024, 0.02), (1025, 0.13)])
-def test_the_quintics_lift_what_is_above_a_third_of_the_mean(n: int, error: float) -> None:
-    # every matrix with such a spectrum, through its singular values: the iteration acts on each of them alone
-    x = torch.logspace(math.log10(1 / (3 * n**0.5)), 0, 1001, dtype=torch.float64)
-    for a, b, c in quintics(n):
-        x = a * x + b * x**3 + c * x**5
-    assert (x - 1).abs().max() < error
-
-
-@pytest.mark.parametrize(("n", "iterations"), [(128, 3), (1024, 4)])
-def test_the_quintics_are_polar_expresses(n: int, iterations: int) -> None:
-    expected = polar_express(1 / (3 * n**0.5), iterations)
-    scaled = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in expected[:-1]] + expected[-1:]
-    torch.testing.assert_close(
-        torch.tensor(quintics(n), dtype=torch.float64), torch.tensor(scaled, dtype=torch.float64), rtol=1e-10, atol=0
-    )
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 576), (2, 128, 1152), (2, 256, 256), (1, 1040, 1040)], ids=str)

@@ -110,6 +110,7 @@ class Capture:
         """Forget what was gathered for the current step."""
         self.sums: dict[str, GroupSums | FamilySums] = {}
         self.rows: dict[str, RowSamples] = {}
+        self.rows_hidden: set[str] = set()  # layers whose outputs had no graph, as within a reentrant checkpoint
         self.terms = 0
         self.rows_seen = 0
         self._pending: list[Pending] = []
@@ -162,11 +163,17 @@ class Capture:
         """Name the tensors of the next forward, where the model does not see them all (labels taken out)."""
         self._next_batch = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
-    def finish(self) -> dict[str, GroupSums | FamilySums]:
-        """Close the step: settle what is open, freeze the topology, hand over the sums."""
+    def finish(self, share: Callable[[Any], list[Any]] = lambda own: [own]) -> dict[str, GroupSums | FamilySums]:
+        """Close the step: settle what is open, freeze the topology, hand over the sums.
+
+        Args:
+            share: own topology → that of every rank.
+        """
         self.settle()
-        if self.sums and not self.topology.frozen:
-            self.topology.freeze(list(self.layers))
+        if not self.topology.frozen:
+            self.topology.learn(share(self.topology.state()))
+            if self.topology.groups:
+                self.topology.freeze(list(self.layers))
         return self.sums
 
     # Hooks
@@ -376,6 +383,7 @@ class Capture:
 
     def _keep_rows(self, layer: Layer, a: Tensor, output: Tensor) -> None:
         if not output.requires_grad:
+            self.rows_hidden.add(layer.name)
             return
         start = -self._first_row % self._rate_rows if self._inside else 0
         forward = self._forwards
@@ -385,8 +393,8 @@ class Capture:
         samples.seen += whole.shape[0]
         samples.kept += kept.shape[0]
 
-        def receive(g: Tensor) -> None:
-            if self.source.in_pass or not reaches(layer.weight):
+        def receive(g: Tensor | None) -> None:
+            if g is None or self.source.in_pass or not reaches(layer.weight):
                 return
             samples.add(forward, kept, layer.batched(g.detach().view(shape))[start :: self._rate_rows].clone())
 

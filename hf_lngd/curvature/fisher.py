@@ -117,8 +117,8 @@ class FisherSource:
         if self.kind == "empirical":
             if output.requires_grad:
 
-                def receive(g: Tensor) -> None:
-                    if reaches(call.layer.weight):
+                def receive(g: Tensor | None) -> None:
+                    if g is not None and reaches(call.layer.weight):
                         _add_gradient(call, g.view(output_shape))
 
                 origin(output).register_hook(receive)
@@ -156,6 +156,11 @@ class FisherSource:
             logits: [..., classes], with the graph of the forward pass that was observed; it is kept.
             mask: [...], True where a row counts.
         """
+        if waits_for_first_backward(logits):
+            raise RuntimeError(
+                "fisher: 'true' makes a backward pass before the loss's own, which DDP(static_graph=True) takes for "
+                f"it: gradients would not be reduced. Use static_graph=False; or accepted: {', '.join(self.others)}"
+            )
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
@@ -237,6 +242,17 @@ def generators_of(state: dict[str, Tensor]) -> dict[torch.device, torch.Generato
             continue
         generators[device] = generator.set_state(value.cpu())
     return generators
+
+
+def waits_for_first_backward(output: Tensor) -> bool:
+    """Whether this comes out of a DDP with a static graph, whose first backward pass starts its reduction."""
+    node, steps = output.grad_fn, 0
+    while node is not None and steps < 16:  # the model's output, or little made of it
+        wrapper = getattr(node, "ddp_weakref", None)
+        if wrapper is not None:
+            return bool(wrapper().static_graph)
+        node, steps = (node.next_functions[0][0] if node.next_functions else None), steps + 1
+    return False
 
 
 def _add_gradient(call: Call, g: Tensor) -> None:

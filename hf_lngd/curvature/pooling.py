@@ -72,10 +72,12 @@ def pool_sums(
     # as numbers seen and kept would be waited for
     counts = found[len(sizes)].view(-1, 2)
     whole = iter([unpack(t, size) if size else t for t, size in zip(found, sizes, strict=False)])
-    pooled = {
-        group.name: one.pooled({name: next(whole) for name in named}, counts[i, 0], counts[i, 1])
-        for i, (group, one, named) in enumerate(zip(groups, own, plain, strict=True))
-    }
+    pooled = {}
+    for i, (group, one, named) in enumerate(zip(groups, own, plain, strict=True)):
+        sums_of = {name: next(whole) for name in named}
+        # called, but no gradient came back: nothing was summed, and zeros are not its factors
+        kept = torch.where(sums_of["n"] > 0, counts[i, 1], 0.0)
+        pooled[group.name] = one.pooled(sums_of, counts[i, 0], kept)
     return pooled, found[len(sizes) + 1 :]
 
 
@@ -92,10 +94,10 @@ def pool_curvature(squares: Tensor, rows: list[RowSamples], terms: Tensor | int,
         terms: T of this rank.
 
     Returns:
-        T Σ q² · rows seen / rows kept [n], and where [n] any rank kept a row at all.
+        T Σ q² · rows seen / rows kept [n], and where [n] any rank kept a row and its gradient.
     """
-    counts = _numbers([float(n) for own in rows for n in (own.seen, own.kept)], squares)
+    counts = _numbers([float(n) for own in rows for n in (own.seen, own.kept, bool(own.calls))], squares)
     total = torch.as_tensor(terms).to(squares.device, squares.dtype, non_blocking=True)
     squares, counts, total = pool.sum([squares, counts, total])
-    seen, kept = counts.view(-1, 2).unbind(1)
-    return squares * (seen / kept.clamp_min(1)) * (total / pool.size**2), kept > 0
+    seen, kept, heard = counts.view(-1, 3).unbind(1)
+    return squares * (seen / kept.clamp_min(1)) * (total / pool.size**2), (kept > 0) & (heard > 0)

@@ -56,6 +56,17 @@ class Topology:
         group.members.append(layer)
         self.of_layer[layer] = group
 
+    def learn(self, everyone: list[list[dict[str, Any]]]) -> None:
+        """Take in the groups that other ranks saw and this one did not call, in an order that is everyone's."""
+        order: dict[str, int] = {}
+        for state in everyone:
+            for group in Topology.from_state(state).groups:
+                order.setdefault(group.name, len(order))
+                if not any(name in self.of_layer for name in group.members):
+                    self.groups.append(group)
+                    self.of_layer |= dict.fromkeys(group.members, group)
+        self.groups.sort(key=lambda group: order[group.name])
+
     def freeze(self, layers: list[str]) -> None:
         """End the search: layers that were never called get a group of their own, empty until they are."""
         for name in layers:

@@ -86,8 +86,12 @@ def problem_of(folder: str | Path) -> str | None:
         if missing:
             return f"has no {missing[0]}, which {index.name} names"
     names = {path.name for path in folder.iterdir()}
-    if ("optimizer.pt" in names) != ("scheduler.pt" in names):
-        return f"has no {'scheduler.pt' if 'optimizer.pt' in names else 'optimizer.pt'}"
+    if "optimizer.pt" in names and "scheduler.pt" not in names:
+        return "has no scheduler.pt"
+    # FSDP and DeepSpeed keep the optimizer in files and folders of their own
+    elsewhere = any(name.startswith(("optimizer", "global_step")) for name in names)
+    if "scheduler.pt" in names and not elsewhere:
+        return "has no optimizer.pt"
     return None
 
 
