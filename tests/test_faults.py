@@ -153,7 +153,7 @@ def test_a_fault_within_the_step_leaves_weights_whole(monkeypatch: pytest.Monkey
     def fault(self: object, rows: Tensor) -> None:
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr(factor_bank.FactorBank, "_refresh", fault)
+    monkeypatch.setattr(factor_bank.FactorBank, "invert", fault)
     model(x).square().mean().backward()
     with pytest.raises(MemoryError):
         optimizer.step()
