@@ -167,8 +167,9 @@ class LNGDConfig:
             (the paper), or ``categorical``: the model's own, E[g²] = p(1 − p).
         conv_rows: one row of the batch in this many estimates the factors of convolutions; 1: all of them.
         conv_memory: MiB that the patches of a convolution's input may take at once, in a factor step.
-        placement: of inverses over several processes. ``spread``: each is computed by one of them and sent to all;
-            ``replicated``: by every one; ``auto``: what a cost model finds quicker, step by step.
+        placement: of inverses of factors over several processes. ``spread``: each is computed by one of them and sent
+            to all; ``replicated``: by every one; ``auto``: what a cost model finds quicker, step by step. Roots of
+            ``gram`` and the embedding's eigenbasis are made on every rank.
 
     Raises:
         ValueError: names the field, the value and what is accepted.

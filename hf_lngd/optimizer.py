@@ -40,7 +40,8 @@ class LNGD(torch.optim.Optimizer):
         config: the settings; none: those of the preset ``fast``.
         lr: α of the paper; with ``rate="rms"`` (the default) it means what it means for AdamW.
         process_group: the processes that train this model together, if these are not all of the job: the group that
-            DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients.
+            DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients. Make LNGD after
+            ``init_process_group``: else the first factor step of ``sampled`` and ``true`` draws alike on all ranks.
         **fields: fields of `LNGDConfig`, on top of `config`.
 
     The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and

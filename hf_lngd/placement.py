@@ -1,7 +1,7 @@
-"""Who inverts what: inverses are the only work of LNGD that several processes can share. Pure functions.
+"""Who inverts what: inverses of factors are the only work of LNGD that processes share. Pure functions.
 
-Each inverse is computed once in the job, on one rank, and sent to all others; or on every rank, where sending costs
-more than is saved, as with few or small ones.
+Each of these is computed once in the job, on one rank, and sent to all others; or on every rank, where sending costs
+more than is saved, as with few or small ones. Roots of ``gram`` and an embedding's eigenbasis are made on every rank.
 """
 
 from __future__ import annotations

@@ -138,6 +138,19 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_loaded(
     assert last_checkpoint(tmp_path) is None
 
 
+@pytest.mark.parametrize("kept", ["optimizer.bin", "optimizer_0/__0_0.distcp", "global_step5/zero_pp_rank_0.pt", None])
+def test_optimizers_that_fsdp_and_deepspeed_keep_elsewhere(kept: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    torch.save({}, folder / "scheduler.pt")
+    if kept is not None:
+        (folder / kept).parent.mkdir(exist_ok=True)
+        torch.save({}, folder / kept)
+    assert problem_of(folder) == (None if kept else "has no optimizer.pt")
+    assert last_checkpoint(tmp_path) == (str(folder) if kept else None)
+
+
 def test_a_foreign_checkpoint_is_named(whole: dict[str, Any], tmp_path: Path) -> None:
     adamw = {**VALUES, "optim": "adamw_torch", "optim_args": None}
     dist_trainers.make_trainer("images", str(tmp_path), 1, 4, 1, double=False, **adamw).train()

@@ -17,6 +17,7 @@ from tests.hf_helpers import hf_vit
 @pytest.fixture(autouse=True)
 def command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--optim", "lngd"])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
 
 def arguments(**given: Any) -> SimpleNamespace:
@@ -53,6 +54,24 @@ def test_what_shards_is_refused_by_name(
     wanted = rf"LNGD: got {name}.*DDP.*: torchrun --nproc_per_node 4 train.py --optim lngd"
     with pytest.raises(RuntimeError, match=wanted):
         refuse_unsupported(arguments(**given))
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "printed"),
+    [
+        (8, "4", "torchrun --nproc_per_node 4 train.py"),
+        (2, "1", "torchrun --nproc_per_node 1 train.py"),  # a process on each of two nodes
+        (8, None, "torchrun --nproc_per_node 8 train.py"),
+        (1, None, "python train.py"),
+    ],
+)
+def test_the_command_counts_the_processes_of_a_node(
+    world: int, local: str | None, printed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    with pytest.raises(RuntimeError, match=f"Use, without it: {printed}"):
+        refuse_unsupported(arguments(fsdp=True, world_size=world))
 
 
 def test_a_model_split_by_tensors_is_refused() -> None:

@@ -15,20 +15,22 @@ def refuse_unsupported(args: TrainingArguments, model: Any = None) -> None:
     if args.n_gpu > 1:
         raise RuntimeError(
             f"LNGD: got {args.n_gpu} GPUs in one process (DataParallel), whose replicas LNGD cannot watch, accepted: "
-            f"one process a GPU (DDP). Use: {_launch(args.n_gpu)}"
+            f"one process a GPU (DDP). Use: {_launch(args.n_gpu, args.n_gpu)}"
         )
     sharding = _sharding(args, model)
     if sharding:
+        processes = max(args.world_size, 1)
+        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         raise RuntimeError(
             f"LNGD: got {sharding}, accepted: whole parameters in every process (DDP). Use, without it: "
-            f"{_launch(max(args.world_size, 1))}"
+            f"{_launch(processes, on_this_node)}"
         )
 
 
-def _launch(processes: int) -> str:
-    """The command of this process, as one that starts several."""
+def _launch(processes: int, on_this_node: int) -> str:
+    """The command of this process, as one that starts so many in all, and of these so many on each node."""
     script = sys.argv if sys.argv and sys.argv[0] else ["your_script.py"]
-    launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
+    launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(on_this_node)]
     return shlex.join([*launcher, *script])
 
 
