@@ -10,18 +10,17 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from ..config import LNGDConfig
 from .chains import Chain, ChainWatch
+from .context import calls_under_way, in_backward, in_reentrant_checkpoint, in_transform
 from .families import new_sums
 from .family_sums import Basis, FamilySums
 from .fisher import Call, FisherSource, origin, reaches
@@ -31,35 +30,6 @@ from .masks import BatchMasks, bind_batch
 from .patches import MIB_OF_FLOATS
 from .sums import GroupSums, RowSamples
 from .topology import HEADS, Group, Topology, head_link
-
-
-def in_backward() -> bool:
-    """True within a backward pass, where checkpointing runs forwards again."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def in_transform() -> bool:
-    """True within torch.func (vmap, grad, jvp, …), whose tensors may not be kept."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def callers() -> Iterator[FrameType]:
-    """The stack, from the inside out."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def in_reentrant_checkpoint() -> bool:
-    """True within the first forward of a reentrant checkpoint, which switches gradients off."""
-    return any(frame.f_code is CheckpointFunction.forward.__code__ for frame in callers())
-
-
-def calls_under_way(model: nn.Module) -> int:
-    """Calls of this module on the stack: one that an interrupt ended is there no more, though no hook saw its end."""
-    calls = (frame for frame in callers() if frame.f_code is nn.Module._call_impl.__code__)
-    return sum(frame.f_locals.get("self") is model for frame in calls)
 
 
 @dataclass

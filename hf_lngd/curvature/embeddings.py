@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LNGDConfig
-from .capture import in_backward
+from .context import in_backward
 from .factors import damping, rms_rate
 from .pooling import Pool
 

@@ -1,0 +1,40 @@
+"""Where a hook is called: within a backward pass, a transform, a checkpoint, or a model that calls itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
+
+
+def in_backward() -> bool:
+    """True within a backward pass, where checkpointing runs forwards again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_transform() -> bool:
+    """True within torch.func (vmap, grad, jvp, …), whose tensors may not be kept."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def callers() -> Iterator[FrameType]:
+    """The stack, from the inside out."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def in_reentrant_checkpoint() -> bool:
+    """True within the first forward of a reentrant checkpoint, which switches gradients off."""
+    return any(frame.f_code is CheckpointFunction.forward.__code__ for frame in callers())
+
+
+def calls_under_way(model: nn.Module) -> int:
+    """Calls of this module on the stack: one that an interrupt ended is there no more, though no hook saw its end."""
+    calls = (frame for frame in callers() if frame.f_code is nn.Module._call_impl.__code__)
+    return sum(frame.f_locals.get("self") is model for frame in calls)
