@@ -43,7 +43,7 @@ def traffic(optimizer: LNGD) -> dict[str, int]:
         estimated = bool(group.links) or config.fisher != "expected"
         numbers += first.units * (k * math.prod(packed_shape(b)) + first.out_features * estimated) + 1 + 2
     size = torch.promote_types(next(iter(layers.values())).weight.dtype, torch.float32).itemsize
-    adaptive = sum(3 * len(bank.layers) + 1 for bank in made.layer_banks) if config.rate == "adaptive" else 0
+    adaptive = sum(4 * len(bank.layers) + 1 for bank in made.layer_banks) if config.rate == "adaptive" else 0
     tables = [modules[0] for _, modules in optimizer._routing.embeddings] if config.embedding == "exact" else []
     return {
         "gradients": sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"]),
