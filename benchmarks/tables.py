@@ -229,7 +229,9 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
     entries = {f"{label(name)}: {value:.{1 if metric == 'accuracy' else 3}f}": handles[label(name)] for name in order
                for value, other in finals if other == name}  # fmt: skip
-    axes[1].legend(entries.values(), entries.keys(), frameon=False, fontsize=8, title="final", title_fontsize=8)
+    shorter = any(len(end_points(results, name, metric)) > 1 for name in shown)
+    title_of = "final (rings: ends of shorter runs)" if shorter else "final"
+    axes[1].legend(entries.values(), entries.keys(), frameon=False, fontsize=8, title=title_of, title_fontsize=8)
     rows = reported(results, shown[0])
     seeds = sorted({len(reported(results, name)) for name in shown})
     of_seeds = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
