@@ -7,7 +7,7 @@ black pixels and flipped at random.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -124,11 +124,18 @@ def _pretrained(folder: Path, seed: int) -> nn.Module:
     return model
 
 
-def _task(folder: Path, **fields: Any) -> Task:
-    data, side, batch = load(folder), fields.pop("side", SIDE), fields.pop("batch", BATCH)
-    count = fields.pop("count", HELD_OUT)
+def _task(
+    name: str,
+    folder: Path,
+    make_model: Callable[[int], nn.Module],
+    side: int = SIDE,
+    batch: int = BATCH,
+    count: int = HELD_OUT,
+) -> Task:
+    data = load(folder)
     return Task(
-        **fields,
+        name=name,
+        make_model=make_model,
         batches=partial(batches, data["train"], batch, side),
         evaluate=partial(evaluate, data, side, count),
     )
@@ -136,21 +143,15 @@ def _task(folder: Path, **fields: Any) -> Task:
 
 def resnet(folder: Path) -> Task:
     """A ResNet of three stages (0.7 million parameters) from scratch."""
-    return _task(folder, name="cifar10-resnet", make_model=make_resnet)
+    return _task("cifar10-resnet", folder, make_resnet)
 
 
 def vit(folder: Path) -> Task:
     """A ViT of three layers on patches of 8 × 8 (0.6 million parameters) from scratch."""
-    return _task(folder, name="cifar10-vit", make_model=_vit)
+    return _task("cifar10-vit", folder, _vit)
 
 
 def fine_tuning(folder: Path, model: Path) -> Task:
     """A pretrained EfficientNet at 64 × 64 pixels, in batches of 64 images, judged on 1,000."""
-    return _task(
-        folder,
-        name="cifar10-efficientnet",
-        make_model=partial(_pretrained, model),
-        side=64,
-        count=1_000,
-        batch=FINE_TUNING_BATCH,
-    )
+    make_model = partial(_pretrained, model)
+    return _task("cifar10-efficientnet", folder, make_model, side=64, batch=FINE_TUNING_BATCH, count=1_000)

@@ -17,6 +17,7 @@ from benchmarks.cost_model import (
     total_seconds,
 )
 from hf_lngd.curvature.inverses import POLAR_EXPRESS
+from hf_lngd.placement import loads_of, placement
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,9 @@ class Cluster:
 
 
 def makespan(costs: Iterable[float], devices: int) -> float:
-    """The busiest device's load when each job, the largest first, goes to the least busy one."""
-    loads = [0.0] * devices
-    for cost in sorted(costs, reverse=True):
-        loads[loads.index(min(loads))] += cost
-    return max(loads)
+    """The busiest device's load where jobs are placed as LNGD places inverses."""
+    jobs = list(costs)
+    return max(loads_of(jobs, placement(jobs, devices), devices))
 
 
 def cluster_step(inventory: Inventory, cluster: Cluster, optimizer: str, spread: bool = False) -> dict[str, float]:

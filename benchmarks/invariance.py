@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.tables import table
 from tests import dist_cases
-from tests.dist_pool import DistPool
+from tests.dist_pool import Pools, open_pools
 
 HERE = Path(__file__).resolve().parent
 LAYOUTS = [(ranks, accumulation) for ranks in (1, 2, 4) for accumulation in (1, 2, 4)][1:]
@@ -31,9 +31,10 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     for dtype in ("float64", "float32")
 ]
 HALF: dict[str, Any] = {"conv_rows": 1, "rate_rows": 1}
+HALVES = [(kind, "fast, bfloat16", HALF, "float32") for kind in ("marian", "images")]
 
 
-def worst(pools: dict[int, DistPool], kind: str, fields: dict[str, Any], dtype: str) -> float:
+def worst(pools: Pools, kind: str, fields: dict[str, Any], dtype: str) -> float:
     """The greatest distance to one process over all layouts."""
     case: dict[str, Any] = {"kind": kind, "fields": fields, "dtype": dtype}
     one = dist_cases.train(**case)
@@ -49,14 +50,11 @@ def main() -> None:
     """Measure and write."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        pools = {size: DistPool(size, Path(folder)) for size in (2, 4)}
-        cases = [*CASES, ("marian", "fast, bfloat16", HALF, "float32"), ("images", "fast, bfloat16", HALF, "float32")]
-        rows: list[dict[str, Any]] = [
-            {"model": kind, "settings": name, "dtype": dtype, "distance": worst(pools, kind, fields, dtype)}
-            for kind, name, fields, dtype in cases
-        ]
-        for pool in pools.values():
-            pool.close()
+        for pools in open_pools(Path(folder), "tests.dist_cases"):
+            rows: list[dict[str, Any]] = [
+                {"model": kind, "settings": name, "dtype": dtype, "distance": worst(pools, kind, fields, dtype)}
+                for kind, name, fields, dtype in [*CASES, *HALVES]
+            ]
     path = HERE / "results" / "invariance.json"
     path.write_text(json.dumps({"steps": 20, "layouts": LAYOUTS, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     head = ["model", "settings", "dtype", "greatest distance"]

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.rivals import label
 from benchmarks.runs import Results
 from benchmarks.spec import named
-from benchmarks.tables import quality, reported, table, time_to_quality
+from benchmarks.tables import metric_of, quality, reported, table, time_to_quality
 
 HERE = Path(__file__).resolve().parent
-Names = dict[str, tuple[str, float]]
 
 
 @dataclass(frozen=True)
@@ -32,65 +30,71 @@ class Study:
         title: what was measured there, and on what it is remade here.
         task: whose results are read.
         unit: of the published numbers.
-        published: the paper's name → (our rival, its number).
+        published: the paper's name of an optimizer, of `OURS` → its number.
         kind: ``seconds``, ``steps`` (to AdamW's quality; fewer are better) or ``best`` (final metric).
     """
 
     title: str
     task: str
     unit: str
-    published: Names
+    published: dict[str, float]
     kind: str
 
 
+# The paper's names → our rivals.
+OURS = {
+    "SGD": "sgd",
+    "Adam": "adamw",
+    "KFAC": "kfac",
+    "EKFAC": "ekfac",
+    "TKFAC": "tkfac",
+    "NG+": "ng+",
+    "LNGD": "lngd-paper",
+    "LNGD-lr": "lngd-lr",
+    "LNGD-sample": "lngd-sample",
+}
 # Liu et al., NeurIPS 2024: tables 1 and 6 (CIFAR-10), 2 (ImageNet) and 3 (WMT), and the ablation on ImageNet.
-_CIFAR_SECONDS: Names = {
-    "SGD": ("sgd", 268.7),
-    "Adam": ("adamw", 248.8),
-    "KFAC": ("kfac", 241.9),
-    "EKFAC": ("ekfac", 247.6),
-    "TKFAC": ("tkfac", 239.2),
-    "NG+": ("ng+", 204.5),
-    "LNGD": ("lngd-paper", 189.7),
-}
-_CIFAR_EPOCHS: Names = {
-    "SGD": ("sgd", 79),
-    "Adam": ("adamw", 72),
-    "KFAC": ("kfac", 45),
-    "EKFAC": ("ekfac", 41),
-    "TKFAC": ("tkfac", 39),
-    "NG+": ("ng+", 40),
-    "LNGD": ("lngd-paper", 36),
-}
 STUDIES = (
-    Study("Table 1, CIFAR-10, ResNet-18: seconds to 91 %", "cifar10-resnet", "s", _CIFAR_SECONDS, "seconds"),
-    Study("Table 1, CIFAR-10, ResNet-18: epochs to 91 %", "cifar10-resnet", "epochs", _CIFAR_EPOCHS, "steps"),
+    Study(
+        "Table 1, CIFAR-10, ResNet-18: seconds to 91 %",
+        "cifar10-resnet",
+        "s",
+        {"SGD": 268.7, "Adam": 248.8, "KFAC": 241.9, "EKFAC": 247.6, "TKFAC": 239.2, "NG+": 204.5, "LNGD": 189.7},
+        "seconds",
+    ),
+    Study(
+        "Table 1, CIFAR-10, ResNet-18: epochs to 91 %",
+        "cifar10-resnet",
+        "epochs",
+        {"SGD": 79, "Adam": 72, "KFAC": 45, "EKFAC": 41, "TKFAC": 39, "NG+": 40, "LNGD": 36},
+        "steps",
+    ),
     Study(
         "Table 6, CIFAR-10, ResNet-18: best accuracy",
         "cifar10-resnet",
         "%",
-        {"SGD": ("sgd", 91.88), "Adam": ("adamw", 92.62), "KFAC": ("kfac", 93.34), "LNGD": ("lngd-paper", 93.61)},
+        {"SGD": 91.88, "Adam": 92.62, "KFAC": 93.34, "LNGD": 93.61},
         "best",
     ),
     Study(
         "Table 2, ImageNet, ResNet-50: hours to 75.9 % (here: CIFAR-10, there is no ImageNet)",
         "cifar10-resnet",
         "h",
-        {"SGD": ("sgd", 11.28), "KFAC": ("kfac", 8.02), "LNGD": ("lngd-paper", 6.46)},
+        {"SGD": 11.28, "KFAC": 8.02, "LNGD": 6.46},
         "seconds",
     ),
     Study(
         "Table 3, WMT en-de, Transformer-big: hours to BLEU 32 (here: Multi30k from scratch)",
         "multi30k",
         "h",
-        {"Adam": ("adamw", 3.39), "KFAC": ("kfac", 3.75), "LNGD": ("lngd-paper", 2.85)},
+        {"Adam": 3.39, "KFAC": 3.75, "LNGD": 2.85},
         "seconds",
     ),
     Study(
         "Ablation, ImageNet: hours (here: CIFAR-10)",
         "cifar10-resnet",
         "h",
-        {"LNGD-lr": ("lngd-lr", 7.43), "LNGD-sample": ("lngd-sample", 7.06), "LNGD": ("lngd-paper", 6.46)},
+        {"LNGD-lr": 7.43, "LNGD-sample": 7.06, "LNGD": 6.46},
         "seconds",
     ),
 )
@@ -98,10 +102,10 @@ STUDIES = (
 
 def measured(study: Study, results: Results) -> dict[str, float]:
     """Our number of each rival that was reported: infinite where AdamW's quality is never reached."""
-    metric = "loss" if study.task == "multi30k" else "accuracy"
+    metric = metric_of(results, ["adamw"])
     reference = reported(results, "adamw")
     found: dict[str, float] = {}
-    for name, _ in study.published.values():
+    for name in map(OURS.__getitem__, study.published):
         rows = reported(results, name)
         if not rows or not reference:
             continue
@@ -124,12 +128,13 @@ def places(values: dict[str, float], best_is_most: bool) -> dict[str, int]:
 def study_table(study: Study, results: Results, name_of: Callable[[str], str]) -> str:
     """Markdown: published number and place, ours, whether the place is the same; rivals not run here are named."""
     ours = measured(study, results)
-    compared = {paper: name for paper, (name, _) in study.published.items() if name in ours}
+    compared = {paper: OURS[paper] for paper in study.published if OURS[paper] in ours}
     most = study.kind == "best"
-    theirs = places({paper: study.published[paper][1] for paper in compared}, most)
+    theirs = places({paper: study.published[paper] for paper in compared}, most)
     here = places({paper: ours[name] for paper, name in compared.items()}, most)
     body = []
-    for paper, (name, number) in study.published.items():
+    for paper, number in study.published.items():
+        name = OURS[paper]
         if paper not in compared:
             body.append([paper, f"{number:g} {study.unit}", "–", f"{name_of(name)}: not run", "–", "–"])
             continue
@@ -144,19 +149,13 @@ def study_table(study: Study, results: Results, name_of: Callable[[str], str]) -
     return f"**{study.title}**\n\n{table(head, body)}"
 
 
-def label_of(task: str) -> Callable[[str], str]:
-    """Names for people: those of the task's spec, where it has the rival."""
-    spec = named(task)
-    return lambda name: spec.label(name) if name in spec.rivals else label(name)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints every table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
     args = parser.parse_args(arguments)
     for study in STUDIES:
-        print(study_table(study, Results(args.results / f"{study.task}.json"), label_of(study.task)))
+        print(study_table(study, Results(args.results / f"{study.task}.json"), named(study.task).label))
 
 
 if __name__ == "__main__":

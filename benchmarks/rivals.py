@@ -199,13 +199,18 @@ def muon(model: nn.Module, settings: Settings) -> Together:
     return Together([own, _adamw(adamw_groups(model, settings))])
 
 
+def _library(rival: str) -> Any:
+    """pytorch-optimizer. Raises ValueError, naming the rival, where it is not installed."""
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        raise ValueError(f"{rival}: needs pytorch-optimizer; install hf_lngd[bench]") from error
+    return pytorch_optimizer
+
+
 def soap(model: nn.Module, settings: Settings) -> Together:
     """SOAP of pytorch-optimizer (the extra `bench`) beside AdamW."""
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError as error:
-        raise ValueError("soap: needs pytorch-optimizer; install hf_lngd[bench]") from error
-    own = SOAP(
+    own = _library("soap").SOAP(
         split(model)[0], lr=settings.lr, weight_decay=settings.weight_decay, betas=(1 - settings.fresh, SOAP_BETA2)
     )
     return Together([own, _adamw(adamw_groups(model, settings))])
@@ -214,12 +219,10 @@ def soap(model: nn.Module, settings: Settings) -> Together:
 def shampoo(model: nn.Module, settings: Settings) -> Together:
     """Shampoo of pytorch-optimizer (Anil et al. 2020: blocks, grafted to RMSProp's size) beside AdamW; roots are
     computed every ten steps, as SOAP's basis."""
-    try:
-        from pytorch_optimizer import ScalableShampoo
-        from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
-    except ImportError as error:
-        raise ValueError("shampoo: needs pytorch-optimizer; install hf_lngd[bench]") from error
-    own = ScalableShampoo(
+    library = _library("shampoo")
+    from pytorch_optimizer.optimizer.utils.graft import LayerWiseGrafting
+
+    own = library.ScalableShampoo(
         split(model)[0],
         lr=settings.lr,
         weight_decay=settings.weight_decay,

@@ -33,9 +33,9 @@ def tasks_of(width: int, inner: int, layers: int) -> list[tuple[int, int]]:
 
 
 def simulate(tasks: list[tuple[int, int]], ranks: int) -> tuple[float, float]:
-    """Seconds of the busiest rank, and of sending everything to everyone (0 for one rank); Newton's roots in bf16."""
+    """Seconds of the busiest rank, and of sending everything to everyone (0 for one rank), kept in bfloat16."""
     speed = SPEEDS["accelerator"]
-    costs = [k * b**3 / speed.newton for k, b in tasks]
+    costs = [k * b**3 / speed.cholesky for k, b in tasks]
     owners = placement(costs, ranks)
     sizes = loads_of([2.0 * k * b * b for k, b in tasks], owners, ranks)
     sending = 0.0 if ranks == 1 else speed.latency + ranks * max(sizes) / speed.bandwidth

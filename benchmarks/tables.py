@@ -197,11 +197,11 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     metric = metric_of(results, shown)
     sign = -100 if metric == "accuracy" else 1
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained", sharey=True)
-    finals = []
+    finals: dict[str, float] = {}
     for name in sorted(shown, key=lambda name: name in COLOURS):  # those that matter most on top
         rows = reported(results, name)
         curve = quality_curve(rows, metric)
-        finals.append((sign * curve[-1][2], name))
+        finals[name] = sign * curve[-1][2]
         strong = name in COLOURS
         style = {"color": colours[name], "linewidth": 2.4 if name == "lngd" else 1.6 if strong else 1.0}
         values = [[abs(sign) * point[2] for point in row[CURVES[metric]]] for row in rows]
@@ -215,7 +215,7 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
         if len(ends) > 1:
             seconds, ended = zip(*((seconds, sign * value) for seconds, value in ends), strict=True)
             axes[1].plot(seconds, ended, "o", markersize=6, markerfacecolor="none", color=colours[name])
-    reference = next((value for value, name in finals if name == REFERENCE), None)
+    reference = finals.get(REFERENCE)
     for axis, name in zip(axes, ("steps", "seconds of training"), strict=True):
         if reference is not None:
             axis.axhline(reference, color=COLOURS[REFERENCE], linewidth=0.8, linestyle=":")
@@ -225,10 +225,10 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
         axis.set_xlim(left=0)
     axes[0].set_ylabel("test accuracy, %" if metric == "accuracy" else "validation loss, nats")
     _frame(axes[0], [sign * p[2] for name in shown for p in quality_curve(reported(results, name), metric)], metric)
-    order = [name for _, name in sorted(finals, reverse=metric == "accuracy")]
+    digits = 1 if metric == "accuracy" else 3
     handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
-    entries = {f"{label(name)}: {value:.{1 if metric == 'accuracy' else 3}f}": handles[label(name)] for name in order
-               for value, other in finals if other == name}  # fmt: skip
+    order = sorted(finals, key=lambda name: finals[name], reverse=metric == "accuracy")
+    entries = {f"{label(name)}: {finals[name]:.{digits}f}": handles[label(name)] for name in order}
     shorter = any(len(end_points(results, name, metric)) > 1 for name in shown)
     title_of = "final (rings: ends of shorter runs)" if shorter else "final"
     axes[1].legend(entries.values(), entries.keys(), frameon=False, fontsize=8, title=title_of, title_fontsize=8)
@@ -244,7 +244,6 @@ def _frame(axis: Any, values: list[float], metric: str) -> None:
     """Leave out the start of training and rivals that hardly learn: the better two thirds of all points are shown."""
     ranked = sorted(values, reverse=metric == "accuracy")
     best, worst = ranked[0], ranked[min(len(ranked) - 1, 2 * len(ranked) // 3)]
-    pad = 0.08 * abs(worst - best) or 1.0
-    axis.set_ylim(
-        *sorted((best + (pad if metric == "accuracy" else -pad), worst + (-pad if metric == "accuracy" else pad)))
-    )
+    low, high = sorted((best, worst))
+    pad = 0.08 * (high - low) or 1.0
+    axis.set_ylim(low - pad, high + pad)

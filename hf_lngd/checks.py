@@ -43,9 +43,10 @@ _OTHER_FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 
-def fishers_of(family: str) -> tuple[str, ...]:
-    """The values of `fisher` that a family accepts."""
-    return FISHERS if family == "lngd" else GRADIENT_FISHERS
+def fishers_beside(kind: str, family: str) -> tuple[str, ...]:
+    """The other values of `fisher` that a family accepts."""
+    accepted = FISHERS if family == "lngd" else _OTHER_FAMILIES["fisher"]
+    return tuple(other for other in accepted if other != kind)
 
 
 def check_family(family: str, fields: Mapping[str, Any]) -> None:

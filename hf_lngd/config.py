@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import CHECKS, check_family, invalid, one_of
+from .checks import CHECKS, FAMILIES, check_family, invalid, one_of
 
 # A factor this wide is never cut: the paper works with whole factors.
 _UNCUT = 1 << 20
@@ -88,13 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 _OF_GRADIENTS: dict[str, Any] = {"fisher": "empirical", "direction": "natural"}
 
 # What a family puts in the place of the preset's values, unless the field is given.
-FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
-    "lngd": {},
-    "kfac": _OF_GRADIENTS,
-    "ekfac": _OF_GRADIENTS,
-    "tkfac": _OF_GRADIENTS,
-    "ng+": _OF_GRADIENTS,
-}
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = dict.fromkeys(FAMILIES, _OF_GRADIENTS) | {"lngd": {}}
 
 # The value of a field that was not given: `__post_init__` puts the preset's or the family's in its place.
 _FROM_PRESET: Any = type("FromPreset", (), {"__repr__": lambda self: "<preset>"})()
@@ -218,7 +212,7 @@ class LNGDConfig:
 
     def __post_init__(self) -> None:
         one_of("preset", self.preset, tuple(PRESETS))
-        one_of("family", self.family, tuple(FAMILY_DEFAULTS))
+        one_of("family", self.family, FAMILIES)
         for name, value in (PRESETS[self.preset] | FAMILY_DEFAULTS[self.family]).items():
             if getattr(self, name) is _FROM_PRESET:
                 object.__setattr__(self, name, value)

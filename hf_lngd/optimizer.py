@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import serialization
-from .checks import GRADIENT_FISHERS, fishers_of
+from .checks import GRADIENT_FISHERS, fishers_beside
 from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
 from .curvature.embeddings import EmbeddingLayer
@@ -76,14 +76,17 @@ class LNGD(torch.optim.Optimizer):
         self._fallback = Fallback(config.betas, config.eps)
         super().__init__(self._make_groups(lr), {"lr": lr, "weight_decay": 0.0})
         self._ranks = Ranks(process_group)
-        kind: Any = RotatedTable if config.embedding == "rotated" else EmbeddingLayer
+        # a rotated table is made of the gradient alone, which DDP has reduced
         self._embeddings: list[EmbeddingLayer | RotatedTable] = [
-            kind(name, modules, config, self._ranks) for name, modules in self._routing.embeddings
+            RotatedTable(name, modules, config)
+            if config.embedding == "rotated"
+            else EmbeddingLayer(name, modules, config, self._ranks)
+            for name, modules in self._routing.embeddings
         ]
         self._capture = Capture(
             model,
             self._routing.layers,
-            FisherSource(config.fisher, config.seed, fishers_of(config.family)),
+            FisherSource(config.fisher, config.seed, fishers_beside(config.fisher, config.family)),
             config,
         )
         self._preconditioner: Preconditioner | None = None

@@ -7,7 +7,7 @@ import importlib
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class DistPool:
         module: whose functions they will run.
     """
 
-    def __init__(self, size: int, folder: Path, module: str = "tests.dist_cases") -> None:
+    def __init__(self, size: int, folder: Path, module: str) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([module])  # torch and transformers are imported once for all
         self.size, self._pipes, self._processes = size, [], []
@@ -76,3 +76,14 @@ class DistPool:
             process.kill()
         for process in self._processes:
             process.join()
+
+
+Pools = dict[int, DistPool]
+
+
+def open_pools(folder: Path, module: str, sizes: tuple[int, ...] = (2, 4)) -> Iterator[Pools]:
+    """A pool of each size, for as long as a fixture lives."""
+    made = {size: DistPool(size, folder, module) for size in sizes}
+    yield made
+    for pool in made.values():
+        pool.close()

@@ -10,17 +10,12 @@ import pytest
 import torch
 
 from tests import dist_cases
-from tests.dist_pool import DistPool
-
-Pools = dict[int, DistPool]
+from tests.dist_pool import Pools, open_pools
 
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
-    made = {size: DistPool(size, tmp_path_factory.mktemp("pool")) for size in (2, 4)}
-    yield made
-    for pool in made.values():
-        pool.close()
+    yield from open_pools(tmp_path_factory.mktemp("pool"), "tests.dist_cases")
 
 
 # Φ of all rows: which one in eight is looked at depends on how a batch is dealt.

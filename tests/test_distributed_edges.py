@@ -10,14 +10,13 @@ import torch
 
 from tests import dist_faults
 from tests.dist_cases import distance
-from tests.dist_pool import DistPool
+from tests.dist_pool import DistPool, open_pools
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DistPool]:
-    made = DistPool(2, tmp_path_factory.mktemp("pool"), "tests.dist_faults")
-    yield made
-    made.close()
+    for pools in open_pools(tmp_path_factory.mktemp("pool"), "tests.dist_faults", (2,)):
+        yield pools[2]
 
 
 def check_same(two: list[dict[str, Any]], one: dict[str, Any]) -> None:

@@ -12,10 +12,9 @@ import torch
 
 from tests import dist_trainers
 from tests.dist_cases import distance
-from tests.dist_pool import DistPool
+from tests.dist_pool import Pools, open_pools
 from tests.test_resume import assert_identical
 
-Pools = dict[int, DistPool]
 ARGS = "conv_rows=1,matrix_dtype=full,factor_interval=4,inverse_interval=4"
 # Rows of a micro-batch and accumulation that make steps of 16 rows; an epoch has three, the last of 8 rows.
 LAYOUT = {1: (4, 4), 2: (4, 2), 4: (2, 2)}
@@ -23,10 +22,7 @@ LAYOUT = {1: (4, 4), 2: (4, 2), 4: (2, 2)}
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
-    made = {size: DistPool(size, tmp_path_factory.mktemp("pool"), "tests.dist_trainers") for size in (2, 4)}
-    yield made
-    for pool in made.values():
-        pool.close()
+    yield from open_pools(tmp_path_factory.mktemp("pool"), "tests.dist_trainers")
 
 
 def run(pools: Pools, ranks: int, folder: Path, **values: Any) -> list[dict[str, Any]]:

@@ -11,17 +11,12 @@ import torch
 
 from tests import dist_trainers
 from tests.dist_cases import distance
-from tests.dist_pool import DistPool
-
-Pools = dict[int, DistPool]
+from tests.dist_pool import Pools, open_pools
 
 
 @pytest.fixture(scope="module")
 def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
-    made = {size: DistPool(size, tmp_path_factory.mktemp("pool"), "tests.dist_trainers") for size in (2, 4)}
-    yield made
-    for pool in made.values():
-        pool.close()
+    yield from open_pools(tmp_path_factory.mktemp("pool"), "tests.dist_trainers")
 
 
 ARGS = "conv_rows=1,rate_rows=1,matrix_dtype=full,factor_interval=2,inverse_interval=4"

@@ -76,12 +76,12 @@ class FisherSource:
     Args:
         kind: expected, sampled, true or empirical.
         seed: of the draws of ``sampled`` and ``true``.
-        accepted: the kinds that could be asked for, told in errors.
+        others: the other kinds that could be asked for, told in errors.
     """
 
-    def __init__(self, kind: str, seed: int, accepted: tuple[str, ...]) -> None:
+    def __init__(self, kind: str, seed: int, others: tuple[str, ...]) -> None:
         self.kind = kind
-        self.others = tuple(other for other in accepted if other != kind)
+        self.others = others
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
         self._stream = seed

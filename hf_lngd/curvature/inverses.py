@@ -81,7 +81,7 @@ def inverse(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def whitener(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """V = L⁻¹ of positive definite A = L Lᵀ, lower triangular: VᵀV = A⁻¹, so rows g become g Vᵀ of unit covariance.
 
-    A tenth of the cost of A^(-1/2), and as good where only VᵀV matters: the two differ by a rotation.
+    A fraction of the cost of A^(-1/2), and as good where only VᵀV matters: the two differ by a rotation.
 
     Args and returns as of :func:`inverse`.
     """

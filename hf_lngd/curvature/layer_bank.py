@@ -152,18 +152,19 @@ class LayerBank:
         average = self.config.momentum_on == "gradient"
         grad = self._averaged_gradient(present, index) if average else self._gradient(present)
         direction = self.direction(grad, present, index, step)
-        scale = None
+        scale: Tensor | None = None  # of rows: with the rate in one pass over D, where the rate needs but their sizes
         if self.row_square is not None:
             sizes = torch.linalg.vector_norm(direction, dim=-1) / self.columns**0.5
             scale = self._row_scale(sizes, index)
-            if self.config.rate != "rms":  # which needs no more than the rows' sizes
+            if self.config.rate != "rms":
                 direction.mul_(scale.unsqueeze(-1))
-        if scale is not None and self.config.rate == "rms":
-            rate = rms_rate((sizes * scale).view(len(present), -1, 1), self.config.rate_scale)
-            factor = scale * (rate * lr).repeat_interleave(self.units)[:, None]
-        else:
+                scale = None
+        if scale is None:
             rate = self._rate(direction, grad, present, index, samples, terms)
-            factor = (rate * lr).repeat_interleave(self.units)[:, None]
+        else:
+            rate = rms_rate((sizes * scale).view(len(present), -1, 1), self.config.rate_scale)
+        factor = (rate * lr).repeat_interleave(self.units)[:, None]
+        factor = factor if scale is None else scale * factor
         if whole:
             self.rate.copy_(rate)
         else:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..config import LNGDConfig
 from .factor_bank import product_dtype
 from .inverses import pack, packed_shape, unpack
-from .pooling import Pool
 
 
 class RotatedTable:
@@ -25,10 +24,9 @@ class RotatedTable:
         name: the parameter's name.
         modules: the embeddings that share the table.
         config: the optimizer's.
-        pool: the processes that train the model; not asked: all of this is made of the gradient, which DDP reduced.
     """
 
-    def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig, pool: Pool) -> None:
+    def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig) -> None:
         self.name, self.module, self.config = name, modules[0], config
         self.enabled = True
         self.tensors: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from transformers import training_args
 
-from ..checks import fishers_of
+from ..checks import fishers_beside
 from ..optimizer import LNGD
 from .trainer import create_lngd_optimizer
 from .training_args import LNGD_NAME, lngd_settings
@@ -65,7 +65,7 @@ def _handler(context: Any) -> tuple[type[LNGDFactory], dict[str, Any]]:
     if config.fisher == "true":
         raise ValueError(
             "optim_args: fisher: got 'true' in a stock Trainer, which makes no second backward pass, accepted: "
-            f"{', '.join(kind for kind in fishers_of(config.family) if kind != 'true')}; or use hf_lngd.LNGDTrainer"
+            f"{', '.join(fishers_beside('true', config.family))}; or use hf_lngd.LNGDTrainer"
         )
     return LNGDFactory, {"args": context.args}
 

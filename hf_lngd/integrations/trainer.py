@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checks import fishers_of
+from ..checks import fishers_beside
 from ..config import LNGDConfig
 from ..optimizer import LNGD
 from .checkpoints import (
@@ -114,7 +114,7 @@ class LNGDTrainerMixin:
     def _fisher_pass(self, lngd: LNGD, outputs: Any, labels: Any) -> None:
         logits = outputs.get("logits") if isinstance(outputs, dict) else None
         if logits is None:
-            others = ", ".join(kind for kind in fishers_of(lngd.config.family) if kind != "true")
+            others = ", ".join(fishers_beside("true", lngd.config.family))
             raise ValueError(f"optim_args: fisher: got 'true' for a model without logits, accepted: {others}")
         fits = isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]
         lngd.fisher_backward(logits, labels != IGNORED_LABEL if fits else None)
