@@ -50,7 +50,11 @@ def train(
     """Trains once and returns the row of results. Seconds are those of training: evaluation is left out.
 
     `name` is of `RIVALS`. The seed decides weights, order of the data and dropout, so rivals of one seed are paired.
+    On one thread seconds are the process's own, so that other work on the machine does not count; on several they are
+    those on the wall.
     """
+    clock = "cpu" if torch.get_num_threads() == 1 else "wall"
+    now = time.process_time if clock == "cpu" else time.perf_counter
     reset_peak()
     model = task.make_model(seed)
     optimizer = RIVALS[name](model, settings)
@@ -66,7 +70,7 @@ def train(
     curves: dict[str, list[tuple[int, float, float]]] = {"loss": []}
     diverged = False
     for step in range(1, steps + 1):
-        start = time.perf_counter()
+        start = now()
         batch = next(stream)
         outputs = model(**batch)
         optimizer.fisher_pass(outputs.logits, batch["labels"])
@@ -78,7 +82,7 @@ def train(
         for one in scheduler:
             one.step()
         value = loss.item()
-        seconds += time.perf_counter() - start
+        seconds += now() - start
         first = min(first, value) if step == 1 else first
         window.append(value)
         diverged = not math.isfinite(value) or value > DIVERGED * first
@@ -103,6 +107,7 @@ def train(
         "settings": settings.to_dict(),
         "steps": steps,
         "seconds": round(seconds, 3),
+        "clock": clock,
         "loss": None if diverged else curves["loss"][-1][2],
         "diverged": diverged,
         "train_curve": train_curve,
@@ -144,8 +149,8 @@ class Results:
         self.path = path
         self.rows: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
-    def find(self, phase: str, name: str, settings: Settings | None = None, **wanted: int) -> list[Row]:
-        """Rows of a phase and rival, of these settings, seed and steps where given."""
+    def find(self, phase: str, name: str, settings: Settings | None = None, **wanted: int | str) -> list[Row]:
+        """Rows of a phase and rival, of these settings, task, seed and steps where given."""
         return [
             row
             for row in self.rows

@@ -1,9 +1,9 @@
 """Where AdamW and LNGD are best when one rate drives everything: does a user's `lr` carry over?
 
-    python -m benchmarks.sweep_lr --data DIR
+    python -m benchmarks.sweep_lr --data DIR [--task TASK --model FOLDER --rates 1e-3 3e-3]
 
-The Multi30k task of `specs/multi30k.toml` with one learning rate for all parameters, 1e-4 to 1e-2, for both optimizers
-in turns. Rows go to `benchmarks/results/sweep_lr.json`; runs that are there are not run again.
+A task as in `specs/TASK.toml` with one learning rate for all parameters, for both optimizers in turns. Rows go to
+`benchmarks/results/sweep_lr.json`; runs that are there are not run again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.multi30k_task import make_task
 from benchmarks.rivals import Settings, label
 from benchmarks.runs import Results, Row, train
 from benchmarks.spec import named
 from benchmarks.tables import table
+from benchmarks.tasks import TASKS, check_task, load_task
 
 HERE = Path(__file__).resolve().parent
 # LNGD once with updates of AdamW's settled size (the default) and once of AdamW's size in its first steps
@@ -28,23 +28,26 @@ RIVALS = {"adamw": ("adamw", ""), "lngd": ("lngd", ""), "lngd rate_scale=1": ("l
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
-def sweep_table(results: Results, steps: int, seed: int) -> str:
-    """Validation loss at each rate, the best in bold, and the best rate of a parabola through its neighbours."""
-    body = []
+def sweep_table(results: Results, task: str, steps: int, seed: int) -> str:
+    """Loss at each rate, the best in bold, and the best rate of a parabola through its neighbours."""
+    body, tried = [], set()
     for title, (name, fields) in RIVALS.items():
         losses: dict[float, float] = {}
-        for row in results.find("sweep", name, steps=steps, seed=seed):
+        for row in results.find("sweep", name, task=task, steps=steps, seed=seed):
             if row["settings"]["fields"] == fields:
                 losses[row["settings"]["lr"]] = math.inf if row["diverged"] else row["loss"]
         if not losses:
             continue
+        tried |= set(losses)
         best = min(losses, key=lambda rate: losses[rate])
-        cells = []
-        for rate in sorted(losses):
-            text = "diverged" if math.isinf(losses[rate]) else f"{losses[rate]:.3f}"
-            cells.append(f"**{text}**" if rate == best else text)
-        body.append([title.replace(name, label(name).split(" (")[0]), *cells, f"{refine(losses, best):.2g}"])
-    return table(["one rate for all", *(f"{rate:g}" for rate in sorted(RATES)), "best rate"], body)
+        cells = {}
+        for rate, loss in losses.items():
+            text = "diverged" if math.isinf(loss) else f"{loss:.3f}"
+            cells[rate] = f"**{text}**" if rate == best else text
+        body.append((title.replace(name, label(name).split(" (")[0]), cells, f"{refine(losses, best):.2g}"))
+    rates = sorted(tried)
+    rows = [[title, *(cells.get(rate, "–") for rate in rates), refined] for title, cells, refined in body]
+    return table([f"{task}: one rate for all", *(f"{rate:g}" for rate in rates), "best rate"], rows)
 
 
 def refine(losses: dict[float, float], best: float) -> float:
@@ -63,26 +66,43 @@ def refine(losses: dict[float, float], best: float) -> float:
 def main(arguments: list[str] | None = None) -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of Multi30k's train and validation.json.gz")
-    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=101, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "sweep_lr.json", help="file of results")
+    add = parser.add_argument
+    add("--task", default="multi30k", metavar="TASK", help=f"of {', '.join(TASKS)} (default: %(default)s)")
+    add("--data", type=Path, help="folder of the task's data")
+    add("--model", type=Path, help="folder of the pretrained model, for a task that fine-tunes one")
+    add("--table", action="store_true", help="only print the table of what is there")
+    add("--rates", type=float, nargs="+", default=list(RATES), help="default: 1e-4 to 1e-2")
+    add("--steps", type=int, help="default: the task's")
+    add("--seed", type=int, default=101, help="default: %(default)s")
+    add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    add("--results", type=Path, default=HERE / "results" / "sweep_lr.json", help="file of results")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    results = Results(args.results)
-    task, spec = make_task(args.data), named("multi30k")
-    with tqdm(total=len(RATES) * len(RIVALS) * args.steps, unit="step", smoothing=0.02) as bar:
-        for rate in RATES:
+    check_task(args.task)
+    results, spec = Results(args.results), named(args.task)
+    steps = args.steps or spec.steps
+    if not args.table:
+        if args.data is None:
+            raise ValueError("--data: got none, accepted: a folder; only --table does without")
+        if bad := [rate for rate in args.rates if not rate > 0]:
+            raise ValueError(f"--rates: got {bad[0]}, accepted: rates above 0")
+        torch.set_num_threads(args.threads)
+        sweep(results, args, steps, spec.warmup)
+    print(sweep_table(results, args.task, steps, args.seed))
+
+
+def sweep(results: Results, args: argparse.Namespace, steps: int, warmup: int) -> None:
+    """Runs what the file of results lacks, one rate after the other, rivals in turns."""
+    task = load_task(args.task, args.data, args.model)
+    with tqdm(total=len(args.rates) * len(RIVALS) * steps, unit="step", smoothing=0.02) as bar:
+        for rate in args.rates:
             for title, (name, fields) in RIVALS.items():
                 settings = Settings(rate, rate, fields=fields)
-                if not results.find("sweep", name, settings, steps=args.steps, seed=args.seed):
+                if not results.find("sweep", name, settings, task=args.task, steps=steps, seed=args.seed):
                     bar.set_description(f"{title} lr {rate:g}")
                     row: Row = train(
-                        name, settings, args.seed, args.steps, spec.warmup, task, lambda step, loss: bar.update(1)
+                        name, settings, args.seed, steps, warmup, task, lambda step, loss: bar.update(1), tuning=True
                     )
                     results.add({"phase": "sweep", **row})
-    print(sweep_table(results, args.steps, args.seed))
 
 
 if __name__ == "__main__":
