@@ -15,7 +15,7 @@ from .checks import GRADIENT_FISHERS, fishers_beside
 from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
 from .curvature.embeddings import EmbeddingLayer
-from .curvature.fisher import FisherSource
+from .curvature.fisher import FisherSource, unscaled
 from .curvature.pooling import pool_sums
 from .curvature.rotated import RotatedTable
 from .curvature.topology import Group
@@ -23,9 +23,10 @@ from .distributed import Ranks
 from .fallback import Fallback
 from .preconditioner import Preconditioner, state_like
 from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route, format_routes, route
+from .scaler import UnderScaler
 
 
-class LNGD(torch.optim.Optimizer):
+class LNGD(UnderScaler, torch.optim.Optimizer):
     """Layer-Wise Natural Gradient Descent (Liu et al., NeurIPS 2024), with AdamW for what it does not own.
 
     A step, for the layers' gradients G (Algorithm 1 of the paper; names are `LNGDConfig`'s fields)::
@@ -93,6 +94,7 @@ class LNGD(torch.optim.Optimizer):
         self._steps = 0
         self._factor_seconds = 0.0
         self._ranks_agree = False
+        self._gatherers = [self._capture, *self._embeddings]
         self._check_ranks()
         self._arm()
 
@@ -139,6 +141,7 @@ class LNGD(torch.optim.Optimizer):
         if self._capture.closed:
             raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
         self._check_ranks()
+        self._read_scaler(self.param_groups[0]["params"][0].device)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -187,7 +190,7 @@ class LNGD(torch.optim.Optimizer):
             if self._ranks.size > 1:
                 groups, scalars = capture.topology.groups, [terms, drawn]
                 sums, (terms, drawn) = pool_sums(sums, groups, capture.empty_sums, self._like_of, scalars, self._ranks)
-            scale = capture.source.scale(terms, drawn, self._ranks.size) if sums else None
+            scale = capture.source.scale(terms, drawn, self._ranks.size, self._loss_scale) if sums else None
             self._preconditioner.update_factors(sums, scale)
         assert self._preconditioner is not None
         self._preconditioner.refresh(self._steps)
@@ -239,7 +242,7 @@ class LNGD(torch.optim.Optimizer):
     def _update_layers(self) -> None:
         groups = {group["name"]: group for group in self.param_groups}
         lr, decay = groups["lngd"]["lr"], groups["lngd"]["weight_decay"]
-        terms = self._capture.terms
+        terms = unscaled(self._capture.terms, self._loss_scale)
         assert self._preconditioner is not None
         for bank in self._preconditioner.layer_banks:
             present = [i for i, layer in enumerate(bank.layers) if layer.weight.grad is not None]

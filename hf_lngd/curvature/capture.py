@@ -82,6 +82,7 @@ class Capture:
         self.rows: dict[str, RowSamples] = {}
         self.rows_hidden: set[str] = set()  # layers whose outputs had no graph, as within a reentrant checkpoint
         self.terms = 0
+        self.doubtful = False
         self.rows_seen = 0
         self._pending: list[Pending] = []
         self._unfinished: set[Chain] = set()
@@ -170,6 +171,11 @@ class Capture:
         self.rows_seen, self.terms = self._first_row, self._terms_before
         self._watch.clear()
 
+    def _forget_skipped(self) -> None:
+        """A forward begins: what is in doubt still was of a step left out, see `scaler`."""
+        if self.doubtful:
+            self.reset()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
         """A copy of the model has this object's hooks, which pass it over."""
         return self
@@ -185,6 +191,7 @@ class Capture:
         batch, self._next_batch = self._next_batch, None
         if not self.enabled or not torch.is_grad_enabled() or in_backward() or in_transform():
             return
+        self._forget_skipped()
         self._reset_forward()
         self._inside = True
         self._forwards += 1
@@ -222,6 +229,7 @@ class Capture:
             if a is None or not self._active() or id(module) not in self._owned:  # a copy of the model has our hooks
                 return
             start = time.perf_counter()
+            self._forget_skipped()
             if self._rate_rows:
                 self._keep_rows(layer, a, output)
             if self._factors_wanted:

@@ -43,6 +43,7 @@ class EmbeddingLayer:
         self.weight: Tensor | None = None
         self._counts: Tensor | None = None
         self.enabled = True
+        self.doubtful = False  # see `scaler`
         self._handles = [module.register_forward_pre_hook(self._count) for module in modules]
 
     def close(self) -> None:
@@ -54,7 +55,8 @@ class EmbeddingLayer:
         if not self.enabled or not torch.is_grad_enabled() or in_backward() or not args:
             return
         ids = args[0].reshape(-1)
-        if self._counts is None:
+        if self._counts is None or self.doubtful:
+            self.doubtful = False
             self._counts = torch.zeros(self.module.num_embeddings, device=ids.device)
         self._counts.index_add_(0, ids, torch.ones_like(ids, dtype=self._counts.dtype))
 

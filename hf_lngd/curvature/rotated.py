@@ -28,7 +28,7 @@ class RotatedTable:
 
     def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig) -> None:
         self.name, self.module, self.config = name, modules[0], config
-        self.enabled = True
+        self.enabled, self.doubtful = True, False  # of no use without hooks
         self.tensors: dict[str, Tensor] = {}
 
     def close(self) -> None:
