@@ -18,6 +18,7 @@ from .curvature.embeddings import EmbeddingLayer
 from .curvature.fisher import FisherSource, unscaled
 from .curvature.pooling import pool_sums
 from .curvature.rotated import RotatedTable
+from .curvature.rounding import Rounding
 from .curvature.topology import Group
 from .distributed import Ranks
 from .fallback import Fallback
@@ -74,14 +75,15 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         self.config = config
         self._routing = route(model, config)
         self._parameters = dict(model.named_parameters())
-        self._fallback = Fallback(config.betas, config.eps)
+        self._rounding = Rounding(config.bf16_update, config.seed)
+        self._fallback = Fallback(config.betas, config.eps, self._rounding)
         super().__init__(self._make_groups(lr), {"lr": lr, "weight_decay": 0.0})
         self._ranks = Ranks(process_group)
         # a rotated table is made of the gradient alone, which DDP has reduced
         self._embeddings: list[EmbeddingLayer | RotatedTable] = [
-            RotatedTable(name, modules, config)
+            RotatedTable(name, modules, config, self._rounding)
             if config.embedding == "rotated"
-            else EmbeddingLayer(name, modules, config, self._ranks)
+            else EmbeddingLayer(name, modules, config, self._ranks, self._rounding)
             for name, modules in self._routing.embeddings
         ]
         self._capture = Capture(
@@ -141,6 +143,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         if self._capture.closed:
             raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
         self._check_ranks()
+        self._rounding.begin(self._steps)
         self._read_scaler(self.param_groups[0]["params"][0].device)
         loss = None
         if closure is not None:
@@ -251,13 +254,15 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
             updates = bank.update(present, lr, self._steps, self._capture.rows, terms)
             layers = [bank.layers[i] for i in present]
             weights: list[Tensor] = [layer.weight for layer in layers]
-            if decay:
-                torch._foreach_mul_(weights, 1 - lr * decay)
-            changes = [layer.like_weight(update) for layer, update in zip(layers, updates, strict=True)]
-            torch._foreach_sub_(weights, [c.to(w.dtype) for c, w in zip(changes, weights, strict=True)])
-            for layer, update in zip(layers, updates, strict=True):
-                if layer.bias is not None:
-                    layer.bias.sub_(layer.like_bias(update).to(layer.bias.dtype))
+            with self._rounding.full(weights) as whole:
+                if decay:
+                    torch._foreach_mul_(whole, 1 - lr * decay)
+                changes = [layer.like_weight(update) for layer, update in zip(layers, updates, strict=True)]
+                torch._foreach_sub_(whole, changes)
+            biases = [(y.bias, y.like_bias(u)) for y, u in zip(layers, updates, strict=True) if y.bias is not None]
+            with self._rounding.full([bias for bias, _ in biases]) as whole:
+                for value, (_, change) in zip(whole, biases, strict=True):
+                    value.sub_(change)
 
     # What a training loop may call
 
@@ -339,7 +344,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         return self._preconditioner.factors(name)
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes of state: ``momentum``, ``factors``, ``inverses``, ``embeddings``, ``fallback``, ``total``."""
+        """Bytes of state: ``momentum``, ``factors``, ``inverses``, ``embeddings``, ``fallback``, ``rounding`` (what
+        bfloat16 weights lack), ``total``."""
         return serialization.memory_usage(self)
 
     def diagnostics(self) -> dict[str, float]:

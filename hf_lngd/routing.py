@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .config import LNGDConfig
@@ -98,6 +99,11 @@ def _decide(
     """(owner, reason, weight decay)."""
     if not parameter.requires_grad:
         return FROZEN_OWNER, "frozen", False
+    if parameter.dtype == torch.float16:
+        raise ValueError(
+            f"{name}: got a weight of torch.float16, whose updates are lost below 6e-8, accepted: torch.float32 (under "
+            "torch.autocast and with a GradScaler for fp16) or torch.bfloat16"
+        )
     modules = homes[id(parameter)]
     module_name, module, attribute = modules[0]
     plain = parameter.dim() < 2

@@ -11,6 +11,7 @@ from ..config import LNGDConfig
 from .context import in_backward
 from .factors import damping, rms_rate
 from .pooling import Pool
+from .rounding import Rounding
 
 # A row's step is at most this multiple of the table's root mean square: a token seen once in many batches has next
 # to no frequency, and would divide its gradient by the damping alone.
@@ -34,10 +35,13 @@ class EmbeddingLayer:
         modules: the embeddings that share the table; `padding_idx` is not counted.
         config: the optimizer's.
         pool: the processes that train the model.
+        rounding: of a bfloat16 table.
     """
 
-    def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig, pool: Pool) -> None:
-        self.name, self.module, self.config, self.pool = name, modules[0], config, pool
+    def __init__(
+        self, name: str, modules: list[nn.Embedding], config: LNGDConfig, pool: Pool, rounding: Rounding
+    ) -> None:
+        self.name, self.module, self.config, self.pool, self.rounding = name, modules[0], config, pool, rounding
         self.momentum: Tensor | None = None
         self.frequency: Tensor | None = None
         self.weight: Tensor | None = None
@@ -109,7 +113,8 @@ class EmbeddingLayer:
         if c.momentum_on == "update":
             self.momentum.mul_(c.momentum).add_(update)
             update = update.add(self.momentum, alpha=c.momentum) if c.nesterov else self.momentum
-        weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(weight.dtype))
+        with self.rounding.full([weight]) as (whole,):
+            whole.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint; empty before the first step."""

@@ -215,8 +215,7 @@ class FisherSource:
 
     def restart(self, rank: int, step: int) -> None:
         """Draw from a stream that belongs to this rank and step: with many ranks no one state says where all are."""
-        digest = hashlib.blake2b(f"{self.seed} {rank} {step}".encode(), digest_size=7)
-        self._stream = int.from_bytes(digest.digest(), "big")
+        self._stream = seed_of(self.seed, rank, step)
         self._generators.clear()
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -232,6 +231,11 @@ class FisherSource:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`state`; devices that this process lacks are left out."""
         self._generators = generators_of(state)
+
+
+def seed_of(*parts: int | str) -> int:
+    """The seed of a stream of draws that belongs to these alone."""
+    return int.from_bytes(hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
 
 
 def unscaled(factor: Tensor | float, loss_scale: Tensor | None) -> Tensor | float:
