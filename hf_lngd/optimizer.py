@@ -14,6 +14,7 @@ from . import serialization
 from .checks import GRADIENT_FISHERS, fishers_beside
 from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
+from .curvature.compiled import plain_name, uncompiled
 from .curvature.embeddings import EmbeddingLayer
 from .curvature.fisher import FisherSource, unscaled
 from .curvature.pooling import pool_sums
@@ -73,8 +74,9 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         elif fields:
             config = LNGDConfig(**{**config.to_dict(), **fields})
         self.config = config
+        model = uncompiled(model)
         self._routing = route(model, config)
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         self._rounding = Rounding(config.bf16_update, config.seed)
         self._fallback = Fallback(config.betas, config.eps, self._rounding)
         super().__init__(self._make_groups(lr), {"lr": lr, "weight_decay": 0.0})
@@ -132,6 +134,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
 
     # The step
 
+    @torch._disable_dynamo  # torch.compile leaves it as it is, where a whole training step is compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Parameters without a gradient rest.
@@ -275,9 +278,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         self._watch(False)
 
     def _watch(self, enabled: bool) -> None:
-        self._capture.enabled = enabled
-        for embedding in self._embeddings:
-            embedding.enabled = enabled
+        for watcher in (self._capture, *self._embeddings):
+            watcher.watch(enabled)
 
     def set_batch(self, inputs: Mapping[str, Any]) -> None:
         """Name the batch of the next forward, where the model does not see all of it (labels taken out before).

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .config import LNGDConfig
+from .curvature.compiled import plain_name
 from .curvature.layers import Geometry, Layer, geometry_of
 
 LNGD_OWNER = "lngd"
@@ -60,14 +61,15 @@ class Routing:
 def route(model: nn.Module, config: LNGDConfig) -> Routing:
     """Give each parameter of the model an owner, in the order of `model.named_parameters()`.
 
-    Tied parameters have one route, under their first name; a weight that is both an embedding and a head is an
-    embedding. Parameters that do not require a gradient are ``frozen``.
+    Names are those from before torch.compile. Tied parameters have one route, under their first name; a weight that is
+    both an embedding and a head is an embedding. Parameters that do not require a gradient are ``frozen``.
     """
     homes = _homes(model)
     exclude = re.compile(config.exclude) if config.exclude else None
     routing = Routing([], [], [])
     layer_of: dict[int, Layer] = {}
-    for name, parameter in model.named_parameters():
+    for compiled_name, parameter in model.named_parameters():
+        name = plain_name(compiled_name)
         modules = homes[id(parameter)]
         owner, reason, decays = _decide(name, parameter, homes, config, exclude)
         if reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
@@ -89,7 +91,7 @@ def _homes(model: nn.Module) -> dict[int, Homes]:
     for name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                homes.setdefault(id(parameter), []).append((name, module, attribute))
+                homes.setdefault(id(parameter), []).append((plain_name(name), module, attribute))
     return homes
 
 

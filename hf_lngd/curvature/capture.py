@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import LNGDConfig
 from .chains import Chain, ChainWatch
+from .compiled import plain_name, run_eagerly
 from .context import calls_under_way, in_backward, in_reentrant_checkpoint, in_transform
 from .families import new_sums
 from .family_sums import Basis, FamilySums
@@ -111,6 +112,7 @@ class Capture:
         add = self._handles.append
         add(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         add(model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
+        run_eagerly(self, self.enabled)
         for layer in self.layers.values():
             for _, module in layer.modules:
                 add(module.register_forward_hook(self._layer_hook(layer), with_kwargs=True))
@@ -120,7 +122,7 @@ class Capture:
             if is_elementwise(module) and not self.source.uses_gradients:
                 add(module.register_forward_pre_hook(self._before_activation, with_kwargs=True))
                 add(module.register_forward_hook(self._after_activation))
-            elif name.rpartition(".")[2] == "encoder" and not self.topology.frozen:
+            elif plain_name(name).rpartition(".")[2] == "encoder" and not self.topology.frozen:
                 add(module.register_forward_hook(self._encoder_hook))
 
     def disarm(self) -> None:
@@ -129,6 +131,12 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        run_eagerly(self, False)
+
+    def watch(self, enabled: bool) -> None:
+        """Look at forward passes, or look away: then compiled models may run compiled."""
+        self.enabled = enabled
+        run_eagerly(self, enabled and bool(self._handles))
 
     def set_batch(self, inputs: Mapping[str, Any]) -> None:
         """Name the tensors of the next forward, where the model does not see them all (labels taken out)."""

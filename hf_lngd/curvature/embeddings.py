@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LNGDConfig
+from .compiled import run_eagerly
 from .context import in_backward
 from .factors import damping, rms_rate
 from .pooling import Pool
@@ -49,11 +50,19 @@ class EmbeddingLayer:
         self.enabled = True
         self.doubtful = False  # see `scaler`
         self._handles = [module.register_forward_pre_hook(self._count) for module in modules]
+        run_eagerly(self, True)
 
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+        run_eagerly(self, False)
+
+    def watch(self, enabled: bool) -> None:
+        """Count, or look away."""
+        self.enabled = enabled
+        run_eagerly(self, enabled and bool(self._handles))
 
     def _count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not self.enabled or not torch.is_grad_enabled() or in_backward() or not args:

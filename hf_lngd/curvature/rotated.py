@@ -30,11 +30,14 @@ class RotatedTable:
 
     def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig, rounding: Rounding) -> None:
         self.name, self.module, self.config, self.rounding = name, modules[0], config, rounding
-        self.enabled, self.doubtful = True, False  # of no use without hooks
+        self.doubtful = False  # of no use without hooks
         self.tensors: dict[str, Tensor] = {}
 
     def close(self) -> None:
         """Nothing to remove: no hooks."""
+
+    def watch(self, enabled: bool) -> None:
+        """Nothing to look at."""
 
     def new_state(self) -> dict[str, Tensor]:
         """The state before the first step."""
