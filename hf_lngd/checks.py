@@ -17,6 +17,7 @@ MOMENTUM_ON = ("gradient", "update")
 BIASES = ("factor", "fallback")
 EMBEDDINGS = ("fallback", "exact", "rotated")
 MATRIX_DTYPES = ("bfloat16", "full")
+BF16_UPDATES = ("kahan", "stochastic", "nearest")
 ROOTS = ("auto", "eigh", "newton")
 CHAINS = ("activation", "full")
 HEADS = ("gaussian", "categorical")
@@ -134,6 +135,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "polar_interval": _auto_or_integer,
     "gram_decay": _FRACTION,
     "matrix_dtype": _choice(MATRIX_DTYPES),
+    "bf16_update": _choice(BF16_UPDATES),
     "row_decay": _FRACTION,
     "inverse_root": _choice(ROOTS),
     "weight_decay": _NOT_NEGATIVE,

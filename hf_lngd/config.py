@@ -36,6 +36,7 @@ _FAST: dict[str, Any] = {
     "polar_interval": "auto",
     "gram_decay": 0.9,
     "matrix_dtype": "bfloat16",
+    "bf16_update": "kahan",
     "row_decay": 0.95,
     "inverse_root": "auto",
     "weight_decay": 0.1,
@@ -138,6 +139,9 @@ class LNGDConfig:
         matrix_dtype: of the products of each step (``polar``, ``gram``, rotated embeddings): ``bfloat16``, as in
             torch.optim.Muon, or ``full``. Factors are never halved, and roots only where they are kept for such
             products; float64 models are always ``full``.
+        bf16_update: how bfloat16 weights (not autocast's float32 ones) take updates that are less than the gap between
+            their numbers. ``kahan``: what rounding took off is kept, two bytes a weight; ``stochastic``: rounded at
+            random, the same in every process; ``nearest``: lost, as in torch's optimizers. Fallback and embeddings too.
         row_decay: weight of the old mean in a running mean square of each row of D, by whose root the row is divided
             (NorMuon's row scale: a Ψ estimated from updates); 0: rows are left as they are (``polar``, ``gram``).
         inverse_root: how the (·)^(-1/2) of ``gram`` are computed: ``eigh`` (exact), ``newton`` (matrix products only,
@@ -192,6 +196,7 @@ class LNGDConfig:
     polar_interval: int | str = _FROM_PRESET
     gram_decay: float = _FROM_PRESET
     matrix_dtype: str = _FROM_PRESET
+    bf16_update: str = _FROM_PRESET
     row_decay: float = _FROM_PRESET
     inverse_root: str = _FROM_PRESET
     weight_decay: float = _FROM_PRESET

@@ -8,19 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from .curvature.rounding import Rounding
+
 
 class Fallback:
-    """Moments of AdamW by parameter, in its dtype, and its step.
+    """Moments of AdamW by parameter, in its dtype but at least float32, and its step.
 
     torch's own AdamW function does the arithmetic, fused where the parameters allow it.
 
     Args:
         betas: decay of the two moments.
         eps: added to the root of the second.
+        rounding: of bfloat16 parameters.
     """
 
-    def __init__(self, betas: tuple[float, float], eps: float) -> None:
-        self.betas, self.eps = betas, eps
+    def __init__(self, betas: tuple[float, float], eps: float, rounding: Rounding) -> None:
+        self.betas, self.eps, self.rounding = betas, eps, rounding
         self.moments: dict[nn.Parameter, dict[str, Tensor]] = {}
 
     def moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -32,7 +35,8 @@ class Fallback:
     @staticmethod
     def new_moments(parameter: nn.Parameter) -> dict[str, Tensor]:
         """The moments of a parameter before its first step."""
-        zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        zeros = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
@@ -44,20 +48,21 @@ class Fallback:
             return
         moments = [self.moments_of(p) for p in parameters]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        adamw(
-            parameters,
-            [p.grad for p in parameters],
-            [m["exp_avg"] for m in moments],
-            [m["exp_avg_sq"] for m in moments],
-            [],
-            [m["step"] for m in moments],
-            foreach=None if fused else True,
-            fused=True if fused else None,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=self.eps,
-            maximize=False,
-        )
+        with self.rounding.full(parameters) as whole:
+            adamw(
+                whole,
+                [p.grad.to(w.dtype) for p, w in zip(parameters, whole, strict=True)],
+                [m["exp_avg"] for m in moments],
+                [m["exp_avg_sq"] for m in moments],
+                [],
+                [m["step"] for m in moments],
+                foreach=None if fused else True,
+                fused=True if fused else None,
+                amsgrad=False,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=self.eps,
+                maximize=False,
+            )

@@ -14,18 +14,21 @@ from . import serialization
 from .checks import GRADIENT_FISHERS, fishers_beside
 from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
+from .curvature.compiled import plain_name, uncompiled
 from .curvature.embeddings import EmbeddingLayer
-from .curvature.fisher import FisherSource
+from .curvature.fisher import FisherSource, unscaled
 from .curvature.pooling import pool_sums
 from .curvature.rotated import RotatedTable
+from .curvature.rounding import Rounding
 from .curvature.topology import Group
 from .distributed import Ranks
 from .fallback import Fallback
 from .preconditioner import Preconditioner, state_like
 from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route, format_routes, route
+from .scaler import UnderScaler
 
 
-class LNGD(torch.optim.Optimizer):
+class LNGD(UnderScaler, torch.optim.Optimizer):
     """Layer-Wise Natural Gradient Descent (Liu et al., NeurIPS 2024), with AdamW for what it does not own.
 
     A step, for the layers' gradients G (Algorithm 1 of the paper; names are `LNGDConfig`'s fields)::
@@ -71,16 +74,18 @@ class LNGD(torch.optim.Optimizer):
         elif fields:
             config = LNGDConfig(**{**config.to_dict(), **fields})
         self.config = config
+        model = uncompiled(model)
         self._routing = route(model, config)
-        self._parameters = dict(model.named_parameters())
-        self._fallback = Fallback(config.betas, config.eps)
+        self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+        self._rounding = Rounding(config.bf16_update, config.seed)
+        self._fallback = Fallback(config.betas, config.eps, self._rounding)
         super().__init__(self._make_groups(lr), {"lr": lr, "weight_decay": 0.0})
         self._ranks = Ranks(process_group)
         # a rotated table is made of the gradient alone, which DDP has reduced
         self._embeddings: list[EmbeddingLayer | RotatedTable] = [
-            RotatedTable(name, modules, config)
+            RotatedTable(name, modules, config, self._rounding)
             if config.embedding == "rotated"
-            else EmbeddingLayer(name, modules, config, self._ranks)
+            else EmbeddingLayer(name, modules, config, self._ranks, self._rounding)
             for name, modules in self._routing.embeddings
         ]
         self._capture = Capture(
@@ -93,6 +98,7 @@ class LNGD(torch.optim.Optimizer):
         self._steps = 0
         self._factor_seconds = 0.0
         self._ranks_agree = False
+        self._gatherers = [self._capture, *self._embeddings]
         self._check_ranks()
         self._arm()
 
@@ -128,6 +134,7 @@ class LNGD(torch.optim.Optimizer):
 
     # The step
 
+    @torch._disable_dynamo  # torch.compile leaves it as it is, where a whole training step is compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step. Parameters without a gradient rest.
@@ -139,6 +146,8 @@ class LNGD(torch.optim.Optimizer):
         if self._capture.closed:
             raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
         self._check_ranks()
+        self._rounding.begin(self._steps)
+        self._read_scaler(self.param_groups[0]["params"][0].device)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -187,7 +196,7 @@ class LNGD(torch.optim.Optimizer):
             if self._ranks.size > 1:
                 groups, scalars = capture.topology.groups, [terms, drawn]
                 sums, (terms, drawn) = pool_sums(sums, groups, capture.empty_sums, self._like_of, scalars, self._ranks)
-            scale = capture.source.scale(terms, drawn, self._ranks.size) if sums else None
+            scale = capture.source.scale(terms, drawn, self._ranks.size, self._loss_scale) if sums else None
             self._preconditioner.update_factors(sums, scale)
         assert self._preconditioner is not None
         self._preconditioner.refresh(self._steps)
@@ -239,7 +248,7 @@ class LNGD(torch.optim.Optimizer):
     def _update_layers(self) -> None:
         groups = {group["name"]: group for group in self.param_groups}
         lr, decay = groups["lngd"]["lr"], groups["lngd"]["weight_decay"]
-        terms = self._capture.terms
+        terms = unscaled(self._capture.terms, self._loss_scale)
         assert self._preconditioner is not None
         for bank in self._preconditioner.layer_banks:
             present = [i for i, layer in enumerate(bank.layers) if layer.weight.grad is not None]
@@ -248,13 +257,15 @@ class LNGD(torch.optim.Optimizer):
             updates = bank.update(present, lr, self._steps, self._capture.rows, terms)
             layers = [bank.layers[i] for i in present]
             weights: list[Tensor] = [layer.weight for layer in layers]
-            if decay:
-                torch._foreach_mul_(weights, 1 - lr * decay)
-            changes = [layer.like_weight(update) for layer, update in zip(layers, updates, strict=True)]
-            torch._foreach_sub_(weights, [c.to(w.dtype) for c, w in zip(changes, weights, strict=True)])
-            for layer, update in zip(layers, updates, strict=True):
-                if layer.bias is not None:
-                    layer.bias.sub_(layer.like_bias(update).to(layer.bias.dtype))
+            with self._rounding.full(weights) as whole:
+                if decay:
+                    torch._foreach_mul_(whole, 1 - lr * decay)
+                changes = [layer.like_weight(update) for layer, update in zip(layers, updates, strict=True)]
+                torch._foreach_sub_(whole, changes)
+            biases = [(y.bias, y.like_bias(u)) for y, u in zip(layers, updates, strict=True) if y.bias is not None]
+            with self._rounding.full([bias for bias, _ in biases]) as whole:
+                for value, (_, change) in zip(whole, biases, strict=True):
+                    value.sub_(change)
 
     # What a training loop may call
 
@@ -267,9 +278,8 @@ class LNGD(torch.optim.Optimizer):
         self._watch(False)
 
     def _watch(self, enabled: bool) -> None:
-        self._capture.enabled = enabled
-        for embedding in self._embeddings:
-            embedding.enabled = enabled
+        for watcher in (self._capture, *self._embeddings):
+            watcher.watch(enabled)
 
     def set_batch(self, inputs: Mapping[str, Any]) -> None:
         """Name the batch of the next forward, where the model does not see all of it (labels taken out before).
@@ -336,7 +346,8 @@ class LNGD(torch.optim.Optimizer):
         return self._preconditioner.factors(name)
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes of state: ``momentum``, ``factors``, ``inverses``, ``embeddings``, ``fallback``, ``total``."""
+        """Bytes of state: ``momentum``, ``factors``, ``inverses``, ``embeddings``, ``fallback``, ``rounding`` (what
+        bfloat16 weights lack), ``total``."""
         return serialization.memory_usage(self)
 
     def diagnostics(self) -> dict[str, float]:

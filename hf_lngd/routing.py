@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .config import LNGDConfig
+from .curvature.compiled import plain_name
 from .curvature.layers import Geometry, Layer, geometry_of
 
 LNGD_OWNER = "lngd"
@@ -59,14 +61,15 @@ class Routing:
 def route(model: nn.Module, config: LNGDConfig) -> Routing:
     """Give each parameter of the model an owner, in the order of `model.named_parameters()`.
 
-    Tied parameters have one route, under their first name; a weight that is both an embedding and a head is an
-    embedding. Parameters that do not require a gradient are ``frozen``.
+    Names are those from before torch.compile. Tied parameters have one route, under their first name; a weight that is
+    both an embedding and a head is an embedding. Parameters that do not require a gradient are ``frozen``.
     """
     homes = _homes(model)
     exclude = re.compile(config.exclude) if config.exclude else None
     routing = Routing([], [], [])
     layer_of: dict[int, Layer] = {}
-    for name, parameter in model.named_parameters():
+    for compiled_name, parameter in model.named_parameters():
+        name = plain_name(compiled_name)
         modules = homes[id(parameter)]
         owner, reason, decays = _decide(name, parameter, homes, config, exclude)
         if reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
@@ -88,7 +91,7 @@ def _homes(model: nn.Module) -> dict[int, Homes]:
     for name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                homes.setdefault(id(parameter), []).append((name, module, attribute))
+                homes.setdefault(id(parameter), []).append((plain_name(name), module, attribute))
     return homes
 
 
@@ -98,6 +101,11 @@ def _decide(
     """(owner, reason, weight decay)."""
     if not parameter.requires_grad:
         return FROZEN_OWNER, "frozen", False
+    if parameter.dtype == torch.float16:
+        raise ValueError(
+            f"{name}: got a weight of torch.float16, whose updates are lost below 6e-8, accepted: torch.float32 (under "
+            "torch.autocast and with a GradScaler for fp16) or torch.bfloat16"
+        )
     modules = homes[id(parameter)]
     module_name, module, attribute = modules[0]
     plain = parameter.dim() < 2

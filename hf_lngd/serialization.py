@@ -14,7 +14,7 @@ from .preconditioner import Preconditioner
 if TYPE_CHECKING:
     from .optimizer import LNGD
 
-VERSION = 4
+VERSION = 5
 # Fields that change no result.
 _FREE = ("conv_memory", "placement")
 
@@ -34,6 +34,7 @@ def state_of(optimizer: LNGD) -> dict[str, Any]:
         "fallback": _fallback_states(optimizer),
         "embeddings": {e.name: e.state() for e in optimizer._embeddings},
         "random": optimizer._capture.source.state(),
+        "rounding": _rounding_states(optimizer),
     }
 
 
@@ -86,10 +87,12 @@ def _check_banks(optimizer: LNGD, state: Mapping[str, Any]) -> None:
         _check_tensors("layers", _layer_states(made), state)
         _check_flags(_flags(made), state["flags"])
     named = _fallback_names(optimizer)
-    strange = sorted(set(state["fallback"]) - set(named))
-    if strange:
-        raise ValueError(f"state_dict: fallback: got {', '.join(strange[:5])}, accepted: names of parameters here")
+    for kind in ("fallback", "rounding"):
+        strange = sorted(set(state[kind]) - set(named))
+        if strange:
+            raise ValueError(f"state_dict: {kind}: got {', '.join(strange[:5])}, accepted: names of parameters here")
     _check_tensors("fallback", {n: optimizer._fallback.new_moments(named[n]) for n in state["fallback"]}, state)
+    _check_tensors("rounding", {n: {"lost": named[n]} for n in state["rounding"]}, state)
     for embedding in optimizer._embeddings:
         if embedding.name not in state["embeddings"]:
             raise ValueError(f"state_dict: embeddings: got none of {embedding.name}, accepted: all of them")
@@ -139,6 +142,9 @@ def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:
         optimizer._fallback.moments[parameter] = {
             key: value.detach().clone().to(parameter.device) for key, value in moments.items()
         }
+    optimizer._rounding.lost.clear()
+    for name, kept in state["rounding"].items():
+        optimizer._rounding.lost[named[name]] = kept["lost"].detach().clone().to(named[name].device)
     for embedding in optimizer._embeddings:
         embedding.load_state(state["embeddings"][embedding.name])
     optimizer._capture.source.load_state(state["random"])
@@ -205,9 +211,14 @@ def _fallback_states(optimizer: LNGD) -> dict[str, dict[str, Tensor]]:
     return {names[p]: dict(m) for p, m in optimizer._fallback.moments.items() if p in names}
 
 
+def _rounding_states(optimizer: LNGD) -> dict[str, dict[str, Tensor]]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in _fallback_names(optimizer).items()}
+    return {names[p]: {"lost": lost} for p, lost in optimizer._rounding.lost.items() if p in names}
+
+
 def memory_usage(optimizer: LNGD) -> dict[str, int]:
     """Bytes of state by kind, as `LNGD.memory_usage` promises."""
-    usage = {"momentum": 0, "factors": 0, "inverses": 0, "embeddings": 0, "fallback": 0}
+    usage = {"momentum": 0, "factors": 0, "inverses": 0, "embeddings": 0, "fallback": 0, "rounding": 0}
     inverses = ("inverse", "root", "whitener", "polar", "inverse_left", "inverse_right", "basis_left", "basis_right")
     kind_of = {"momentum": "momentum"} | dict.fromkeys(inverses, "inverses")
     made = optimizer._preconditioner
@@ -219,6 +230,7 @@ def memory_usage(optimizer: LNGD) -> dict[str, int]:
     for embedding in optimizer._embeddings:
         usage["embeddings"] += sum(_bytes(t) for t in embedding.state().values())
     usage["fallback"] = sum(_bytes(t) for m in optimizer._fallback.moments.values() for t in m.values())
+    usage["rounding"] = sum(_bytes(t) for t in optimizer._rounding.lost.values())
     usage["total"] = sum(usage.values())
     return usage
 

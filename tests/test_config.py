@@ -36,6 +36,7 @@ BAD = {
     "gram_decay": [1],
     "matrix_dtype": ["float16"],
     "row_decay": [1],
+    "bf16_update": ["float32", 1],
     "inverse_root": ["svd"],
     "weight_decay": [-1],
     "bias": ["none"],

@@ -188,3 +188,11 @@ def test_traffic_is_what_the_cost_model_says(pools: Pools) -> None:
     sent, model = pools[2].run(dist_cases.counted_traffic, fields={**fields, "placement": "spread"}, steps=2)[0]
     # each rank sends its half of the inverses, more or less
     assert 0.4 < (sent[0] - model["factors"]) / model["inverses"] < 0.9 and sent[1] == 0
+
+
+@pytest.mark.parametrize("mode", ["kahan", "stochastic"])
+def test_weights_of_bfloat16_stay_alike(pools: Pools, mode: str) -> None:
+    fields = {"bf16_update": mode, "bias": "factor"}
+    found = pools[2].run(dist_cases.train, kind="marian", fields=fields, dtype="bfloat16", ranks=2, steps=6)
+    assert all(torch.equal(w, found[1]["weights"][name]) for name, w in found[0]["weights"].items())
+    assert all(w.dtype == torch.bfloat16 and w.isfinite().all() for w in found[0]["weights"].values())

@@ -376,10 +376,13 @@ def test_half_precision_slopes_are_squared_in_full() -> None:
             self.linear = nn.Linear(4, 4, bias=False)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.linear(x) * x.new_full((1, 4), 300.0)
+            return self.linear(x) * x.new_full((1, 4), 300.0, dtype=torch.float16)
 
-    model, x = Gate().half(), torch.ones(2, 4, dtype=torch.float16)
+    model, x = Gate(), torch.ones(2, 4)
     optimizer = LNGD(model, lr=0.0, chain="full")
-    model(x).float().sum().backward()
+    with torch.autocast("cpu", torch.float16):
+        output = model(x)
+    assert output.dtype == torch.float16
+    output.float().sum().backward()
     optimizer.step()
     torch.testing.assert_close(optimizer.factors("linear")["phi"], torch.full((4, 4), 4 * 300.0**2))

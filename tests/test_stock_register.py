@@ -63,6 +63,11 @@ def test_it_steps_as_our_trainer_does(registered: None, text: str, tmp_path: Pat
         assert torch.equal(value, other), name
 
 
+def test_fp16_on_the_cpu_is_refused_by_name(registered: None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fp16: got True on the CPU.*accepted: bf16"):
+        stock(tmp_path, hf_vit(), optim="lngd", fp16=True).train()
+
+
 def test_it_is_idempotent_and_leaves_nothing_behind(tmp_path: Path) -> None:
     names, handlers = list(OptimizerNames), dict(_OPTIMIZER_HANDLERS)
     for _ in range(2):

@@ -103,3 +103,10 @@ def test_precedence() -> None:
 def test_a_comma_within_a_value() -> None:
     config, lr = lngd_settings(LNGDTrainingArguments("out", optim_args=r"exclude=fc{1\,2},lr=0.5"))
     assert (config.exclude, lr) == ("fc{1,2}", 0.5)
+
+
+def test_fp16_on_the_cpu_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="fp16: got True on the CPU.*accepted: bf16"):
+        LNGDTrainingArguments("out", use_cpu=True, fp16=True)
+    assert LNGDTrainingArguments("out", use_cpu=True, fp16=True, optim="adamw_torch").fp16
+    assert LNGDTrainingArguments("out", use_cpu=True, bf16=True).bf16

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import LNGDConfig
 from .chains import Chain, ChainWatch
+from .compiled import plain_name, run_eagerly
 from .context import calls_under_way, in_backward, in_reentrant_checkpoint, in_transform
 from .families import new_sums
 from .family_sums import Basis, FamilySums
@@ -82,6 +83,7 @@ class Capture:
         self.rows: dict[str, RowSamples] = {}
         self.rows_hidden: set[str] = set()  # layers whose outputs had no graph, as within a reentrant checkpoint
         self.terms = 0
+        self.doubtful = False
         self.rows_seen = 0
         self._pending: list[Pending] = []
         self._unfinished: set[Chain] = set()
@@ -110,6 +112,7 @@ class Capture:
         add = self._handles.append
         add(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         add(model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
+        run_eagerly(self, self.enabled)
         for layer in self.layers.values():
             for _, module in layer.modules:
                 add(module.register_forward_hook(self._layer_hook(layer), with_kwargs=True))
@@ -119,7 +122,7 @@ class Capture:
             if is_elementwise(module) and not self.source.uses_gradients:
                 add(module.register_forward_pre_hook(self._before_activation, with_kwargs=True))
                 add(module.register_forward_hook(self._after_activation))
-            elif name.rpartition(".")[2] == "encoder" and not self.topology.frozen:
+            elif plain_name(name).rpartition(".")[2] == "encoder" and not self.topology.frozen:
                 add(module.register_forward_hook(self._encoder_hook))
 
     def disarm(self) -> None:
@@ -128,6 +131,12 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        run_eagerly(self, False)
+
+    def watch(self, enabled: bool) -> None:
+        """Look at forward passes, or look away: then compiled models may run compiled."""
+        self.enabled = enabled
+        run_eagerly(self, enabled and bool(self._handles))
 
     def set_batch(self, inputs: Mapping[str, Any]) -> None:
         """Name the tensors of the next forward, where the model does not see them all (labels taken out)."""
@@ -170,6 +179,11 @@ class Capture:
         self.rows_seen, self.terms = self._first_row, self._terms_before
         self._watch.clear()
 
+    def _forget_skipped(self) -> None:
+        """A forward begins: what is in doubt still was of a step left out, see `scaler`."""
+        if self.doubtful:
+            self.reset()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
         """A copy of the model has this object's hooks, which pass it over."""
         return self
@@ -185,6 +199,7 @@ class Capture:
         batch, self._next_batch = self._next_batch, None
         if not self.enabled or not torch.is_grad_enabled() or in_backward() or in_transform():
             return
+        self._forget_skipped()
         self._reset_forward()
         self._inside = True
         self._forwards += 1
@@ -222,6 +237,7 @@ class Capture:
             if a is None or not self._active() or id(module) not in self._owned:  # a copy of the model has our hooks
                 return
             start = time.perf_counter()
+            self._forget_skipped()
             if self._rate_rows:
                 self._keep_rows(layer, a, output)
             if self._factors_wanted:

@@ -1,4 +1,4 @@
-"""Where a hook is called: within a backward pass, a transform, a checkpoint, or a model that calls itself."""
+"""Where a hook or a step is called: within a backward pass, a transform, a checkpoint, a loss scaler's step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import FrameType
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.utils.checkpoint import CheckpointFunction
 
 
@@ -38,3 +39,9 @@ def calls_under_way(model: nn.Module) -> int:
     """Calls of this module on the stack: one that an interrupt ended is there no more, though no hook saw its end."""
     calls = (frame for frame in callers() if frame.f_code is nn.Module._call_impl.__code__)
     return sum(frame.f_locals.get("self") is model for frame in calls)
+
+
+def stepping_scaler() -> GradScaler | None:
+    """The gradient scaler whose ``step`` is on the stack, if there is one."""
+    frame = next((frame for frame in callers() if frame.f_code is GradScaler.step.__code__), None)
+    return None if frame is None else frame.f_locals.get("self")

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LNGDConfig
+from .compiled import run_eagerly
 from .context import in_backward
 from .factors import damping, rms_rate
 from .pooling import Pool
+from .rounding import Rounding
 
 # A row's step is at most this multiple of the table's root mean square: a token seen once in many batches has next
 # to no frequency, and would divide its gradient by the damping alone.
@@ -34,27 +36,40 @@ class EmbeddingLayer:
         modules: the embeddings that share the table; `padding_idx` is not counted.
         config: the optimizer's.
         pool: the processes that train the model.
+        rounding: of a bfloat16 table.
     """
 
-    def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig, pool: Pool) -> None:
-        self.name, self.module, self.config, self.pool = name, modules[0], config, pool
+    def __init__(
+        self, name: str, modules: list[nn.Embedding], config: LNGDConfig, pool: Pool, rounding: Rounding
+    ) -> None:
+        self.name, self.module, self.config, self.pool, self.rounding = name, modules[0], config, pool, rounding
         self.momentum: Tensor | None = None
         self.frequency: Tensor | None = None
         self.weight: Tensor | None = None
         self._counts: Tensor | None = None
         self.enabled = True
+        self.doubtful = False  # see `scaler`
         self._handles = [module.register_forward_pre_hook(self._count) for module in modules]
+        run_eagerly(self, True)
 
     def close(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+        run_eagerly(self, False)
+
+    def watch(self, enabled: bool) -> None:
+        """Count, or look away."""
+        self.enabled = enabled
+        run_eagerly(self, enabled and bool(self._handles))
 
     def _count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not self.enabled or not torch.is_grad_enabled() or in_backward() or not args:
             return
         ids = args[0].reshape(-1)
-        if self._counts is None:
+        if self._counts is None or self.doubtful:
+            self.doubtful = False
             self._counts = torch.zeros(self.module.num_embeddings, device=ids.device)
         self._counts.index_add_(0, ids, torch.ones_like(ids, dtype=self._counts.dtype))
 
@@ -107,7 +122,8 @@ class EmbeddingLayer:
         if c.momentum_on == "update":
             self.momentum.mul_(c.momentum).add_(update)
             update = update.add(self.momentum, alpha=c.momentum) if c.nesterov else self.momentum
-        weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(weight.dtype))
+        with self.rounding.full([weight]) as (whole,):
+            whole.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint; empty before the first step."""

@@ -193,7 +193,9 @@ class FisherSource:
                 f"them with optimizer.set_batch(inputs) before each forward, or accepted: {', '.join(self.others)}"
             )
 
-    def scale(self, terms: Tensor | int, sampled_terms: Tensor | int, ranks: int) -> Tensor | float | None:
+    def scale(
+        self, terms: Tensor | int, sampled_terms: Tensor | int, ranks: int, loss_scale: Tensor | None = None
+    ) -> Tensor | float | None:
         """What the sums are multiplied by to become Φ; None: one over the number of positions.
 
         With g the gradient of the mean over T terms, the Fisher block is (1/T) Σ (T g)(T g)ᵀ = T Σ g gᵀ; with g
@@ -203,17 +205,17 @@ class FisherSource:
         Args:
             terms, sampled_terms: T, of the loss and of the drawn labels, of all ranks.
             ranks: W.
+            loss_scale: what the loss was multiplied by, and with it every g of ``empirical``; None: one.
         """
         if self.kind == "empirical":
-            return terms if ranks == 1 else terms / ranks**2
+            return unscaled(terms if ranks == 1 else terms / ranks**2, loss_scale)
         if self.kind == "true":
             return 1.0 / (sampled_terms if isinstance(sampled_terms, Tensor) else max(sampled_terms, 1))
         return None
 
     def restart(self, rank: int, step: int) -> None:
         """Draw from a stream that belongs to this rank and step: with many ranks no one state says where all are."""
-        digest = hashlib.blake2b(f"{self.seed} {rank} {step}".encode(), digest_size=7)
-        self._stream = int.from_bytes(digest.digest(), "big")
+        self._stream = seed_of(self.seed, rank, step)
         self._generators.clear()
 
     def generator(self, device: torch.device) -> torch.Generator:
@@ -229,6 +231,16 @@ class FisherSource:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`state`; devices that this process lacks are left out."""
         self._generators = generators_of(state)
+
+
+def seed_of(*parts: int | str) -> int:
+    """The seed of a stream of draws that belongs to these alone."""
+    return int.from_bytes(hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=7).digest(), "big")
+
+
+def unscaled(factor: Tensor | float, loss_scale: Tensor | None) -> Tensor | float:
+    """A factor of sums of products of two gradients, for those of a loss that was multiplied by `loss_scale`."""
+    return factor if loss_scale is None else factor / loss_scale.square()
 
 
 def generators_of(state: dict[str, Tensor]) -> dict[torch.device, torch.Generator]:

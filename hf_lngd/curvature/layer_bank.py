@@ -138,7 +138,7 @@ class LayerBank:
     # The step
 
     def update(self, present: list[int], lr: float | Tensor, step: int, samples: dict[str, RowSamples],
-               terms: Tensor | int) -> Sequence[Tensor]:  # fmt: skip
+               terms: Tensor | float) -> Sequence[Tensor]:  # fmt: skip
         """What is to be subtracted from the layers `present` (those with a gradient): a [u, m, columns] each.
 
         Args:
@@ -262,7 +262,7 @@ class LayerBank:
         return update.add_(momentum, alpha=tau) if self.config.nesterov else momentum
 
     def _rate(self, direction: Tensor, grad: Tensor, present: list[int], index: slice | Tensor,
-              samples: dict[str, RowSamples], terms: Tensor | int) -> Tensor:  # fmt: skip
+              samples: dict[str, RowSamples], terms: Tensor | float) -> Tensor:  # fmt: skip
         """α_l of each layer: [n]."""
         c, u = self.config, self.units
         if c.rate == "rms":

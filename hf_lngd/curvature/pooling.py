@@ -85,7 +85,7 @@ def _numbers(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-def pool_curvature(squares: Tensor, rows: list[RowSamples], terms: Tensor | int, pool: Pool) -> tuple[Tensor, Tensor]:
+def pool_curvature(squares: Tensor, rows: list[RowSamples], terms: Tensor | float, pool: Pool) -> tuple[Tensor, Tensor]:
     """DᵀFD of Eq. 13 for some layers over all ranks, in one collective.
 
     Args:

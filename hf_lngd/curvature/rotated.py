@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import LNGDConfig
 from .factor_bank import product_dtype
 from .inverses import pack, packed_shape, unpack
+from .rounding import Rounding
 
 
 class RotatedTable:
@@ -24,15 +25,19 @@ class RotatedTable:
         name: the parameter's name.
         modules: the embeddings that share the table.
         config: the optimizer's.
+        rounding: of a bfloat16 table.
     """
 
-    def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig) -> None:
-        self.name, self.module, self.config = name, modules[0], config
-        self.enabled = True
+    def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig, rounding: Rounding) -> None:
+        self.name, self.module, self.config, self.rounding = name, modules[0], config, rounding
+        self.doubtful = False  # of no use without hooks
         self.tensors: dict[str, Tensor] = {}
 
     def close(self) -> None:
         """Nothing to remove: no hooks."""
+
+    def watch(self, enabled: bool) -> None:
+        """Nothing to look at."""
 
     def new_state(self) -> dict[str, Tensor]:
         """The state before the first step."""
@@ -94,8 +99,9 @@ class RotatedTable:
         root = (s["square"] / (1 - beta2 ** s["step"])).sqrt_().add_(c.eps)
         direction = s["mean"].div(root).to(low) @ basis.mT
         lr = group["lr"]
-        weight.mul_(1 - lr * group["weight_decay"])
-        weight.sub_((direction.to(grad.dtype) * (lr / (1 - beta1 ** s["step"]))).to(weight.dtype))
+        with self.rounding.full([weight]) as (whole,):
+            whole.mul_(1 - lr * group["weight_decay"])
+            whole.sub_(direction.to(grad.dtype) * (lr / (1 - beta1 ** s["step"])))
 
     def state(self) -> dict[str, Tensor]:
         """Tensors for a checkpoint; empty before the first step."""

@@ -14,7 +14,7 @@ from transformers import training_args
 from ..checks import fishers_beside
 from ..optimizer import LNGD
 from .trainer import create_lngd_optimizer
-from .training_args import LNGD_NAME, lngd_settings
+from .training_args import LNGD_NAME, check_precision, lngd_settings
 
 MEMBER = "LNGD"
 TESTED = ((5, 23), (6, 0))  # from, up to (not included)
@@ -61,6 +61,7 @@ def unregister() -> None:
 
 
 def _handler(context: Any) -> tuple[type[LNGDFactory], dict[str, Any]]:
+    check_precision(context.args)
     config, _ = lngd_settings(context.args)
     if config.fisher == "true":
         raise ValueError(

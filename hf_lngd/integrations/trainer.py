@@ -147,7 +147,11 @@ class LNGDTrainerMixin:
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")  # type: ignore[attr-defined]
         elif folder:
             check_checkpoint(folder)
-        return super().train(folder, *args, **kwargs)  # type: ignore[misc]
+        result = super().train(folder, *args, **kwargs)  # type: ignore[misc]
+        lngd = lngd_of(self.optimizer)  # type: ignore[attr-defined]
+        if lngd is not None:
+            lngd.eval()  # else what was compiled might be kept from it, were the next step a factor step
+        return result
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is written over is none until its last file is there."""

@@ -52,6 +52,15 @@ def lngd_settings(args: TrainingArguments) -> tuple[LNGDConfig, float]:
     return config, args.learning_rate if lr is None else lr
 
 
+def check_precision(args: TrainingArguments) -> None:
+    """Raise ValueError for fp16 on the CPU: accelerate has none there, and would go on in float32."""
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError(
+            "fp16: got True on the CPU, where accelerate has no fp16, accepted: bf16 (--bf16), or a loop of your own "
+            'with torch.autocast("cpu", torch.float16) and torch.amp.GradScaler("cpu")'
+        )
+
+
 def _overrides(args: TrainingArguments) -> dict[str, Any]:
     """The fields of LNGDConfig that transformers' own arguments set."""
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
@@ -126,6 +135,7 @@ class LNGDArgumentsMixin:
         self.optim = _STAND_IN
         super().__post_init__()  # type: ignore[misc]
         self.optim = LNGD_NAME
+        check_precision(self)  # type: ignore[arg-type]
 
     def set_optimizer(self, name: str = LNGD_NAME, *args: Any, **kwargs: Any) -> Any:
         """As `TrainingArguments.set_optimizer`, where ``lngd`` is a name too."""

@@ -1,0 +1,81 @@
+"""Updates of bfloat16 weights: their numbers lie 0.4 to 0.8 % apart, and what is less than half of that is lost.
+
+Whatever changes a weight changes it in float32, and hands it back here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .fisher import seed_of
+
+# float32 is bfloat16 with so many more bits.
+_DROPPED = 16
+
+
+class Rounding:
+    """Writes float32 values into bfloat16 weights. Weights of float32 or float64 are left as they are.
+
+    Args:
+        mode: ``kahan``: what rounding took off a weight is kept in bfloat16, and comes back at its next change;
+            ``stochastic``: up or down at random, so that the mean is right; ``nearest``.
+        seed: of the draws: a stream for each step, the same in every process.
+
+    Attributes:
+        lost: ``kahan``: weight → what it lacks, in its shape and dtype.
+    """
+
+    def __init__(self, mode: str, seed: int) -> None:
+        self.mode, self.seed = mode, seed
+        self.lost: dict[Tensor, Tensor] = {}
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Draw from the stream of this step from now on: a resumed run needs to know the step, and nothing else."""
+        self._step = step
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @contextmanager
+    def full(self, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """The weights to work on in place: themselves, or in bfloat16's place float32, rounded when the block ends.
+
+        If it raises, weights of bfloat16 stay as they were.
+        """
+        whole = [self._open(weight) for weight in weights]
+        yield whole
+        for weight, value in zip(weights, whole, strict=True):
+            if value is not weight:
+                self._close(weight, value)
+
+    def _open(self, weight: Tensor) -> Tensor:
+        if weight.dtype != torch.bfloat16:
+            return weight
+        value, lost = weight.detach().float(), self.lost.get(weight)
+        return value if lost is None else value.add_(lost)
+
+    def _close(self, weight: Tensor, value: Tensor) -> None:
+        if self.mode == "stochastic":
+            value = round_at_random(value, self._generator(value.device))
+        weight.copy_(value)
+        if self.mode == "kahan":
+            lost = value.sub_(weight).to(weight.dtype)
+            if weight in self.lost:
+                self.lost[weight].copy_(lost)
+            else:
+                self.lost[weight] = lost
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(seed_of(self.seed, "rounding", self._step))
+        return self._generators[device]
+
+
+def round_at_random(value: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 → float32 that bfloat16 holds: one of the two next to it, each as probable as the other is far."""
+    noise = torch.randint(1 << _DROPPED, value.shape, dtype=torch.int32, device=value.device, generator=generator)
+    bits = noise.add_(value.view(torch.int32)).bitwise_and_(-1 << _DROPPED)
+    return torch.where(torch.isfinite(value), bits.view(torch.float32), value)

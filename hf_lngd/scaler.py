@@ -1,0 +1,55 @@
+"""Steps that a gradient scaler makes, or leaves out: what the optimizer has to know of them, and how it learns it.
+
+Statistics of gradients are taken in hooks, where gradients are still those of the scaled loss; and what hooks have
+gathered in a step with an inf must not reach the next one. `torch.amp.GradScaler` tells an optimizer neither, so it is
+found on the stack: nothing has to be attached, in a plain loop, with accelerate or in a Trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .curvature.context import stepping_scaler
+
+
+class Gatherer(Protocol):
+    """What gathers statistics between two steps. `doubtful`: of a step that may be left out; the next forward pass
+    then begins anew."""
+
+    doubtful: bool
+
+
+class UnderScaler:
+    """A mixin for an optimizer: with a GradScaler, or without one.
+
+    Attributes:
+        _gatherers: what gathers for the optimizer.
+        _loss_scale: in a step, what its loss was multiplied by, a tensor of its own that nobody waited for; None: one.
+    """
+
+    _gatherers: Sequence[Gatherer] = ()
+    _loss_scale: Tensor | None = None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False: the scaler unscales the gradients itself, and leaves a step with an inf in them out.
+
+        It asks every optimizer this when its step begins, and then says no more if it leaves the step out.
+        """
+        if stepping_scaler() is not None:
+            self._doubt(True)
+        return False
+
+    def _doubt(self, doubtful: bool) -> None:
+        for gatherer in self._gatherers:
+            gatherer.doubtful = doubtful
+
+    def _read_scaler(self, device: torch.device) -> None:
+        """At the start of a step, which is made: learn `_loss_scale`."""
+        self._doubt(False)
+        scaler = stepping_scaler()
+        self._loss_scale = None if scaler is None else scaler.scale(torch.ones((), device=device))
