@@ -174,6 +174,7 @@ class LNGD(torch.optim.Optimizer):
     def _update_factors(self) -> None:
         capture = self._capture
         if self._is_factor_step():
+            capture.look_round(p for group in self.param_groups for p in group["params"])
             sums = capture.finish(self._ranks.everyone)
             self._check_capture(bool(capture.topology.groups))
             if self._preconditioner is None:
@@ -340,8 +341,15 @@ class LNGD(torch.optim.Optimizer):
         return serialization.memory_usage(self)
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers for a log; waits for the device, so for logging steps only. Seconds are reset by the call."""
+        """Numbers for a log; waits for the device, so for logging steps only. Seconds are reset by the call.
+
+        ``failed_inverses``, ``skipped_factors`` and ``skipped_gradients`` count what was passed over: an inverse that
+        failed, a factor, a gradient (of AdamW: a step of a group) that was not finite. The last since this object was
+        made, the others are part of the state.
+        """
         result = {} if self._preconditioner is None else self._preconditioner.diagnostics()
+        others = float(self._fallback.skipped) + sum(float(embedding.skipped) for embedding in self._embeddings)
+        result["skipped_gradients"] = result.get("skipped_gradients", 0.0) + others
         result["factor_seconds"], self._factor_seconds = self._factor_seconds, 0.0
         return result
 
@@ -365,6 +373,17 @@ class LNGD(torch.optim.Optimizer):
         super().load_state_dict(state)  # type: ignore[arg-type]
         serialization.load(self, own)
         self._arm()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """No copies: what a copy watches would be the model of the original.
+
+        Raises:
+            TypeError: always (copy.copy, copy.deepcopy, pickle, torch.save); names what to do.
+        """
+        raise TypeError(
+            "LNGD: got a copy or pickle of the optimizer, which watches one model. Accepted: its state_dict(), loaded "
+            "into LNGD(model, …) made of a copy of the model"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Parameters added later are AdamW's: no layer of the model is known to own them."""

@@ -154,6 +154,7 @@ class Preconditioner:
             "failed_inverses": sum(bank.failures for bank in self.factor_banks)
             + sum(bank.failures for bank in self.layer_banks),
             "skipped_factors": sum(bank.skipped for bank in self.factor_banks),
+            "skipped_gradients": sum(bank.skipped for bank in self.layer_banks),
         }
         values = torch.stack([torch.as_tensor(value).double().cpu() for value in numbers.values()])
         return dict(zip(numbers, values.tolist(), strict=True))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import LNGDConfig
 from .factor_bank import product_dtype
+from .factors import usable
 from .inverses import pack, packed_shape, unpack
 
 
@@ -29,6 +30,7 @@ class RotatedTable:
     def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig) -> None:
         self.name, self.module, self.config = name, modules[0], config
         self.enabled = True
+        self.skipped: Tensor | int = 0  # gradients that were not finite
         self.tensors: dict[str, Tensor] = {}
 
     def close(self) -> None:
@@ -81,7 +83,8 @@ class RotatedTable:
         if weight.grad is None:
             return
         s, c = self._start(), self.config
-        grad = weight.grad.to(s["mean"].dtype)
+        grad, bad = usable(weight.grad.to(s["mean"].dtype, copy=True))
+        self.skipped = self.skipped + bad
         if turn:
             self._turn(grad)
         low = product_dtype(c, grad.dtype)
