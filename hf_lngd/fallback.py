@@ -25,10 +25,16 @@ class Fallback:
         self.skipped: Tensor | int = 0  # steps of a group that were passed over
 
     def moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The moments of a parameter, made at its first step."""
-        if parameter not in self.moments:
-            self.moments[parameter] = self.new_moments(parameter)
-        return self.moments[parameter]
+        """The moments of a parameter, made at its first step; they follow it to another device or dtype."""
+        moments = self.moments.get(parameter)
+        if moments is None:
+            moments = self.moments[parameter] = self.new_moments(parameter)
+        average = moments["exp_avg"]
+        if average.dtype != parameter.dtype or average.device != parameter.device:
+            moments = {key: value.to(parameter.device) for key, value in moments.items()}
+            moments |= {key: moments[key].to(parameter.dtype) for key in ("exp_avg", "exp_avg_sq")}
+            self.moments[parameter] = moments
+        return moments
 
     @staticmethod
     def new_moments(parameter: nn.Parameter) -> dict[str, Tensor]:

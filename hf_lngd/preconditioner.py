@@ -92,6 +92,15 @@ class Preconditioner:
                 self.layer_banks.append(bank)
                 before += len(chunk)
 
+    def was_left(self) -> bool:
+        """Whether a layer was moved to another device, or to a dtype whose state is kept in another one."""
+        return any(
+            layer.weight.device != bank.momentum.device
+            or torch.promote_types(layer.weight.dtype, torch.float32) != bank.momentum.dtype
+            for bank in self.layer_banks
+            for layer in bank.layers
+        )
+
     def update_factors(self, sums: Mapping[str, GroupSums | FamilySums], scale: Tensor | float | None) -> None:
         """Take one step's sums, of all processes, into the running averages (Eq. 4, 5, 14)."""
         phi: dict[str, Tensor] = {}

@@ -150,7 +150,7 @@ def _preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditio
 
 
 def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:
-    """Copy a state that :func:`check` has passed into the optimizer."""
+    """Copy a state that :func:`check` has passed, or the own one, into banks made for the model as it is now."""
     optimizer._steps = int(state["steps"])
     optimizer._fallback.moments.clear()
     named = _fallback_names(optimizer)
@@ -165,12 +165,17 @@ def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:
     if not state["topology"]:
         optimizer._preconditioner, optimizer._capture.topology = None, Topology()
         return
-    made = _preconditioner_of(optimizer, state)
+    made, stale = _preconditioner_of(optimizer, state), False
     for kind, states in (("groups", _group_states(made)), ("layers", _layer_states(made))):
         for name, tensors in states.items():
             for key, tensor in tensors.items():
-                tensor.copy_(state[kind][name][key])
+                if tensor.shape == state[kind][name][key].shape:
+                    tensor.copy_(state[kind][name][key])
+                else:  # own, of a model that has another dtype since: inverses are kept in another form
+                    stale = True
     _set_flags(made, state["flags"])
+    for bank in made.factor_banks if stale else ():
+        bank.invert(tuple(range(bank.count)))
     optimizer._preconditioner = made
     optimizer._capture.topology = Topology.from_state(state["topology"])
 

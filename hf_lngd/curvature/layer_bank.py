@@ -288,7 +288,8 @@ class LayerBank:
             curvature, seen = pool_curvature(torch.stack(squares), kept, terms, self.pool)
             # with no curvature at all the rate would be about 1/μ
             return torch.where(seen, adaptive_rate(slope, curvature, c.rate_mu), 0.0)
-        squares = [square * own.seen_over_kept for square, own in zip(squares, kept, strict=True)]
+        # of no rows nothing is known: the rate is 0, not 1/μ
+        squares = [s * own.seen_over_kept if own.kept else torch.inf + s for s, own in zip(squares, kept, strict=True)]
         return adaptive_rate(slope, torch.stack(squares) * terms, c.rate_mu)
 
     def tensors(self) -> dict[str, Tensor]:

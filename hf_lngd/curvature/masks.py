@@ -51,7 +51,7 @@ class BatchMasks:
         """Which mask belongs to a layer whose input has this shape, features left off.
 
         Lengths tell the two sides apart; where source and target are equally long, the layer's place in the model
-        does (`reads_encoder`: its input is the encoder's output, as for the keys of cross attention). None: it has none.
+        does (`reads_encoder`: its input is the encoder's output, as for the keys of cross attention). None: none does.
         """
         if not self.by_stream:
             return OPEN
