@@ -25,12 +25,19 @@ class Fallback:
     def __init__(self, betas: tuple[float, float], eps: float, rounding: Rounding) -> None:
         self.betas, self.eps, self.rounding = betas, eps, rounding
         self.moments: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self.skipped: Tensor | int = 0  # steps of a group that were passed over
 
     def moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The moments of a parameter, made at its first step."""
-        if parameter not in self.moments:
-            self.moments[parameter] = self.new_moments(parameter)
-        return self.moments[parameter]
+        """The moments of a parameter, made at its first step; they follow it to another device or dtype."""
+        moments = self.moments.get(parameter)
+        if moments is None:
+            moments = self.moments[parameter] = self.new_moments(parameter)
+        average, dtype = moments["exp_avg"], torch.promote_types(parameter.dtype, torch.float32)
+        if average.dtype != dtype or average.device != parameter.device:
+            moments = {key: value.to(parameter.device) for key, value in moments.items()}
+            moments |= {key: moments[key].to(dtype) for key in ("exp_avg", "exp_avg_sq")}
+            self.moments[parameter] = moments
+        return moments
 
     @staticmethod
     def new_moments(parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -42,22 +49,32 @@ class Fallback:
 
     @torch.no_grad()
     def step(self, group: dict[str, Any]) -> None:
-        """One step of a parameter group with its ``lr`` and ``weight_decay``; parameters without gradient rest."""
+        """One step of a parameter group with its ``lr`` and ``weight_decay``; parameters without gradient rest.
+
+        So does the whole group where the norm of a gradient is no number or overflows: AdamW would never recover.
+        """
         parameters = [p for p in group["params"] if p.grad is not None]
         if not parameters:
             return
         moments = [self.moments_of(p) for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        bad = _any_unusable(gradients)
+        self.skipped = self.skipped + bad
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         with self.rounding.full(parameters) as whole:
+            gradients = [g.to(w.dtype) for g, w in zip(gradients, whole, strict=True)]
+            if not fused:  # which does not know `found_inf`: a gradient of zero comes closest
+                gradients = [torch.where(bad > 0, torch.zeros_like(g), g) for g in gradients]
             adamw(
                 whole,
-                [p.grad.to(w.dtype) for p, w in zip(parameters, whole, strict=True)],
+                gradients,
                 [m["exp_avg"] for m in moments],
                 [m["exp_avg_sq"] for m in moments],
                 [],
                 [m["step"] for m in moments],
                 foreach=None if fused else True,
                 fused=True if fused else None,
+                found_inf=bad.float() if fused else None,
                 amsgrad=False,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
@@ -66,3 +83,12 @@ class Fallback:
                 eps=self.eps,
                 maximize=False,
             )
+
+
+def _any_unusable(gradients: list[Tensor]) -> Tensor:
+    """1 if the norm of any gradient is not finite, else 0; on the device of the first."""
+    dtype = torch.float32
+    for gradient in gradients:
+        dtype = torch.promote_types(dtype, gradient.dtype)  # in half precision norms would overflow
+    norms = torch._foreach_norm(gradients, 2, dtype)
+    return (~torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms]))).any().long()

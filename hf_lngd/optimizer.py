@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,11 @@ from .fallback import Fallback
 from .preconditioner import Preconditioner, state_like
 from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route, format_routes, route
 from .scaler import UnderScaler
+
+NO_COPY = (
+    "LNGD: got a copy or pickle of the optimizer, which watches one model. Accepted: its state_dict(), loaded into "
+    "LNGD(model, …) made of a copy of the model"
+)
 
 
 class LNGD(UnderScaler, torch.optim.Optimizer):
@@ -99,6 +105,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         self._factor_seconds = 0.0
         self._ranks_agree = False
         self._gatherers = [self._capture, *self._embeddings]
+        for watcher in (self._capture, *self._embeddings):  # an optimizer that is dropped takes its hooks along
+            weakref.finalize(self, watcher.close).atexit = False
         self._check_ranks()
         self._arm()
 
@@ -152,11 +160,17 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._preconditioner is not None and self._preconditioner.was_left():  # model.to(…) in mid-training
+            serialization.load(self, serialization.state_of(self))
         if any(layer.weight.grad is not None for layer in self._routing.layers):
-            self._check_rows()
             start = time.perf_counter()
             inside_hooks = self._capture.seconds
-            self._update_factors()
+            try:
+                self._check_rows()
+                self._update_factors()
+            except BaseException:
+                self._arm()  # a step that was refused is over: the next one begins anew
+                raise
             self._factor_seconds += time.perf_counter() - start + inside_hooks
             self._capture.seconds = 0.0
             self._update_layers()
@@ -183,6 +197,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
     def _update_factors(self) -> None:
         capture = self._capture
         if self._is_factor_step():
+            capture.look_round(p for group in self.param_groups for p in group["params"])
             sums = capture.finish(self._ranks.everyone)
             self._check_capture(bool(capture.topology.groups))
             if self._preconditioner is None:
@@ -237,7 +252,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         layers = [layer.name for layer in self._routing.layers if layer.weight.grad is not None]
         if self._capture.rows_seen and self._ranks.size > 1:  # another rank may have called a layer that this did not
             layers = [name for name in layers if name in self._capture.rows_hidden]
-        unseen = layers if not self._capture.rows_seen else [n for n in layers if n not in seen or not seen[n].calls]
+        known = self._capture.rows_seen > 0  # or the batch is empty, and so is what its layers saw
+        unseen = [n for n in layers if n not in seen or not seen[n].calls or not (known or seen[n].seen == 0)]
         if unseen:
             raise RuntimeError(
                 f"rate: 'adaptive' saw no gradients of {', '.join(unseen[:3])} in this step. Call the model that was "
@@ -351,8 +367,15 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         return serialization.memory_usage(self)
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers for a log; waits for the device, so for logging steps only. Seconds are reset by the call."""
+        """Numbers for a log; waits for the device, so for logging steps only. Seconds are reset by the call.
+
+        ``failed_inverses``, ``skipped_factors`` and ``skipped_gradients`` count what was passed over: an inverse that
+        failed, a factor, a gradient (of AdamW: a step of a group) that was not finite. The last since this object was
+        made, the others are part of the state.
+        """
         result = {} if self._preconditioner is None else self._preconditioner.diagnostics()
+        others = float(self._fallback.skipped) + sum(float(embedding.skipped) for embedding in self._embeddings)
+        result["skipped_gradients"] = result.get("skipped_gradients", 0.0) + others
         result["factor_seconds"], self._factor_seconds = self._factor_seconds, 0.0
         return result
 
@@ -376,6 +399,10 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         super().load_state_dict(state)  # type: ignore[arg-type]
         serialization.load(self, own)
         self._arm()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises TypeError (copy.copy, copy.deepcopy, pickle): a copy would watch the model of the original."""
+        raise TypeError(NO_COPY)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Parameters added later are AdamW's: no layer of the model is known to own them."""

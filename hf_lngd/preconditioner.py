@@ -92,6 +92,15 @@ class Preconditioner:
                 self.layer_banks.append(bank)
                 before += len(chunk)
 
+    def was_left(self) -> bool:
+        """Whether a layer was moved to another device, or to a dtype whose state is kept in another one."""
+        return any(
+            layer.weight.device != bank.momentum.device
+            or torch.promote_types(layer.weight.dtype, torch.float32) != bank.momentum.dtype
+            for bank in self.layer_banks
+            for layer in bank.layers
+        )
+
     def update_factors(self, sums: Mapping[str, GroupSums | FamilySums], scale: Tensor | float | None) -> None:
         """Take one step's sums, of all processes, into the running averages (Eq. 4, 5, 14)."""
         phi: dict[str, Tensor] = {}
@@ -154,6 +163,7 @@ class Preconditioner:
             "failed_inverses": sum(bank.failures for bank in self.factor_banks)
             + sum(bank.failures for bank in self.layer_banks),
             "skipped_factors": sum(bank.skipped for bank in self.factor_banks),
+            "skipped_gradients": sum(bank.skipped for bank in self.layer_banks),
         }
         values = torch.stack([torch.as_tensor(value).double().cpu() for value in numbers.values()])
         return dict(zip(numbers, values.tolist(), strict=True))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from .config import LNGDConfig
 from .curvature.fisher import generators_of
 from .curvature.topology import Topology
 from .preconditioner import Preconditioner
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
 VERSION = 5
 # Fields that change no result.
 _FREE = ("conv_memory", "placement")
+_KINDS = {"steps": int, "topology": list} | dict.fromkeys(
+    ("config", "parameters", "groups", "layers", "flags", "fallback", "embeddings", "random"), dict
+)
+_KEYS = {"version", *_KINDS}
+# Newton's iteration leaves it NaN.
+_MAY_BE_NAN = ("condition",)
 
 
 def state_of(optimizer: LNGD) -> dict[str, Any]:
@@ -38,26 +46,34 @@ def state_of(optimizer: LNGD) -> dict[str, Any]:
     }
 
 
+def check_origin(config: LNGDConfig, state: Any) -> None:
+    """Raise ValueError unless this is a state that LNGD wrote, of this version and under these settings."""
+    if not isinstance(state, Mapping) or "version" not in state:
+        raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote (key 'lngd')")
+    if state["version"] != VERSION:
+        raise ValueError(f"state_dict: got version {state['version']}, accepted: {VERSION}")
+    missing = sorted(_KEYS - set(state))
+    if missing:
+        raise ValueError(f"state_dict: got a state without {', '.join(missing)}, accepted: a whole one")
+    for name, kind in _KINDS.items():
+        if not isinstance(state[name], kind):
+            raise ValueError(f"state_dict: {name}: got {state[name]!r}, accepted: a {kind.__name__}")
+    here, there = config.to_dict(), state["config"]
+    differing = [name for name in here if there.get(name) != here[name] and name not in _FREE]
+    if differing:
+        what = "; ".join(f"{name}: checkpoint {there.get(name)!r}, here {here[name]!r}" for name in differing)
+        raise ValueError(f"state_dict: the config differs: {what}")
+
+
 def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:
     """The state, if it fits this optimizer.
 
     Raises:
         ValueError: says what differs; config fields and parameters with both values.
     """
-    if not isinstance(state, Mapping) or "version" not in state:
-        raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote (key 'lngd')")
-    if state["version"] != VERSION:
-        raise ValueError(f"state_dict: got version {state['version']}, accepted: {VERSION}")
-    missing = sorted(set(state_of(optimizer)) - set(state))
-    if missing:
-        raise ValueError(f"state_dict: got a state without {', '.join(missing)}, accepted: a whole one")
-    here, there = optimizer.config.to_dict(), dict(state["config"])
-    differing = [name for name in here if there.get(name) != here[name] and name not in _FREE]
-    if differing:
-        what = "; ".join(f"{name}: checkpoint {there.get(name)!r}, here {here[name]!r}" for name in differing)
-        raise ValueError(f"state_dict: the config differs: {what}")
-    _check_parameters(optimizer, state)
+    check_origin(optimizer.config, state)
     try:
+        _check_parameters(optimizer, state)
         _check_banks(optimizer, state)
         _check_rest(optimizer, state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
@@ -108,8 +124,8 @@ def _check_flags(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any
 
 
 def _check_rest(optimizer: LNGD, state: Mapping[str, Any]) -> None:
-    if not isinstance(state["steps"], int):
-        raise ValueError(f"state_dict: steps: got {state['steps']!r}, accepted: an integer")
+    if isinstance(state["steps"], bool) or state["steps"] < 0:
+        raise ValueError(f"state_dict: steps: got {state['steps']!r}, accepted: an integer, at least 0")
     generators_of(state["random"])
 
 
@@ -122,6 +138,10 @@ def _check_tensors(kind: str, expected: Mapping[str, Mapping[str, Tensor]], stat
                 raise ValueError(
                     f"state_dict: {kind}.{name}.{key}: got {what}, accepted: a tensor {list(tensor.shape)}"
                 )
+            if not found.is_floating_point():  # those that are, of another precision, are converted
+                raise ValueError(f"state_dict: {kind}.{name}.{key}: got {found.dtype}, accepted: {tensor.dtype}")
+            if key not in _MAY_BE_NAN and not bool(torch.isfinite(found).all()):
+                raise ValueError(f"state_dict: {kind}.{name}.{key}: got NaN or infinity, accepted: finite numbers")
 
 
 def _preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditioner:
@@ -133,7 +153,7 @@ def _preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditio
 
 
 def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:
-    """Copy a state that :func:`check` has passed into the optimizer."""
+    """Copy a state that :func:`check` has passed, or the own one, into banks made for the model as it is now."""
     optimizer._steps = int(state["steps"])
     optimizer._fallback.moments.clear()
     named = _fallback_names(optimizer)
@@ -151,12 +171,17 @@ def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:
     if not state["topology"]:
         optimizer._preconditioner, optimizer._capture.topology = None, Topology()
         return
-    made = _preconditioner_of(optimizer, state)
+    made, stale = _preconditioner_of(optimizer, state), False
     for kind, states in (("groups", _group_states(made)), ("layers", _layer_states(made))):
         for name, tensors in states.items():
             for key, tensor in tensors.items():
-                tensor.copy_(state[kind][name][key])
+                if tensor.shape == state[kind][name][key].shape:
+                    tensor.copy_(state[kind][name][key])
+                else:  # own, of a model that has another dtype since: inverses are kept in another form
+                    stale = True
     _set_flags(made, state["flags"])
+    for bank in made.factor_banks if stale else ():
+        bank.invert(tuple(range(bank.count)))
     optimizer._preconditioner = made
     optimizer._capture.topology = Topology.from_state(state["topology"])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch.utils.hooks import RemovableHandle
 from ..config import LNGDConfig
 from .chains import Chain, ChainWatch
 from .compiled import plain_name, run_eagerly
-from .context import calls_under_way, in_backward, in_reentrant_checkpoint, in_transform
+from .context import Hook, calls_under_way, in_backward, in_reentrant_checkpoint, in_transform
 from .families import new_sums
 from .family_sums import Basis, FamilySums
 from .fisher import Call, FisherSource, origin, reaches
 from .layers import Layer, call_input
 from .links import is_elementwise
-from .masks import BatchMasks, bind_batch
+from .masks import OPEN, BatchMasks, bind_batch
+from .notices import Notices
 from .patches import MIB_OF_FLOATS
 from .sums import GroupSums, RowSamples
 from .topology import HEADS, Group, Topology, head_link
@@ -60,7 +61,7 @@ class Capture:
         self._owned = {id(module) for layer in layers for _, module in layer.modules}
         self.source, self.config = source, config
         self._rate_rows = config.rate_rows if config.rate == "adaptive" else 0
-        self.topology = Topology()
+        self.topology, self.notices = Topology(), Notices()
         self.enabled = True
         self.closed = False
         self.seconds = 0.0
@@ -110,20 +111,21 @@ class Capture:
         if self.closed or model is None or not self.layers or not (factors or self._rate_rows):
             return
         add = self._handles.append
-        add(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        add(model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
+        add(model.register_forward_pre_hook(Hook(self._before_forward), with_kwargs=True))
+        add(model.register_forward_hook(Hook(self._after_forward), with_kwargs=True, always_call=True))
         run_eagerly(self, self.enabled)
         for layer in self.layers.values():
             for _, module in layer.modules:
-                add(module.register_forward_hook(self._layer_hook(layer), with_kwargs=True))
+                add(module.register_forward_hook(Hook(self._layer_hook(layer)), with_kwargs=True))
         if not factors:
             return
+        seeks = not self.topology.frozen or any(group.stream == OPEN for group in self.topology.groups)
         for name, module in model.named_modules():
             if is_elementwise(module) and not self.source.uses_gradients:
-                add(module.register_forward_pre_hook(self._before_activation, with_kwargs=True))
-                add(module.register_forward_hook(self._after_activation))
-            elif plain_name(name).rpartition(".")[2] == "encoder" and not self.topology.frozen:
-                add(module.register_forward_hook(self._encoder_hook))
+                add(module.register_forward_pre_hook(Hook(self._before_activation), with_kwargs=True))
+                add(module.register_forward_hook(Hook(self._after_activation)))
+            elif plain_name(name).rpartition(".")[2] == "encoder" and seeks:
+                add(module.register_forward_hook(Hook(self._encoder_hook)))
 
     def disarm(self) -> None:
         """Remove every hook."""
@@ -137,6 +139,12 @@ class Capture:
         """Look at forward passes, or look away: then compiled models may run compiled."""
         self.enabled = enabled
         run_eagerly(self, enabled and bool(self._handles))
+
+    def look_round(self, trained: Iterable[nn.Parameter]) -> None:
+        """Tell of parameters of the model that have a gradient and are none of these."""
+        model = self._model()
+        if model is not None:
+            self.notices.strangers(model, trained)
 
     def set_batch(self, inputs: Mapping[str, Any]) -> None:
         """Name the tensors of the next forward, where the model does not see them all (labels taken out)."""
@@ -183,10 +191,6 @@ class Capture:
         """A forward begins: what is in doubt still was of a step left out, see `scaler`."""
         if self.doubtful:
             self.reset()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
-        """A copy of the model has this object's hooks, which pass it over."""
-        return self
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model is not self._model():  # a copy or replica of the model has our hooks
@@ -287,8 +291,7 @@ class Capture:
         for p in pending:
             if p.layer.name in self.topology.of_layer:
                 continue
-            reads_encoder = any(ref() is p.a for ref in self._encoder_outputs)
-            stream = self._masks.stream_of(p.layer.modules[0][0], p.layer.positions(p.output), reads_encoder)
+            stream = self._stream_of(p.layer, p.a, p.output)
             links = p.chain.names()
             if not links and self.config.head == "categorical" and not self.source.uses_gradients:
                 classes = p.layer.out_features if p.output._version == p.version and p.layer.units == 1 else 0
@@ -306,6 +309,10 @@ class Capture:
             same = p.chain.names() == group.links  # else called twice, and only once with these links behind it
             self._observe(p.layer, p.a, p.output, p.chain.slope() if same else None)
 
+    def _stream_of(self, layer: Layer, a: Tensor, output: Tensor) -> str | None:
+        reads_encoder = any(ref() is a for ref in self._encoder_outputs)
+        return self._masks.stream_of(layer.modules[0][0], layer.positions(output), reads_encoder)
+
     def _compatible(self, layer: Layer, group: Group) -> bool:
         first = self.layers[group.name]
         # λ of the paper's damping depends on m
@@ -315,6 +322,8 @@ class Capture:
 
     def _meet(self, layer: Layer, a: Tensor, output: Tensor) -> None:
         """A call of a layer whose group is known: summed now, or as soon as what follows it has passed."""
+        if layer.name in self.topology.unseen:
+            self.notices.late_layer(layer.name)
         links = self.topology.of_layer[layer.name].links
         if not links or links in HEADS or self.source.uses_gradients:
             return self._observe(layer, a, output, None)
@@ -339,7 +348,7 @@ class Capture:
                 return
             self._last_input[group.name] = weakref.ref(a)
         shape = layer.positions(output)
-        mask = self._masks.flat(group.stream, shape)
+        mask = self._masks.flat(self._stream_of(layer, a, output) if group.stream == OPEN else group.stream, shape)
         rows = slice(None)
         if layer.is_convolution and self.config.conv_rows > 1:
             # counted over the micro-batches of a step, so that how a batch is split changes nothing

@@ -1,15 +1,34 @@
-"""Where a hook or a step is called: within a backward pass, a transform, a checkpoint, a loss scaler's step."""
+"""A hook, and where it or a step is called: in a backward pass, a transform, a checkpoint, a loss scaler's step."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.utils.checkpoint import CheckpointFunction
+
+
+class Hook:
+    """A hook on a module that copies and pickles of the module do not get: what stands there in its place does nothing.
+
+    Else a copy of the model would hold (or be) a copy of the optimizer, and ``torch.save(model)`` would fail.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a callable of the standard library that takes anything and returns None: files load without hf_lngd
+        return getattr, (nullcontext(), "__exit__")
 
 
 def in_backward() -> bool:

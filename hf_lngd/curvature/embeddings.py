@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..config import LNGDConfig
 from .compiled import run_eagerly
-from .context import in_backward
-from .factors import damping, rms_rate
+from .context import Hook, in_backward
+from .factors import damping, rms_rate, usable
 from .pooling import Pool
 from .rounding import Rounding
 
@@ -49,7 +49,8 @@ class EmbeddingLayer:
         self._counts: Tensor | None = None
         self.enabled = True
         self.doubtful = False  # see `scaler`
-        self._handles = [module.register_forward_pre_hook(self._count) for module in modules]
+        self.skipped: Tensor | int = 0  # gradients that were not finite
+        self._handles = [module.register_forward_pre_hook(Hook(self._count)) for module in modules]
         run_eagerly(self, True)
 
     def close(self) -> None:
@@ -114,7 +115,8 @@ class EmbeddingLayer:
         c = self.config
         frequency = self._average()
         lam = damping(frequency.mean(), c.damping, c.damping_rho, c.damping_min, c.damping_max)
-        grad = weight.grad.to(self.momentum.dtype)
+        grad, bad = usable(weight.grad.to(self.momentum.dtype, copy=True))
+        self.skipped = self.skipped + bad
         if c.momentum_on == "gradient":
             self.momentum.lerp_(grad, 1 - c.momentum)
             grad = grad.lerp(self.momentum, c.momentum) if c.nesterov else self.momentum

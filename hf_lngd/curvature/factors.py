@@ -135,6 +135,16 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def usable(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients [..., m, d], those matrices zeroed (in place) whose norm is no number or overflows, and how many.
+
+    A gradient that is not finite would stay in the momentum for good. One whose squares overflow would stop AdamW, and
+    the Gram matrix of ``gram``, for good.
+    """
+    bad = ~torch.isfinite(torch.linalg.vector_norm(grad, dim=(-2, -1)))
+    return grad.masked_fill_(bad[..., None, None], 0.0), bad.sum()
+
+
 def normalized(matrix: Tensor) -> Tensor:
     """C·dim/tr C: mean eigenvalue 1, zero where the trace is: [..., n, n]."""
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -158,5 +168,5 @@ def trust_rate(form: Tensor, scale: float) -> Tensor:
 
 
 def adaptive_rate(slope: Tensor, curvature: Tensor, mu: float) -> Tensor:
-    """Eq. 12-13: α = ⟨D, M⟩₊ / (DᵀFD + μ)."""
-    return slope.clamp_min(0) / (curvature + mu)
+    """Eq. 12-13: α = ⟨D, M⟩₊ / (DᵀFD + μ); 0 where a sample's gradient is not finite."""
+    return torch.where(torch.isfinite(curvature), slope.clamp_min(0) / (curvature + mu), 0.0)

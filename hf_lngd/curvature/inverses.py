@@ -21,6 +21,9 @@ POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 
+# ‖I − R A R‖ above which a root R by Newton's iteration does not count: met from a condition of about 3e7 on.
+NEWTON_TOLERANCE = 0.1
+
 
 def packed_shape(n: int) -> tuple[int, int]:
     """Shape in which :func:`pack` keeps a symmetric n × n matrix."""
@@ -120,7 +123,8 @@ def inverse_sqrt(matrix: Tensor, shift: Tensor | float, method: str = "auto") ->
         method: ``eigh``, ``newton``, or ``auto`` (eigh on the CPU, newton elsewhere).
 
     Returns:
-        root, ok, condition (of A + shift·I), as :func:`inverse`. `newton` does not know the condition: NaN.
+        root, ok, condition (of A + shift·I), as :func:`inverse`. `newton` does not know the condition: NaN; a
+        matrix of a condition that it cannot do is not ok.
     """
     lam = shift if isinstance(shift, Tensor) else matrix.new_full((), shift)
     lam = lam.to(matrix.dtype).expand(matrix.shape[:-2])
@@ -193,5 +197,7 @@ def _newton_inverse_sqrt(matrix: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, T
         residual = quintic @ residual @ quintic
         residual = (residual + residual.mT) * 0.5
     root = (root + root.mT) * (0.5 * bound.rsqrt()[..., None, None])
-    ok = torch.isfinite(root.flatten(-2)).all(-1)
+    # what is left of A after the iteration is I, unless the condition is past what the quintics were made for
+    residual.diagonal(dim1=-2, dim2=-1).sub_(1)
+    ok = torch.isfinite(root.flatten(-2)).all(-1) & (torch.linalg.matrix_norm(residual) < NEWTON_TOLERANCE)
     return root, ok, torch.full_like(lam, torch.nan)

@@ -24,6 +24,7 @@ from .factors import (
     rms_rate,
     running_average,
     trust_rate,
+    usable,
 )
 from .inverses import inverse_sqrt, pack, packed_shape, unpack, uses_newton
 from .layers import Layer
@@ -90,6 +91,7 @@ class LayerBank:
         self.rate = like.new_zeros(len(layers))
         self.row_square = like.new_zeros(count, self.m) if config.row_decay and config.direction != "natural" else None
         self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=like.device)  # gradients that were not finite
         self._product_dtype = product_dtype(config, like.dtype)
         self.side = gram_side(self.m, self.columns)
         self.gram: Tensor | None = None
@@ -241,7 +243,9 @@ class LayerBank:
     # Its parts
 
     def _gradient(self, present: list[int]) -> Tensor:
-        return torch.cat([self.layers[i].gradient(self.momentum.dtype) for i in present])
+        grad, bad = usable(torch.cat([self.layers[i].gradient(self.momentum.dtype) for i in present]))
+        self.skipped += bad
+        return grad
 
     def _averaged_gradient(self, present: list[int], index: slice | Tensor) -> Tensor:
         """M ← τM + (1 − τ)G; returns M, or with Nesterov τM + (1 − τ)G once more."""
@@ -284,7 +288,8 @@ class LayerBank:
             curvature, seen = pool_curvature(torch.stack(squares), kept, terms, self.pool)
             # with no curvature at all the rate would be about 1/μ
             return torch.where(seen, adaptive_rate(slope, curvature, c.rate_mu), 0.0)
-        squares = [square * own.seen_over_kept for square, own in zip(squares, kept, strict=True)]
+        # of no rows nothing is known: the rate is 0, not 1/μ
+        squares = [s * own.seen_over_kept if own.kept else torch.inf + s for s, own in zip(squares, kept, strict=True)]
         return adaptive_rate(slope, torch.stack(squares) * terms, c.rate_mu)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 INPUTS = "inputs"
 TARGETS = "targets"
+# Of a layer that was seen without any mask: which one applies is asked of each batch that has some.
+OPEN = "open"
 _IGNORED_LABEL = -100
 # Models whose layers see [T, B, d]: a mask of as many tokens as sentences fits either way round.
 _TIME_FIRST = ("fsmt",)
@@ -49,8 +51,10 @@ class BatchMasks:
         """Which mask belongs to a layer whose input has this shape, features left off.
 
         Lengths tell the two sides apart; where source and target are equally long, the layer's place in the model
-        does (`reads_encoder`: its input is the encoder's output, as for the keys of cross attention).
+        does (`reads_encoder`: its input is the encoder's output, as for the keys of cross attention). None: none does.
         """
+        if not self.by_stream:
+            return OPEN
         fitting = [stream for stream, mask in self.by_stream.items() if mask.shape == shape]
         if len(fitting) < 2:
             return fitting[0] if fitting else None

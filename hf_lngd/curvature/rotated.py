@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import LNGDConfig
 from .factor_bank import product_dtype
+from .factors import usable
 from .inverses import pack, packed_shape, unpack
 from .rounding import Rounding
 
@@ -31,6 +32,7 @@ class RotatedTable:
     def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig, rounding: Rounding) -> None:
         self.name, self.module, self.config, self.rounding = name, modules[0], config, rounding
         self.doubtful = False  # of no use without hooks
+        self.skipped: Tensor | int = 0  # gradients that were not finite
         self.tensors: dict[str, Tensor] = {}
 
     def close(self) -> None:
@@ -86,7 +88,8 @@ class RotatedTable:
         if weight.grad is None:
             return
         s, c = self._start(), self.config
-        grad = weight.grad.to(s["mean"].dtype)
+        grad, bad = usable(weight.grad.to(s["mean"].dtype, copy=True))
+        self.skipped = self.skipped + bad
         if turn:
             self._turn(grad)
         low = product_dtype(c, grad.dtype)

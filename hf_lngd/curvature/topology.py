@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .masks import OPEN
+
 
 @dataclass
 class Group:
@@ -21,7 +23,7 @@ class Group:
         members: layer names; the first names the group.
         links: what follows the only member, see `chains.Chain`; empty: φ' = 1. one of `HEADS`: a head with the
             model's own predictive distribution.
-        stream: which of the batch's masks applies, see `masks.BatchMasks`.
+        stream: which of the batch's masks applies, see `masks.BatchMasks`; `masks.OPEN`: each batch tells.
     """
 
     members: list[str]
@@ -36,10 +38,14 @@ class Group:
 
 @dataclass
 class Topology:
-    """The groups of a model, in the order in which they were seen. `frozen` after the first step."""
+    """The groups of a model, in the order in which they were seen. `frozen` after the first step.
+
+    `unseen`: the layers that no rank had called by then.
+    """
 
     groups: list[Group] = field(default_factory=list)
     frozen: bool = False
+    unseen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.of_layer: dict[str, Group] = {name: group for group in self.groups for name in group.members}
@@ -71,18 +77,27 @@ class Topology:
         """End the search: layers that were never called get a group of their own, empty until they are."""
         for name in layers:
             if name not in self.of_layer:
-                self.add(name, (), None)
+                self.add(name, (), OPEN)
+                self.unseen.add(name)
         self.frozen = True
 
     def state(self) -> list[dict[str, Any]]:
         """Plain lists and strings, for a checkpoint."""
-        return [{"members": list(g.members), "links": list(g.links), "stream": g.stream or ""} for g in self.groups]
+        return [
+            {
+                "members": list(g.members),
+                "links": list(g.links),
+                "stream": g.stream or "",
+                "unseen": g.name in self.unseen,
+            }
+            for g in self.groups
+        ]
 
     @classmethod
     def from_state(cls, state: list[dict[str, Any]]) -> Topology:
         """The inverse of :meth:`state`."""
         groups = [Group(list(g["members"]), tuple(g["links"]), g["stream"] or None) for g in state]
-        return cls(groups, frozen=True)
+        return cls(groups, frozen=True, unseen={g["members"][0] for g in state if g.get("unseen")})
 
 
 # The links of a head whose predictive distribution is the model's own: one class is true, or each is a yes or no.

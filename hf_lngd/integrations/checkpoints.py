@@ -13,6 +13,7 @@ import copy
 import json
 import logging
 import os
+import pickle
 import struct
 import zipfile
 from pathlib import Path
@@ -22,6 +23,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..config import LNGDConfig
+from ..serialization import check_origin
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
@@ -100,6 +104,34 @@ def check_checkpoint(folder: str | Path) -> None:
     problem = problem_of(folder)
     if problem is not None:
         raise ValueError(f"checkpoint {folder}: {problem}. Accepted: a whole checkpoint-N of a Trainer")
+
+
+def check_optimizer(folder: str | Path, config: LNGDConfig | None) -> None:
+    """Look into ``optimizer.pt``, if there is one, before anything is loaded.
+
+    Args:
+        config: the settings of LNGD here; None: another optimizer is used.
+
+    Raises:
+        ValueError: it is another optimizer's than the one used here, another version's or of other settings.
+    """
+    path = Path(folder) / "optimizer.pt"
+    if not path.is_file():
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint {folder}: optimizer.pt cannot be read ({error})") from error
+    own = state.get("lngd") if isinstance(state, dict) else None
+    if config is None and own is not None:
+        raise ValueError(
+            f"checkpoint {folder}: optimizer.pt is LNGD's, accepted: that of the optimizer used here (or --optim lngd)"
+        )
+    if config is not None:
+        try:
+            check_origin(config, own)
+        except ValueError as error:
+            raise ValueError(f"checkpoint {folder}: optimizer.pt: {error}") from error
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

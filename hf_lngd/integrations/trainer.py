@@ -16,6 +16,7 @@ from ..optimizer import LNGD
 from .checkpoints import (
     STATE,
     check_checkpoint,
+    check_optimizer,
     freeze_fixed_positions,
     last_checkpoint,
     load_weights,
@@ -147,11 +148,21 @@ class LNGDTrainerMixin:
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")  # type: ignore[attr-defined]
         elif folder:
             check_checkpoint(folder)
+        if folder:
+            check_optimizer(folder, self._lngd_config())
         result = super().train(folder, *args, **kwargs)  # type: ignore[misc]
         lngd = lngd_of(self.optimizer)  # type: ignore[attr-defined]
         if lngd is not None:
             lngd.eval()  # else what was compiled might be kept from it, were the next step a factor step
         return result
+
+    def _lngd_config(self) -> LNGDConfig | None:
+        """The settings that training will have; None: of another optimizer."""
+        me: Any = self
+        made = lngd_of(me.optimizer)
+        if made is not None:
+            return made.config
+        return lngd_settings(me.args)[0] if me.optimizer is None and is_lngd(me.args) else None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is written over is none until its last file is there."""

@@ -1,0 +1,143 @@
+"""Rows: checkpoints on a disk, through the Trainer."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from hf_lngd.integrations.checkpoints import last_checkpoint
+from tests.dist_trainers import make_trainer
+from tests.fault_table import Scene, fault
+
+FILES = "Checkpoints (the Trainer)"
+BEFORE = "named before any weight is loaded; nothing is changed"
+VALUES: dict[str, Any] = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_steps": 2,
+    "optim": "lngd",
+    "optim_args": "factor_interval=1",
+}
+
+
+def trainer(folder: Path, **values: Any) -> Any:
+    return make_trainer("images", str(folder), 1, 4, 1, double=False, **{**VALUES, **values})
+
+
+@cache
+def checkpoint() -> Path:
+    """A whole checkpoint of two steps."""
+    folder = Path(mkdtemp())
+    trainer(folder).train()
+    return folder / "checkpoint-2"
+
+
+def resume_refused(scene: Scene, spoil: Callable[[Path], Any], **values: Any) -> None:
+    """Resuming raises before anything is loaded; the checkpoint as it was is resumed from."""
+    folder = scene.folder / "checkpoint-2"
+    shutil.copytree(checkpoint(), folder)
+    spoil(folder)
+    made = trainer(scene.folder, max_steps=3, **values)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    with scene.refused():
+        made.train(resume_from_checkpoint=str(folder))
+    assert all(torch.equal(before[name], p) for name, p in made.model.named_parameters())
+    again = trainer(scene.folder / "again", max_steps=3)
+    again.train(resume_from_checkpoint=str(checkpoint()))
+    assert again.state.global_step == 3
+
+
+def write(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    change(state)
+    torch.save(state, folder / "optimizer.pt")
+
+
+def file_rows() -> None:
+    rows: dict[str, tuple[str, Callable[[Path], Any]]] = {
+        "weights that were cut off": (
+            "has a damaged model.safetensors", lambda f: os.truncate(f / "model.safetensors", 2000)),
+        "an optimizer.pt that was cut off": (
+            "has a damaged optimizer.pt", lambda f: os.truncate(f / "optimizer.pt", 5000)),
+        "a trainer_state.json that is gone": (
+            "has no trainer_state.json", lambda f: (f / "trainer_state.json").unlink()),
+        "an optimizer.pt that is another optimizer's": (
+            "optimizer.pt: state_dict: got the state of another optimizer",
+            lambda f: write(f, lambda s: s.pop("lngd"))),
+        "an optimizer.pt of another version": (
+            "optimizer.pt: state_dict: got version 99", lambda f: write(f, lambda s: s["lngd"].update(version=99))),
+        "an optimizer.pt of other settings": (
+            "optimizer.pt: state_dict: the config differs: seed: checkpoint 5, here 0",
+            lambda f: write(f, lambda s: s["lngd"]["config"].update(seed=5))),
+        "an optimizer.pt of which a part is gone": (
+            "optimizer.pt: state_dict: got a state without layers",
+            lambda f: write(f, lambda s: s["lngd"].pop("layers"))),
+    }  # fmt: skip
+    for name, (told, spoil) in rows.items():
+
+        @fault(FILES, name, BEFORE, error=told)
+        def happens(scene: Scene, spoil: Callable[[Path], Any] = spoil) -> None:
+            resume_refused(scene, spoil)
+
+
+file_rows()
+
+
+@fault(FILES, "LNGD's checkpoint for a run with AdamW", BEFORE, error="optimizer.pt is LNGD's, accepted: that of the …")
+def for_adamw(scene: Scene) -> None:
+    resume_refused(scene, lambda f: None, optim="adamw_torch", optim_args=None)
+
+
+class Bomb:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.file),)
+
+
+@fault(FILES, "an optimizer.pt with code in its pickle", f"the code does not run; {BEFORE}", error="cannot be read …")
+def bomb(scene: Scene) -> None:
+    ran = scene.folder / "ran"
+    resume_refused(scene, lambda f: torch.save({"lngd": Bomb(ran)}, f / "optimizer.pt"))
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Bomb(ran)))
+    assert ran.exists()  # it would have
+
+
+@fault(
+    FILES,
+    "a disk that is full while a checkpoint is written",
+    "training ends with the system's error; the checkpoint before is whole, and is resumed from",
+    error="No space left on device",
+    log="checkpoint …checkpoint-2 has …. It is passed over.",
+)
+def full_disk(scene: Scene) -> None:
+    real = torch.save
+
+    def save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        real(value, path, *args, **kwargs)
+        if f"checkpoint-2{os.sep}" in str(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    scene.patch.setattr(torch, "save", save)
+    with scene.refused(OSError):
+        trainer(scene.folder).train()
+    scene.patch.undo()
+    assert last_checkpoint(scene.folder) == str(scene.folder / "checkpoint-1")
+    scene.messages.clear()
+    again = trainer(scene.folder)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
