@@ -119,8 +119,12 @@ class Capture:
             if is_elementwise(module) and not self.source.uses_gradients:
                 add(module.register_forward_pre_hook(self._before_activation, with_kwargs=True))
                 add(module.register_forward_hook(self._after_activation))
-            elif name.rpartition(".")[2] == "encoder" and not self.topology.frozen:
+            elif self.topology.frozen:
+                continue
+            elif name.rpartition(".")[2] == "encoder":
                 add(module.register_forward_hook(self._encoder_hook))
+            elif name and any(True for _ in module.children()):
+                add(module.register_forward_pre_hook(self._reader_hook(name), with_kwargs=True))
 
     def disarm(self) -> None:
         """Remove every hook."""
@@ -162,6 +166,7 @@ class Capture:
         self._masks = BatchMasks({})
         self._last_input: dict[str, weakref.ref[Tensor]] = {}
         self._encoder_outputs: list[weakref.ref[Tensor]] = []
+        self._readers: list[str] = []
         self._watch.clear()
 
     def _forget_forward(self) -> None:
@@ -255,6 +260,18 @@ class Capture:
         if isinstance(first, Tensor):
             self._encoder_outputs.append(weakref.ref(first))
 
+    def _reader_hook(self, name: str) -> Any:
+        """For a module of several layers (LoRA's) that is called with the encoder's output, as one layer would be."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._reads_encoder(call_input(args, kwargs)):
+                self._readers.append(f"{name}.")
+
+        return hook
+
+    def _reads_encoder(self, a: Tensor | None) -> bool:
+        return a is not None and any(ref() is a for ref in self._encoder_outputs)
+
     # What they gather
 
     def settle(self, model_output: Any = None) -> None:
@@ -271,8 +288,9 @@ class Capture:
         for p in pending:
             if p.layer.name in self.topology.of_layer:
                 continue
-            reads_encoder = any(ref() is p.a for ref in self._encoder_outputs)
-            stream = self._masks.stream_of(p.layer.modules[0][0], p.layer.positions(p.output), reads_encoder)
+            name = p.layer.modules[0][0]
+            reads_encoder = self._reads_encoder(p.a) or name.startswith(tuple(self._readers))
+            stream = self._masks.stream_of(name, p.layer.positions(p.output), reads_encoder)
             links = p.chain.names()
             if not links and self.config.head == "categorical" and not self.source.uses_gradients:
                 classes = p.layer.out_features if p.output._version == p.version and p.layer.units == 1 else 0
