@@ -13,16 +13,18 @@ from .optimizer import LNGD
 
 if TYPE_CHECKING:
     from .integrations.stock import register, unregister
-    from .integrations.trainer import LNGDSeq2SeqTrainer, LNGDTrainer, create_lngd_optimizer
-    from .integrations.training_args import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments
+    from .integrations.trainer import LNGDSeq2SeqTrainer, LNGDTrainer, LNGDTrainerMixin, create_lngd_optimizer
+    from .integrations.training_args import LNGDArgumentsMixin, LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments
 
 __version__ = "0.1.0"
 
 _INTEGRATIONS = {
     "LNGDTrainer": "trainer",
+    "LNGDTrainerMixin": "trainer",
     "LNGDSeq2SeqTrainer": "trainer",
     "create_lngd_optimizer": "trainer",
     "LNGDTrainingArguments": "training_args",
+    "LNGDArgumentsMixin": "training_args",
     "LNGDSeq2SeqTrainingArguments": "training_args",
     "register": "stock",
     "unregister": "stock",
@@ -30,10 +32,12 @@ _INTEGRATIONS = {
 
 __all__ = [
     "LNGD",
+    "LNGDArgumentsMixin",
     "LNGDConfig",
     "LNGDSeq2SeqTrainer",
     "LNGDSeq2SeqTrainingArguments",
     "LNGDTrainer",
+    "LNGDTrainerMixin",
     "LNGDTrainingArguments",
     "create_lngd_optimizer",
     "register",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .adapters import adapter_reason
 from .config import LNGDConfig
 from .curvature.compiled import plain_name
 from .curvature.layers import Geometry, Layer, geometry_of
@@ -33,7 +34,8 @@ class Route:
         parameter: its first name in the model.
         owner: ``lngd``, ``fallback`` (AdamW) or ``frozen``.
         layer: the module it belongs to.
-        reason: why: linear, bias in the factor, embedding, norm, bias, position, excluded, unsupported module, …
+        reason: why: linear, bias in the factor, embedding, norm, bias, position, excluded, adapter, unsupported
+            module, …
         decays: weight decay applies.
         follows: what LNGD found to follow the layer, whose derivative enters its factors: ``batch_norm → relu``;
             ``identity`` where nothing that it knows does; empty before the first step and where AdamW owns.
@@ -65,13 +67,16 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
     both an embedding and a head is an embedding. Parameters that do not require a gradient are ``frozen``.
     """
     homes = _homes(model)
+    around = {plain_name(name): module for name, module in model.named_modules()}
     exclude = re.compile(config.exclude) if config.exclude else None
     routing = Routing([], [], [])
     layer_of: dict[int, Layer] = {}
     for compiled_name, parameter in model.named_parameters():
         name = plain_name(compiled_name)
-        modules = homes[id(parameter)]
-        owner, reason, decays = _decide(name, parameter, homes, config, exclude)
+        # peft's MultiheadAttention makes its frozen weights anew whenever its modules are listed
+        module_name, _, attribute = name.rpartition(".")
+        modules = homes.setdefault(id(parameter), [(module_name, around[module_name], attribute)])
+        owner, reason, decays = _decide(name, parameter, homes, config, exclude, around)
         if reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
         elif owner == LNGD_OWNER:
@@ -96,7 +101,12 @@ def _homes(model: nn.Module) -> dict[int, Homes]:
 
 
 def _decide(
-    name: str, parameter: nn.Parameter, homes: dict[int, Homes], config: LNGDConfig, exclude: re.Pattern[str] | None
+    name: str,
+    parameter: nn.Parameter,
+    homes: dict[int, Homes],
+    config: LNGDConfig,
+    exclude: re.Pattern[str] | None,
+    around: Mapping[str, nn.Module],
 ) -> tuple[str, str, bool]:
     """(owner, reason, weight decay)."""
     if not parameter.requires_grad:
@@ -113,6 +123,10 @@ def _decide(
         return FALLBACK_OWNER, "norm", False
     if exclude is not None and exclude.search(name):
         return FALLBACK_OWNER, "excluded", not plain
+    adapter = adapter_reason(module_name, around, geometry_of(module))
+    if adapter is not None:
+        vector = parameter.numel() == max(parameter.shape, default=1)  # a scale, kept as [1, d] by some
+        return FALLBACK_OWNER, adapter, not vector
     if any(isinstance(m, nn.Embedding) for _, m, _ in modules):
         position = any("position" in f"{type(m).__name__}.{n}".lower() for n, m, _ in modules)
         if position or config.embedding == "fallback":
@@ -130,7 +144,7 @@ def _decide(
             # a weight that several modules share, or an embedding's, has no one bias for its last column
             weight, weight_name = module._parameters["weight"], f"{module_name}.weight".removeprefix(".")
             if weight is not None and len(homes[id(weight)]) == 1:
-                weight_owner, weight_reason, _ = _decide(weight_name, weight, homes, config, exclude)
+                weight_owner, weight_reason, _ = _decide(weight_name, weight, homes, config, exclude, around)
                 if (weight_owner, weight_reason) == (LNGD_OWNER, _kind(geometry)):
                     return LNGD_OWNER, "bias in the factor", False
     if attribute == "bias" or plain:

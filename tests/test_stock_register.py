@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments, trainer_optimizer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 
 import hf_lngd
-from hf_lngd import LNGD, LNGDTrainer, LNGDTrainingArguments
+from hf_lngd import LNGD, LNGDTrainer, LNGDTrainerMixin, LNGDTrainingArguments
 from hf_lngd.integrations import stock as stock_module
 from hf_lngd.integrations.diagnostics import lngd_of
 from tests.hf_helpers import hf_images, hf_vit
 
+ROOT = Path(__file__).resolve().parent.parent
 SETTINGS: dict[str, Any] = {
     "use_cpu": True,
     "report_to": "none",
@@ -105,10 +108,84 @@ def test_bad_settings_say_what_is_wrong(registered: None, text: str, words: str,
 
 
 def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in ("5.22.0", "6.0.0"):
+    for version in ("4.57.6", "5.22.0", "6.0.0", "6.0rc1", "unknown"):
         monkeypatch.setattr(stock_module.transformers, "__version__", version)
-        with pytest.raises(RuntimeError, match=f"register: got transformers {version}, accepted: 5.23 up to 6.0"):
-            hf_lngd.register()
-    monkeypatch.setattr(stock_module.transformers, "__version__", "5.24.0.dev0")
-    hf_lngd.register()
+        for function in (hf_lngd.register, hf_lngd.unregister):
+            with pytest.raises(RuntimeError, match=f"register: got transformers {version}, accepted: 5.23 up to 6.0"):
+                function()
+    for version in ("5.24.0.dev0", "5.99.1"):
+        monkeypatch.setattr(stock_module.transformers, "__version__", version)
+        hf_lngd.register()
+        hf_lngd.unregister()
+
+
+def test_the_range_is_that_of_the_package() -> None:
+    """`TESTED` is what pyproject.toml lets pip install."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    first, last = (".".join(map(str, bound)) for bound in stock_module.TESTED)
+    assert f"transformers>={first},<{last.removesuffix('.0')}" in project["dependencies"]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("OptimizerNames", ["adamw_torch"], "without training_args.OptimizerNames, an enum of strings"),
+        ("_OPTIMIZER_HANDLERS", [], "without trainer_optimizer._OPTIMIZER_HANDLERS, a dict of functions by name"),
+        ("_OPTIMIZER_HANDLERS", {}, "without trainer_optimizer._OPTIMIZER_HANDLERS, a dict of functions by name"),
+        ("_OPTIMIZER_HANDLERS", None, "without trainer_optimizer._OPTIMIZER_HANDLERS, which this extends"),
+    ],
+)
+def test_a_later_version_that_was_built_otherwise_is_refused(
+    part: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the range, but without the private parts: nothing is changed, and the version is named."""
+    names = list(OptimizerNames)
+    owner = stock_module.training_args if part == "OptimizerNames" else trainer_optimizer
+    if value is None:
+        monkeypatch.delattr(owner, part)
+    else:
+        monkeypatch.setattr(owner, part, value)
+    monkeypatch.setattr(stock_module.transformers, "__version__", "5.31.0")
+    with pytest.raises(RuntimeError, match=rf"register: got transformers 5.31.0 {words}.*LNGDTrainer needs no"):
+        hf_lngd.register()
+    assert list(OptimizerNames) == names
+
+
+def test_saved_arguments_are_read_again_where_it_is_registered(registered: None, tmp_path: Path) -> None:
+    """`training_args.bin` holds the name; without registration its enum refuses it."""
+    args = TrainingArguments(str(tmp_path), optim="lngd", use_cpu=True)
+    data = pickle.dumps(args)
+    assert pickle.loads(data).optim == "lngd"
     hf_lngd.unregister()
+    with pytest.raises(ValueError, match="lngd"):
+        pickle.loads(data)
+
+
+class OwnTrainer(Trainer):
+    """As users and other libraries make them: a loss and a constructor of its own."""
+
+    def __init__(self, *args: Any, factor: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.factor, self.calls = factor, 0
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        self.calls += 1
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return (self.factor * loss, outputs) if return_outputs else self.factor * loss
+
+
+class OwnLNGDTrainer(LNGDTrainerMixin, OwnTrainer):
+    """The same with the mixin before it."""
+
+
+def test_trainer_subclasses_work_registered_and_with_the_mixin(registered: None, tmp_path: Path) -> None:
+    """Other libraries' trainers are subclasses: both ways end at the same weights, through their own loss."""
+    found = []
+    for cls, arguments in ((OwnTrainer, TrainingArguments), (OwnLNGDTrainer, LNGDTrainingArguments)):
+        args = arguments(str(tmp_path), optim="lngd", gradient_accumulation_steps=2, **SETTINGS)
+        trainer = cls(model=hf_vit(), args=args, train_dataset=hf_images(32), factor=0.5)
+        trainer.train()
+        assert trainer.calls == 4 and isinstance(lngd_of(trainer.optimizer), LNGD)
+        found.append(trainer.model.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name

@@ -124,8 +124,12 @@ class Capture:
             if is_elementwise(module) and not self.source.uses_gradients:
                 add(module.register_forward_pre_hook(Hook(self._before_activation), with_kwargs=True))
                 add(module.register_forward_hook(Hook(self._after_activation)))
-            elif plain_name(name).rpartition(".")[2] == "encoder" and seeks:
+            elif not seeks:
+                continue
+            elif plain_name(name).rpartition(".")[2] == "encoder":
                 add(module.register_forward_hook(Hook(self._encoder_hook)))
+            elif name and any(True for _ in module.children()):
+                add(module.register_forward_pre_hook(Hook(self._reader_hook(plain_name(name))), with_kwargs=True))
 
     def disarm(self) -> None:
         """Remove every hook."""
@@ -179,6 +183,7 @@ class Capture:
         self._masks = BatchMasks({})
         self._last_input: dict[str, weakref.ref[Tensor]] = {}
         self._encoder_outputs: list[weakref.ref[Tensor]] = []
+        self._readers: list[str] = []
         self._watch.clear()
 
     def _forget_forward(self) -> None:
@@ -275,6 +280,18 @@ class Capture:
         if isinstance(first, Tensor):
             self._encoder_outputs.append(weakref.ref(first))
 
+    def _reader_hook(self, name: str) -> Any:
+        """For a module of several layers (LoRA's) that is called with the encoder's output, as one layer would be."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._reads_encoder(call_input(args, kwargs)):
+                self._readers.append(f"{name}.")
+
+        return hook
+
+    def _reads_encoder(self, a: Tensor | None) -> bool:
+        return a is not None and any(ref() is a for ref in self._encoder_outputs)
+
     # What they gather
 
     def settle(self, model_output: Any = None) -> None:
@@ -310,8 +327,9 @@ class Capture:
             self._observe(p.layer, p.a, p.output, p.chain.slope() if same else None)
 
     def _stream_of(self, layer: Layer, a: Tensor, output: Tensor) -> str | None:
-        reads_encoder = any(ref() is a for ref in self._encoder_outputs)
-        return self._masks.stream_of(layer.modules[0][0], layer.positions(output), reads_encoder)
+        name = layer.modules[0][0]
+        reads_encoder = self._reads_encoder(a) or name.startswith(tuple(self._readers))
+        return self._masks.stream_of(name, layer.positions(output), reads_encoder)
 
     def _compatible(self, layer: Layer, group: Group) -> bool:
         first = self.layers[group.name]

@@ -9,6 +9,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+# What stands between the launcher and the script on the command line: `python -m hf_lngd` puts itself there.
+ENTRY: list[str] = []
+
 
 def refuse_unsupported(args: TrainingArguments, model: Any = None) -> None:
     """Raise RuntimeError where LNGD would be wrong: replicas of DataParallel, sharded parameters or layers."""
@@ -31,7 +34,7 @@ def _launch(processes: int, on_this_node: int) -> str:
     """The command of this process, as one that starts so many in all, and of these so many on each node."""
     script = sys.argv if sys.argv and sys.argv[0] else ["your_script.py"]
     launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(on_this_node)]
-    return shlex.join([*launcher, *script])
+    return shlex.join([*launcher, *ENTRY, *script])
 
 
 def _sharding(args: TrainingArguments, model: Any) -> str | None:

@@ -6,6 +6,8 @@ table of optimizers, both private, for the versions that it was tested with. Cal
 
 from __future__ import annotations
 
+import enum
+import re
 from typing import Any
 
 import transformers
@@ -38,7 +40,8 @@ def register() -> None:
     diagnostics in the log, ``fisher="true"``.
 
     Raises:
-        RuntimeError: a version of transformers that this was not tested with.
+        RuntimeError: a version of transformers that this was not tested with, or one without the private parts that
+            this extends; names the version and what is missing.
     """
     _check_version()
     names, handlers = training_args.OptimizerNames, _handlers()
@@ -87,12 +90,33 @@ def _add_member(names: Any, name: str, value: str) -> None:
     type.__setattr__(names, name, member)
 
 
-def _check_version() -> None:
+def version_problem() -> str | None:
+    """Why :func:`register` cannot work with the transformers that is installed; None: it can."""
     version = transformers.__version__
-    numbers = tuple(int(part) for part in version.split(".")[:2])
+    found = re.match(r"(\d+)\.(\d+)", version)
+    numbers = tuple(int(part) for part in found.groups()) if found else (0, 0)
+    first, last = (".".join(map(str, bound)) for bound in TESTED)
     if not TESTED[0] <= numbers < TESTED[1]:
-        first, last = (".".join(map(str, bound)) for bound in TESTED)
-        raise RuntimeError(
-            f"register: got transformers {version}, accepted: {first} up to {last}; hf_lngd.LNGDTrainer needs no "
-            "registration"
-        )
+        return f"got transformers {version}, accepted: {first} up to {last}"
+    missing = _missing()
+    return None if missing is None else f"got transformers {version} without {missing}, which this extends"
+
+
+def _missing() -> str | None:
+    """The first of transformers' private parts that is not as it was in the versions tested."""
+    names = getattr(training_args, "OptimizerNames", None)
+    if not (isinstance(names, type) and issubclass(names, str) and issubclass(names, enum.Enum)):
+        return "training_args.OptimizerNames, an enum of strings"
+    try:
+        handlers = _handlers()
+    except (ImportError, AttributeError):
+        return "trainer_optimizer._OPTIMIZER_HANDLERS"
+    if not isinstance(handlers, dict) or not callable(handlers.get(names("adamw_torch"))):
+        return "trainer_optimizer._OPTIMIZER_HANDLERS, a dict of functions by name"
+    return None
+
+
+def _check_version() -> None:
+    problem = version_problem()
+    if problem is not None:
+        raise RuntimeError(f"register: {problem}; hf_lngd.LNGDTrainer needs no registration")

@@ -47,7 +47,7 @@ def lngd_settings(args: TrainingArguments) -> tuple[LNGDConfig, float]:
     """
     if not 0 <= args.learning_rate < float("inf"):
         raise ValueError(f"learning_rate: got {args.learning_rate!r}, accepted: a number, at least 0")
-    lr, text = _take_lr(args.optim_args)
+    lr, text = take_lr(args.optim_args)
     config = LNGDConfig.from_optim_args(text, **_overrides(args))
     return config, args.learning_rate if lr is None else lr
 
@@ -75,7 +75,7 @@ def _overrides(args: TrainingArguments) -> dict[str, Any]:
     return overrides
 
 
-def _take_lr(text: str | None) -> tuple[float | None, str | None]:
+def take_lr(text: str | None) -> tuple[float | None, str | None]:
     """Split ``lr=…`` off `optim_args`: the rate is no field of the config."""
     if not text:
         return None, text

@@ -124,7 +124,7 @@ class UsageParser(HfArgumentParser):
 
 
 def _pairs(argv: list[str]) -> Iterable[tuple[str, str]]:
-    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+    for option, value in zip(argv, [*argv, ""][1:], strict=True):
         if option.startswith("--"):
             name, equals, own = option[2:].partition("=")
             yield name.replace("-", "_"), own if equals else value

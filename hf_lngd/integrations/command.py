@@ -1,0 +1,83 @@
+"""What `python -m hf_lngd` does: runs somebody's script with ``--optim lngd`` known to it, or `doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from . import launching
+from .doctor import doctor
+from .stock import register
+from .usage import UsageError, exit_on_usage_error
+
+USAGE = """\
+python -m hf_lngd script.py --optim lngd ...    runs a script of a stock Trainer, unchanged, with optim=lngd known to it
+python -m hf_lngd -m module --optim lngd ...    the same for a module
+python -m hf_lngd doctor MODEL                  who owns which parameter, state and products of a step (--help for more)
+
+Launchers: torchrun ... -m hf_lngd script.py ...; accelerate launch ... -m hf_lngd script.py ..."""
+ACCEPTED = "accepted: a Python file, -m with a module, or doctor with a model"
+
+
+def main(argv: list[str]) -> None:
+    """Run the command line; what is wrong with it ends the process with status 2."""
+    exit_on_usage_error(lambda: run(argv))
+
+
+def run(argv: list[str]) -> None:
+    """See `USAGE`.
+
+    Raises:
+        UsageError: names what was given and what is accepted.
+    """
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE)
+    elif not argv:
+        raise UsageError("script", f"got none, {ACCEPTED}")
+    elif argv[0] == "doctor":
+        doctor(argv[1:])
+    elif argv[0] == "-m":
+        run_module(argv[1:])
+    elif argv[0].startswith("-"):
+        raise UsageError("script", f"got the option {argv[0]!r}, {ACCEPTED}; options of the script come after it")
+    else:
+        run_script(argv)
+
+
+def run_script(argv: list[str]) -> None:
+    """As ``python argv[0] argv[1] ...``, with LNGD registered."""
+    path = Path(argv[0])
+    if not path.exists():
+        raise UsageError("script", f"got {argv[0]!r}, which is not there, {ACCEPTED}")
+    _register()
+    sys.argv = list(argv)
+    if path.is_file() and not sys.flags.safe_path:  # a script imports from its own folder
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def run_module(argv: list[str]) -> None:
+    """As ``python -m argv[0] argv[1] ...``, with LNGD registered."""
+    if not argv or not _is_module(argv[0]):
+        raise UsageError("-m", f"got {argv[0]!r}, which is no module here" if argv else f"got no module, {ACCEPTED}")
+    _register()
+    sys.argv = list(argv)
+    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _register() -> None:
+    try:
+        register()
+    except RuntimeError as error:
+        raise UsageError("transformers", error) from error
+    launching.ENTRY[:] = ["-m", "hf_lngd"]
