@@ -22,7 +22,7 @@ Row = dict[str, Any]
 FINAL_RATE = 0.05
 CLIP = 1.0
 LOG_EVERY = 25
-# A loss this far above the first one, which is about that of guessing, will not come back within the run.
+# A loss this far above the first one, or that of guessing if it is more, will not come back within the run.
 DIVERGED = 1.5
 # The search ends when it would move a rate by less.
 FINEST = 1.1
@@ -65,7 +65,7 @@ def train(
     checkpoints = {round(steps * quarter / 4) for quarter in (1, 2, 3, 4)}
     stream = task.batches(seed)
     model.train()
-    seconds, window, first = 0.0, [], math.inf
+    seconds, window, worst = 0.0, [], math.inf
     train_curve: list[tuple[int, float, float]] = []
     curves: dict[str, list[tuple[int, float, float]]] = {"loss": []}
     diverged = False
@@ -83,9 +83,10 @@ def train(
             one.step()
         value = loss.item()
         seconds += now() - start
-        first = min(first, value) if step == 1 else first
+        if step == 1:  # a pretrained model may meet an easy batch first
+            worst = DIVERGED * max(value, math.log(outputs.logits.shape[-1]))
         window.append(value)
-        diverged = not math.isfinite(value) or value > DIVERGED * first
+        diverged = not math.isfinite(value) or value > worst
         if diverged:
             break
         if step % LOG_EVERY == 0 or step == steps:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from benchmarks import (
 )
 from benchmarks.rivals import Settings
 from benchmarks.step_time import compare as paired
+from benchmarks.tasks import Task
 from hf_lngd import LNGDConfig
 
 
@@ -47,6 +50,50 @@ def test_the_refined_rate_is_a_parabolas_lowest_point() -> None:
     assert sweep_lr.refine(bowl, 1e-3 if bowl[1e-3] < bowl[3e-3] else 3e-3) == pytest.approx(2e-3)
     assert sweep_lr.refine({1e-4: 1.0, 3e-4: 2.0}, 1e-4) == 1e-4
     assert sweep_lr.refine({1e-3: 2.0, 3e-3: 1.0, 1e-2: math.inf}, 3e-3) == 3e-3
+
+
+class Classifier(torch.nn.Module):
+    """A layer whose batches name their labels, as models of transformers do."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(10, 10, bias=False)
+        torch.nn.init.eye_(self.layer.weight).data.mul_(scale)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        logits = self.layer(x)
+        return SimpleNamespace(logits=logits, loss=torch.nn.functional.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize(("scale", "diverged"), [(5.0, False), (50.0, True)])
+def test_an_easy_first_batch_is_no_measure_of_divergence(scale: float, diverged: bool) -> None:
+    def batches(seed: int) -> Iterator[dict[str, torch.Tensor]]:
+        x = torch.eye(10)
+        yield {"x": x, "labels": torch.arange(10)}  # what the model was trained for: a loss near 0
+        while True:  # wrong for one in four: losses of about scale / 4
+            yield {"x": x[:4], "labels": torch.tensor([1, 1, 2, 3])}
+
+    task = Task("easy", lambda seed: Classifier(scale), batches, lambda model, tuning: {"loss": 1.0})
+    row = runs.train("adamw", Settings(1e-6, 1e-6), 1, 8, 1, task, lambda step, loss: None)
+    assert row["diverged"] is diverged
+
+
+def test_the_sweep_reads_one_task_and_names_bad_rates(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--data", str(folder), "--results", str(tmp_path / "sweep.json"), "--steps", "8"]
+    with pytest.raises(ValueError, match=r"--rates: got -0\.1"):
+        sweep_lr.main([*arguments, "--rates", "-0.1"])
+    with pytest.raises(ValueError, match="--task: got 'mnist'"):
+        sweep_lr.main(["--task", "mnist", "--table"])
+    with pytest.raises(ValueError, match="--data: got none"):
+        sweep_lr.main([])
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        sweep_lr.main([*arguments, "--rates", "1e-3"])
+    torch.set_num_threads(threads)
+    results = runs.Results(tmp_path / "sweep.json")
+    assert len(results.rows) == len(sweep_lr.RIVALS)
+    assert "0.001" in sweep_lr.sweep_table(results, "multi30k", 8, 101)
+    assert "0.001" not in sweep_lr.sweep_table(results, "cifar10-vit", 8, 101)
 
 
 def test_option_effects_run_what_is_missing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
