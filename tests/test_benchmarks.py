@@ -10,12 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from core_helpers import core_marian
 from study_helpers import row_of, write_multi30k
 
 from benchmarks import (
+    compile_time,
     option_effects,
     paper_tables,
     patch_memory,
+    precision,
     runs,
     step_time,
     sweep_lr,
@@ -168,3 +171,22 @@ def test_the_papers_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     best = {row[0]: row[2:] for row in found["Table 6, CIFAR-10, ResNet-18: best accuracy"]}
     assert best["SGD"] == ["3", "SGD + AdamW: 60.0", "1", "no"]
     assert len(found) == len(paper_tables.STUDIES)
+
+
+def test_compiled_and_other_steps_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def tiny(*_: int) -> torch.nn.Module:
+        return core_marian(encoder_layers=1, decoder_layers=1).float()
+
+    monkeypatch.setattr(compile_time, "marian", tiny)
+    monkeypatch.setattr(compile_time, "VOCABULARY", 40)
+    compile_time.main(["--rounds", "10", "--backend", "eager", "--results", str(tmp_path / "r.json")])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["graphs"] >= 1 and len(result["rows"]) == 4
+    assert {(row["optimizer"], row["compiled"]) for row in result["rows"]} >= {("lngd", "eager"), ("adamw", None)}
+    assert all(row["watched"] > 0 and row["others"] > 0 for row in result["rows"])
+    torch._dynamo.reset()
+
+
+def test_the_committed_table_of_precisions_is_the_tests() -> None:
+    rows = json.loads((precision.RESULTS / "precision.json").read_text(encoding="utf-8"))
+    assert len(rows) == 48 and precision.text_of(rows) in (precision.RESULTS / "precision.md").read_text("utf-8")

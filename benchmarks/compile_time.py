@@ -1,0 +1,110 @@
+"""What torch.compile saves with LNGD: seconds of steps that it watches, and of the others.
+
+    python -m benchmarks.compile_time
+
+A Marian (d=128, 2+2 layers) on batches of 32 × 32 random tokens, AdamW and LNGD, each as it is and compiled. Each round
+takes a step of every contender, another one first each round. Steps that LNGD watches (here one in ten) run eagerly.
+The result is `benchmarks/results/compile_time.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from benchmarks.step_time import marian
+from benchmarks.tables import table
+from hf_lngd import LNGD
+
+RESULTS = Path(__file__).resolve().parent / "results" / "compile_time.json"
+BATCH, TOKENS, VOCABULARY = 32, 32, 4_000
+INTERVAL = 10
+# Rounds before anything is counted: what is compiled is so in the second, in which LNGD does not watch.
+WARMUP = INTERVAL
+
+
+class Contender:
+    """A model and its optimizer.
+
+    Args:
+        name: ``adamw`` or ``lngd``.
+        backend: of torch.compile; none: it runs as it is.
+    """
+
+    def __init__(self, name: str, backend: str | None) -> None:
+        torch.manual_seed(0)
+        model: Any = marian(128, 512, 4, 2, VOCABULARY).train()
+        every: dict[str, Any] = {"factor_interval": INTERVAL, "inverse_interval": INTERVAL, "early_factors": False}
+        self.lngd = LNGD(model, lr=1e-3, **every) if name == "lngd" else None
+        self.optimizer: torch.optim.Optimizer = self.lngd or torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        self.call: Any = model if backend is None else torch.compile(model, backend=backend)
+        self.seconds: dict[str, list[float]] = {"watched": [], "others": []}
+        self.first = 0.0
+        self.rest()
+
+    def rest(self) -> None:
+        """The other contenders' turn: what is compiled of them must run so."""
+        if self.lngd is not None:
+            self.lngd.eval()
+
+    def step(self, batch: dict[str, Tensor], turn: int) -> None:
+        """One training step."""
+        if self.lngd is not None:
+            self.lngd.train()
+        start = time.perf_counter()
+        self.call(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.call.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - start
+        if turn < WARMUP:
+            self.first = max(self.first, seconds)
+        else:
+            self.seconds["others" if turn % INTERVAL else "watched"].append(seconds)
+        self.rest()
+
+
+def measure(rounds: int, backend: str) -> list[dict[str, Any]]:
+    """A row for each contender; milliseconds are medians."""
+    contenders = {(name, way): Contender(name, way) for name in ("adamw", "lngd") for way in (None, backend)}
+    draw, order = torch.Generator().manual_seed(0), list(contenders)
+    for turn in range(WARMUP + rounds):
+        tokens = torch.randint(3, VOCABULARY, (2, BATCH, TOKENS), generator=draw)
+        batch = {"input_ids": tokens[0], "attention_mask": torch.ones_like(tokens[0]), "labels": tokens[1]}
+        for key in order[turn % len(order) :] + order[: turn % len(order)]:
+            contenders[key].step(batch, turn)
+    rows = []
+    for (name, way), contender in contenders.items():
+        kinds = {kind: 1e3 * median(seconds) for kind, seconds in contender.seconds.items()}
+        whole = [x for seconds in contender.seconds.values() for x in seconds]
+        rows.append({"optimizer": name, "compiled": way, **{k: round(v, 2) for k, v in kinds.items()}})
+        rows[-1] |= {"mean": round(1e3 * sum(whole) / len(whole), 2), "first": round(contender.first, 2)}
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=80, help="counted rounds, whole tens (default: %(default)s)")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to write")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows = measure(args.rounds, args.backend)
+    result = {"hardware": "CPU, 1 thread", "torch": torch.__version__, "rounds": args.rounds, "rows": rows}
+    result["graphs"] = counters["stats"]["unique_graphs"]
+    args.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    head = ["optimizer", "compiled", "watched", "others", "mean", "first"]
+    print(table(head, [[str(row[name]) for name in head] for row in rows]), f"\ngraphs: {result['graphs']}")
+
+
+if __name__ == "__main__":
+    main()
