@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .config import LNGDConfig
 from .curvature.layers import Geometry, Layer, geometry_of
@@ -61,6 +62,9 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
 
     Tied parameters have one route, under their first name; a weight that is both an embedding and a head is an
     embedding. Parameters that do not require a gradient are ``frozen``.
+
+    Raises:
+        ValueError: a parameter that cannot be trained here: complex, not initialized, or with sparse gradients.
     """
     homes = _homes(model)
     exclude = re.compile(config.exclude) if config.exclude else None
@@ -68,6 +72,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
     layer_of: dict[int, Layer] = {}
     for name, parameter in model.named_parameters():
         modules = homes[id(parameter)]
+        _check(name, parameter, modules)
         owner, reason, decays = _decide(name, parameter, homes, config, exclude)
         if reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
@@ -90,6 +95,15 @@ def _homes(model: nn.Module) -> dict[int, Homes]:
             if parameter is not None:
                 homes.setdefault(id(parameter), []).append((name, module, attribute))
     return homes
+
+
+def _check(name: str, parameter: nn.Parameter, modules: Homes) -> None:
+    if is_lazy(parameter):
+        raise ValueError(f"{name}: got a parameter without a shape yet, accepted: a model that was called once")
+    if parameter.requires_grad and parameter.is_complex():
+        raise ValueError(f"{name}: got {parameter.dtype}, accepted: real numbers (or requires_grad=False)")
+    if parameter.requires_grad and any(getattr(module, "sparse", False) is True for _, module, _ in modules):
+        raise ValueError(f"{name}: got an embedding with sparse=True, accepted: sparse=False")
 
 
 def _decide(
