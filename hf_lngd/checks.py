@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 FAMILIES = ("lngd", "kfac", "ekfac", "tkfac", "ng+")
 FISHERS = ("expected", "sampled", "true", "empirical")
 GRADIENT_FISHERS = ("true", "empirical")
@@ -55,6 +57,13 @@ def check_family(family: str, fields: Mapping[str, Any]) -> None:
     for name, accepted in _OTHER_FAMILIES.items() if family != "lngd" else ():
         if fields[name] not in accepted:
             raise invalid(name, fields[name], f"{', '.join(accepted)} (family={family})")
+
+
+def check_lr(lr: Any) -> None:
+    """Raise ValueError unless this is a learning rate: a finite number or a tensor of one, at least 0."""
+    number = isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.numel() == 1)
+    if not number or not 0 <= float(lr) < math.inf:
+        raise ValueError(f"lr: got {lr!r}, accepted: a number (or a tensor of one), at least 0")
 
 
 def _choice(accepted: tuple[str, ...]) -> Callable[[str, Any], None]:

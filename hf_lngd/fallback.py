@@ -91,4 +91,4 @@ def _any_unusable(gradients: list[Tensor]) -> Tensor:
     for gradient in gradients:
         dtype = torch.promote_types(dtype, gradient.dtype)  # in half precision norms would overflow
     norms = torch._foreach_norm(gradients, 2, dtype)
-    return (~torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms]))).any().long()
+    return (~torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms]).square())).any().long()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import serialization
-from .checks import GRADIENT_FISHERS, fishers_beside
+from .checks import GRADIENT_FISHERS, check_lr, fishers_beside
 from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
 from .curvature.compiled import plain_name, uncompiled
@@ -72,8 +72,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module (not its parameters)")
-        if not float(lr) >= 0:
-            raise ValueError(f"lr: got {lr!r}, accepted: a number at least 0")
+        check_lr(lr)
         check_field_names(fields)
         if config is None:
             config = LNGDConfig(**fields)
@@ -406,5 +405,6 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Parameters added later are AdamW's: no layer of the model is known to own them."""
-        param_group.setdefault("name", "added")
+        if isinstance(param_group, dict):  # else torch says what it takes
+            param_group.setdefault("name", "added")
         super().add_param_group(param_group)

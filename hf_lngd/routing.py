@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .adapters import adapter_reason
 from .config import LNGDConfig
@@ -65,6 +66,9 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
 
     Names are those from before torch.compile. Tied parameters have one route, under their first name; a weight that is
     both an embedding and a head is an embedding. Parameters that do not require a gradient are ``frozen``.
+
+    Raises:
+        ValueError: a parameter that cannot be trained here: complex, float16, not initialized, or with sparse gradients.
     """
     homes = _homes(model)
     around = {plain_name(name): module for name, module in model.named_modules()}
@@ -76,6 +80,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
         # peft's MultiheadAttention makes its frozen weights anew whenever its modules are listed
         module_name, _, attribute = name.rpartition(".")
         modules = homes.setdefault(id(parameter), [(module_name, around[module_name], attribute)])
+        _check(name, parameter, modules)
         owner, reason, decays = _decide(name, parameter, homes, config, exclude, around)
         if reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
@@ -100,6 +105,20 @@ def _homes(model: nn.Module) -> dict[int, Homes]:
     return homes
 
 
+def _check(name: str, parameter: nn.Parameter, modules: Homes) -> None:
+    if is_lazy(parameter):
+        raise ValueError(f"{name}: got a parameter without a shape yet, accepted: a model that was called once")
+    if parameter.requires_grad and parameter.is_complex():
+        raise ValueError(f"{name}: got {parameter.dtype}, accepted: real numbers (or requires_grad=False)")
+    if parameter.requires_grad and any(getattr(module, "sparse", False) is True for _, module, _ in modules):
+        raise ValueError(f"{name}: got an embedding with sparse=True, accepted: sparse=False")
+    if parameter.requires_grad and parameter.dtype == torch.float16:
+        raise ValueError(
+            f"{name}: got a weight of torch.float16, whose updates are lost below 6e-8, accepted: torch.float32 (under "
+            "torch.autocast and with a GradScaler for fp16) or torch.bfloat16"
+        )
+
+
 def _decide(
     name: str,
     parameter: nn.Parameter,
@@ -111,11 +130,6 @@ def _decide(
     """(owner, reason, weight decay)."""
     if not parameter.requires_grad:
         return FROZEN_OWNER, "frozen", False
-    if parameter.dtype == torch.float16:
-        raise ValueError(
-            f"{name}: got a weight of torch.float16, whose updates are lost below 6e-8, accepted: torch.float32 (under "
-            "torch.autocast and with a GradScaler for fp16) or torch.bfloat16"
-        )
     modules = homes[id(parameter)]
     module_name, module, attribute = modules[0]
     plain = parameter.dim() < 2

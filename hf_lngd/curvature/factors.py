@@ -141,7 +141,8 @@ def usable(grad: Tensor) -> tuple[Tensor, Tensor]:
     A gradient that is not finite would stay in the momentum for good. One whose squares overflow would stop AdamW, and
     the Gram matrix of ``gram``, for good.
     """
-    bad = ~torch.isfinite(torch.linalg.vector_norm(grad, dim=(-2, -1)))
+    norm = torch.linalg.vector_norm(grad, dim=(-2, -1))
+    bad = ~torch.isfinite(norm.square())  # the norm of one number overflows with no square
     return grad.masked_fill_(bad[..., None, None], 0.0), bad.sum()
 
 

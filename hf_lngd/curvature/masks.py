@@ -39,8 +39,8 @@ class BatchMasks:
         attention = _mask_of(tensors.get("attention_mask"))
         if attention is not None:
             self.by_stream[INPUTS] = attention
-        encoder_decoder = "decoder_input_ids" in tensors or bool(getattr(config, "is_encoder_decoder", False))
-        if encoder_decoder or attention is None:
+        self._two_sided = "decoder_input_ids" in tensors or bool(getattr(config, "is_encoder_decoder", False))
+        if self._two_sided or attention is None:
             targets = _target_mask(tensors, config)
             if targets is not None:
                 self.by_stream[TARGETS] = targets
@@ -53,13 +53,14 @@ class BatchMasks:
         Lengths tell the two sides apart; where source and target are equally long, the layer's place in the model
         does (`reads_encoder`: its input is the encoder's output, as for the keys of cross attention). None: none does.
         """
-        if not self.by_stream:
+        side = next((part for part in name.split(".") if part in ("encoder", "decoder")), None)
+        encodes = reads_encoder or side == "encoder"
+        if not self.by_stream or (self._two_sided and encodes and INPUTS not in self.by_stream):
             return OPEN
         fitting = [stream for stream, mask in self.by_stream.items() if mask.shape == shape]
         if len(fitting) < 2:
             return fitting[0] if fitting else None
-        side = next((part for part in name.split(".") if part in ("encoder", "decoder")), None)
-        return INPUTS if reads_encoder or side == "encoder" else TARGETS
+        return INPUTS if encodes else TARGETS
 
     def flat(self, stream: str | None, shape: torch.Size) -> Tensor | None:
         """The mask of a stream as [N] numbers 0 and 1, or None where it does not fit the shape."""
