@@ -26,7 +26,7 @@ _ADAMW_STATE = 2  # tensors a parameter
 
 @dataclass(frozen=True)
 class FactorSize:
-    """Factors of one layout: `groups` of `layers` that share one each, in blocks of `width`, `blocks` a group."""
+    """Factors of one layout: `groups` of them for `layers` layers, each of `blocks` blocks `width` × `width`."""
 
     groups: int
     layers: int

@@ -6,7 +6,7 @@ it (tied) are one layer, whose statistics are pooled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,11 +45,55 @@ class Geometry:
         return (self.units, self.in_features, self.window) == (other.units, other.in_features, other.window)
 
 
+# Types that users added, see `add_layer_type`.
+_OWN_TYPES: dict[type[nn.Module], Callable[[Any], Geometry | None]] = {}
+
+
+def add_layer_type(kind: type[nn.Module], look: Callable[[Any], Geometry | None] | None) -> None:
+    """Let LNGD own modules of a type of your own, in optimizers that are made afterwards (see docs/extending.md).
+
+    Args:
+        kind: the type itself; its subclasses may compute something else and do not count.
+        look: a module → its geometry, ``linear`` or ``transposed``; None for a module that stays AdamW's. The module
+            is called with one tensor a [..., d] and gives W a + b, [..., m]: `weight` is W in a shape that can be
+            viewed as [m, d] (``transposed``: as [d, m], of two dimensions), `bias` is [m] or there is none. None in
+            the place of the function takes the type out again.
+    """
+    if look is None:
+        _OWN_TYPES.pop(kind, None)
+    else:
+        _OWN_TYPES[kind] = look
+
+
+def _own_geometry(module: nn.Module, weight: Tensor) -> Geometry | None:
+    """What a user's function says of a module, checked.
+
+    Raises:
+        ValueError: it does not fit the weight or the bias.
+    """
+    found = _OWN_TYPES[type(module)](module)
+    if found is None:
+        return None
+    m, d = found.out_features, found.in_features
+    shape, bias = list(weight.shape), module._parameters.get("bias")
+    fits = m * d == weight.numel() and found.units == 1 and (found.kind == "linear" or shape == [d, m])
+    if found.kind not in ("linear", "transposed") or not fits or (bias is not None and list(bias.shape) != [m]):
+        raise ValueError(
+            f"add_layer_type: {type(module).__name__}: got {found.kind} [{m}, {d}] for a weight {shape}"
+            f"{'' if bias is None else f' and a bias {list(bias.shape)}'}, accepted: linear or transposed, m·d "
+            "numbers, one unit, a bias [m]"
+        )
+    return found
+
+
 def geometry_of(module: nn.Module) -> Geometry | None:
-    """The geometry of a module that LNGD can own: its forward is torch's own, with a plain weight; else None."""
+    """The geometry of a module that LNGD can own: its forward is torch's own, with a plain weight, or its type was
+    added by :func:`add_layer_type`; else None."""
     weight: Any = module._parameters.get("weight")  # a parametrization would have taken it away
     if weight is None:
         return None
+    if type(module) in _OWN_TYPES:
+        return _own_geometry(module, weight)
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return Geometry("linear", 1, *weight.shape)
     for kind in _CONVOLUTIONS:
@@ -180,12 +224,11 @@ class Layer:
 
     def apply(self, a: Tensor, matrices: Tensor) -> Tensor:
         """The layer's output for input a with other weights: [units, m, columns] → the shape of the output."""
-        weight = self.like_weight(matrices)
         bias = None if self.bias_name is None else self.like_bias(matrices)
         a = self.batched(a)
         if self.is_convolution:
-            return self.module._conv_forward(a, weight, bias)  # type: ignore[operator]
-        return torch.nn.functional.linear(a, weight.T if self.geometry.kind == "transposed" else weight, bias)
+            return self.module._conv_forward(a, self.like_weight(matrices), bias)  # type: ignore[operator]
+        return torch.nn.functional.linear(a, matrices[0, :, : self.in_features], bias)
 
 
 def factor_blocks(layers: list[Layer], max_factor_dim: int | str) -> tuple[int, int]:

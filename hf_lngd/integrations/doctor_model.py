@@ -64,7 +64,7 @@ def load(name: str) -> Any:
         what = "which holds an adapter: give the model that it belongs to" if adapter else "which has no config.json"
         raise UsageError("model", f"got {name!r}, {what}")
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise UsageError("model", f"got {name!r}, which has no configuration that can be read: {error}") from error
 
@@ -102,7 +102,7 @@ def build(config: Any, task: str, rows: int, length: int, device: str = "meta") 
     try:
         with torch.device(device):
             # sdpa looks into the masks, which the meta device has not got; the products are the same
-            model = FACTORIES[task].from_config(config, attn_implementation="eager").train()
+            model = FACTORIES[task].from_config(config, attn_implementation="eager", trust_remote_code=False).train()
     except LOAD_ERRORS as error:
         raise UsageError("model", f"got {config.model_type!r}, which cannot be built: {error}") from error
     labels = torch.zeros(rows, dtype=torch.int64, device=device)
