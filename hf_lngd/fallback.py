@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from .sharding import local
+
 
 class Fallback:
-    """Moments of AdamW by parameter, in its dtype, and its step.
+    """Moments of AdamW by parameter, in its dtype and sharded as it is, and its step.
 
     torch's own AdamW function does the arithmetic, fused where the parameters allow it.
 
@@ -31,22 +33,23 @@ class Fallback:
 
     @staticmethod
     def new_moments(parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The moments of a parameter before its first step."""
-        zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        """The moments of a parameter before its first step; of what this rank holds, where it is sharded."""
+        zeros = torch.zeros_like(local(parameter.detach()), memory_format=torch.preserve_format)
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
     @torch.no_grad()
     def step(self, group: dict[str, Any]) -> None:
         """One step of a parameter group with its ``lr`` and ``weight_decay``; parameters without gradient rest."""
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
+        held = [p for p in group["params"] if p.grad is not None]
+        if not held:
             return
-        moments = [self.moments_of(p) for p in parameters]
+        moments = [self.moments_of(p) for p in held]
+        parameters, grads = [local(p) for p in held], [local(p.grad) for p in held]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         adamw(
             parameters,
-            [p.grad for p in parameters],
+            grads,
             [m["exp_avg"] for m in moments],
             [m["exp_avg_sq"] for m in moments],
             [],

@@ -11,18 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from . import serialization
+from .adoption import meet_shards
 from .checks import GRADIENT_FISHERS, fishers_beside
 from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
 from .curvature.embeddings import EmbeddingLayer
 from .curvature.fisher import FisherSource
+from .curvature.owners import Owners
 from .curvature.pooling import pool_sums
 from .curvature.rotated import RotatedTable
-from .curvature.topology import Group
+from .curvature.topology import Group, Topology
 from .distributed import Ranks
 from .fallback import Fallback
+from .layer_step import step_layers
 from .preconditioner import Preconditioner, state_like
 from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route, format_routes, route
+from .sharding import Shards, refuse_flat_parameters
 
 
 class LNGD(torch.optim.Optimizer):
@@ -71,7 +75,9 @@ class LNGD(torch.optim.Optimizer):
         elif fields:
             config = LNGDConfig(**{**config.to_dict(), **fields})
         self.config = config
+        refuse_flat_parameters(model)
         self._routing = route(model, config)
+        self._names: dict[str, list[str]] = {}  # of each group's parameters
         self._parameters = dict(model.named_parameters())
         self._fallback = Fallback(config.betas, config.eps)
         super().__init__(self._make_groups(lr), {"lr": lr, "weight_decay": 0.0})
@@ -93,6 +99,8 @@ class LNGD(torch.optim.Optimizer):
         self._steps = 0
         self._factor_seconds = 0.0
         self._ranks_agree = False
+        self._shards: Shards | None = None
+        meet_shards(self)
         self._check_ranks()
         self._arm()
 
@@ -122,6 +130,7 @@ class LNGD(torch.optim.Optimizer):
             decay = c.weight_decay if r.decays else 0.0
             group = groups.setdefault(name, {"params": [], "name": name, "lr": own_lr, "weight_decay": decay})
             group["params"].append(self._parameters[r.parameter])
+            self._names.setdefault(name, []).append(r.parameter)
         if not groups:
             raise ValueError("model: got no parameter that requires a gradient, accepted: at least one")
         return sorted(groups.values(), key=lambda group: group["name"] != "lngd")  # Trainer logs the first one's rate
@@ -138,6 +147,7 @@ class LNGD(torch.optim.Optimizer):
         """
         if self._capture.closed:
             raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
+        meet_shards(self)
         self._check_ranks()
         loss = None
         if closure is not None:
@@ -150,7 +160,10 @@ class LNGD(torch.optim.Optimizer):
             self._update_factors()
             self._factor_seconds += time.perf_counter() - start + inside_hooks
             self._capture.seconds = 0.0
-            self._update_layers()
+            groups = {group["name"]: group for group in self.param_groups}
+            lr, decay = groups["lngd"]["lr"], groups["lngd"]["weight_decay"]
+            assert self._preconditioner is not None
+            step_layers(self._preconditioner, self._capture, self._shards, lr, decay, self._steps)
         for group in self.param_groups:
             if group["name"] == "embedding":
                 for embedding in self._embeddings:
@@ -180,17 +193,27 @@ class LNGD(torch.optim.Optimizer):
                 found = {"/".join(g["members"]): f"{g['links']} {g['stream']}" for g in capture.topology.state()}
                 order = {"order of layers": list(found)}
                 self._ranks.check_same("what follows the layers, and who shares an input", found | order)
-                self._preconditioner = Preconditioner(capture.layers, capture.topology, self.config, self._ranks)
+                self._preconditioner = self._new_preconditioner(capture.topology)
             terms, drawn = capture.terms, capture.source.sampled_terms
             if sums:
                 capture.source.check_terms(terms)
             if self._ranks.size > 1:
                 groups, scalars = capture.topology.groups, [terms, drawn]
-                sums, (terms, drawn) = pool_sums(sums, groups, capture.empty_sums, self._like_of, scalars, self._ranks)
+                owners = self._preconditioner.owners
+                to_owners = None if owners is None else owners.sum
+                sums, (terms, drawn) = pool_sums(
+                    sums, groups, capture.empty_sums, self._like_of, scalars, self._ranks, to_owners
+                )
             scale = capture.source.scale(terms, drawn, self._ranks.size) if sums else None
             self._preconditioner.update_factors(sums, scale)
         assert self._preconditioner is not None
         self._preconditioner.refresh(self._steps)
+
+    def _new_preconditioner(self, topology: Topology) -> Preconditioner:
+        layers, owners = self._capture.layers, None
+        if self._shards is not None:
+            owners = Owners(topology.groups, layers, self.config.max_factor_dim, self._shards)
+        return Preconditioner(layers, topology, self.config, self._ranks, owners)
 
     def _like_of(self, group: Group) -> Tensor:
         return state_like(self._capture.layers[group.name])
@@ -235,26 +258,6 @@ class LNGD(torch.optim.Optimizer):
                 "given to LNGD itself, on tensors, in each step, without optimizer.eval(); checkpoint activations with "
                 "use_reentrant=False; or accepted: rms, trust, none"
             )
-
-    def _update_layers(self) -> None:
-        groups = {group["name"]: group for group in self.param_groups}
-        lr, decay = groups["lngd"]["lr"], groups["lngd"]["weight_decay"]
-        terms = self._capture.terms
-        assert self._preconditioner is not None
-        for bank in self._preconditioner.layer_banks:
-            present = [i for i, layer in enumerate(bank.layers) if layer.weight.grad is not None]
-            if not present:
-                continue
-            updates = bank.update(present, lr, self._steps, self._capture.rows, terms)
-            layers = [bank.layers[i] for i in present]
-            weights: list[Tensor] = [layer.weight for layer in layers]
-            if decay:
-                torch._foreach_mul_(weights, 1 - lr * decay)
-            changes = [layer.like_weight(update) for layer, update in zip(layers, updates, strict=True)]
-            torch._foreach_sub_(weights, [c.to(w.dtype) for c, w in zip(changes, weights, strict=True)])
-            for layer, update in zip(layers, updates, strict=True):
-                if layer.bias is not None:
-                    layer.bias.sub_(layer.like_bias(update).to(layer.bias.dtype))
 
     # What a training loop may call
 

@@ -49,11 +49,13 @@ class Route:
 
 @dataclass
 class Routing:
-    """The outcome: routes of all parameters, the layers LNGD owns, the embeddings with a rule of their own."""
+    """The outcome: routes of all parameters, the layers LNGD owns, the embeddings with a rule of their own, and the
+    first home of each parameter: wrappers (FSDP2) put others there after the optimizer is made."""
 
     routes: list[Route]
     layers: list[Layer]
     embeddings: list[tuple[str, list[nn.Embedding]]]
+    homes: dict[str, tuple[nn.Module, str]]
 
 
 def route(model: nn.Module, config: LNGDConfig) -> Routing:
@@ -64,10 +66,11 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
     """
     homes = _homes(model)
     exclude = re.compile(config.exclude) if config.exclude else None
-    routing = Routing([], [], [])
+    routing = Routing([], [], [], {})
     layer_of: dict[int, Layer] = {}
     for name, parameter in model.named_parameters():
         modules = homes[id(parameter)]
+        routing.homes[name] = modules[0][1:]
         owner, reason, decays = _decide(name, parameter, homes, config, exclude)
         if reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))

@@ -126,7 +126,7 @@ def _preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditio
     unknown = sorted(set(topology.of_layer) ^ set(optimizer._capture.layers))
     if unknown:
         raise ValueError(f"state_dict: the layers differ: {', '.join(unknown[:5])}")
-    return Preconditioner(optimizer._capture.layers, topology, optimizer.config, optimizer._ranks)
+    return optimizer._new_preconditioner(topology)
 
 
 def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:

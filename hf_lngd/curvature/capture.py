@@ -29,7 +29,7 @@ from .links import is_elementwise
 from .masks import BatchMasks, bind_batch
 from .patches import MIB_OF_FLOATS
 from .sums import GroupSums, RowSamples
-from .topology import HEADS, Group, Topology, head_link
+from .topology import HEADS, Group, Topology, head_link, same_tensor
 
 
 @dataclass
@@ -73,6 +73,11 @@ class Capture:
         self.terms: Tensor | int = 0
         self._reset_forward()
         self.reset()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, as long as it lives."""
+        return self._model()
 
     # Life of a step
 
@@ -271,7 +276,7 @@ class Capture:
         for p in pending:
             if p.layer.name in self.topology.of_layer:
                 continue
-            reads_encoder = any(ref() is p.a for ref in self._encoder_outputs)
+            reads_encoder = any(same_tensor(ref(), p.a) for ref in self._encoder_outputs)
             stream = self._masks.stream_of(p.layer.modules[0][0], p.layer.positions(p.output), reads_encoder)
             links = p.chain.names()
             if not links and self.config.head == "categorical" and not self.source.uses_gradients:
@@ -280,7 +285,7 @@ class Capture:
             if links or self.source.differs_by_layer:
                 self.topology.add(p.layer.name, links, stream)
                 continue
-            group = next((g for tensor, g in shared if tensor is p.a and self._compatible(p.layer, g)), None)
+            group = next((g for tensor, g in shared if same_tensor(tensor, p.a) and self._compatible(p.layer, g)), None)
             if group is None:
                 shared.append((p.a, self.topology.add(p.layer.name, (), stream)))
             else:
@@ -319,7 +324,7 @@ class Capture:
         group = self.topology.of_layer[layer.name]
         if len(group.members) > 1:  # its Φ is summed at the first member's call with this tensor
             last = self._last_input.get(group.name)
-            if last is not None and last() is a:
+            if last is not None and same_tensor(last(), a):
                 return
             self._last_input[group.name] = weakref.ref(a)
         shape = layer.positions(output)
@@ -364,7 +369,7 @@ class Capture:
         samples.kept += kept.shape[0]
 
         def receive(g: Tensor | None) -> None:
-            if g is None or self.source.in_pass or not reaches(layer.weight):
+            if g is None or self.source.in_pass or not reaches(layer.live_weight):
                 return
             samples.add(forward, kept, layer.batched(g.detach().view(shape))[start :: self._rate_rows].clone())
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LNGDConfig
+from ..sharding import local
 from .context import in_backward
 from .factors import damping, rms_rate
 from .pooling import Pool
@@ -17,10 +18,22 @@ from .pooling import Pool
 ROW_CAP = 4.0
 
 
-def embedding_direction(grad: Tensor, frequency: Tensor, lam: Tensor, scale: float) -> Tensor:
-    """D = (diag(f) + λ)⁻¹ G scaled to RMS κ, each row's RMS at most `ROW_CAP`·κ: grad [V, d], frequency [V]."""
+def embedding_direction(
+    grad: Tensor, frequency: Tensor, lam: Tensor, scale: float, rows: Pool | None = None, size: int = 0
+) -> Tensor:
+    """D = (diag(f) + λ)⁻¹ G scaled to RMS κ, each row's RMS at most `ROW_CAP`·κ: grad [V, d], frequency [V].
+
+    Args:
+        rows: processes that have a table's other rows; V is the number of this one's then.
+        size: numbers in the whole table.
+    """
     direction = grad / (frequency + lam).unsqueeze(-1)
-    direction = direction * rms_rate(direction, scale)
+    if rows is None:
+        rate = rms_rate(direction, scale)
+    else:
+        (square,) = rows.sum([direction.square().sum()])
+        rate = rms_rate(square.sqrt().view(1, 1) / size**0.5, scale)
+    direction = direction * rate
     row_rms = direction.square().mean(-1, keepdim=True).sqrt()
     most = ROW_CAP * scale
     return direction * (most / row_rms.clamp_min(most))
@@ -34,7 +47,12 @@ class EmbeddingLayer:
         modules: the embeddings that share the table; `padding_idx` is not counted.
         config: the optimizer's.
         pool: the processes that train the model.
+
+    Attributes:
+        row_wise: what of the state is sharded as the table's rows are.
     """
+
+    row_wise = ("momentum",)
 
     def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig, pool: Pool) -> None:
         self.name, self.module, self.config, self.pool = name, modules[0], config, pool
@@ -43,7 +61,20 @@ class EmbeddingLayer:
         self.weight: Tensor | None = None
         self._counts: Tensor | None = None
         self.enabled = True
+        self.sharded: nn.Parameter | None = None
+        self.rows: Pool | None = None
+        self.where = slice(None)
         self._handles = [module.register_forward_pre_hook(self._count) for module in modules]
+
+    @property
+    def table(self) -> Tensor:
+        """The table: under FSDP2 the sharded one."""
+        return self.module.weight if self.sharded is None else self.sharded
+
+    def shard(self, weight: nn.Parameter, pool: Pool, where: slice) -> None:
+        """From now on this process has these rows of the table alone, the pool's other processes the rest."""
+        self.sharded, self.rows, self.where = weight, pool if pool.size > 1 else None, where
+        self.momentum = None
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -60,10 +91,10 @@ class EmbeddingLayer:
 
     def new_state(self) -> dict[str, Tensor]:
         """The state before the first step."""
-        like = self.module.weight.detach()
+        like = local(self.table.detach())
         like = like.to(torch.promote_types(like.dtype, torch.float32))
-        momentum = torch.zeros_like(like)
-        return {"momentum": momentum, "frequency": like.new_zeros(like.shape[0]), "weight": like.new_zeros(())}
+        momentum, count = torch.zeros_like(like), self.module.num_embeddings
+        return {"momentum": momentum, "frequency": like.new_zeros(count), "weight": like.new_zeros(())}
 
     def _start(self) -> None:
         if self.momentum is None:
@@ -90,20 +121,21 @@ class EmbeddingLayer:
     @torch.no_grad()
     def step(self, group: dict[str, Any], turn: bool = False) -> None:
         """One step with the group's ``lr`` and ``weight_decay``, or none without a gradient."""
-        weight = self.module.weight
-        if weight.grad is None:
+        if self.table.grad is None:
             self._counts = None
             return
+        weight = local(self.table)
         self._start()
         assert self.momentum is not None
         c = self.config
         frequency = self._average()
         lam = damping(frequency.mean(), c.damping, c.damping_rho, c.damping_min, c.damping_max)
-        grad = weight.grad.to(self.momentum.dtype)
+        grad = local(self.table.grad).to(self.momentum.dtype)
         if c.momentum_on == "gradient":
             self.momentum.lerp_(grad, 1 - c.momentum)
             grad = grad.lerp(self.momentum, c.momentum) if c.nesterov else self.momentum
-        update = embedding_direction(grad, frequency, lam, c.rate_scale) * group["lr"]
+        rows, size = self.rows, self.table.numel()
+        update = embedding_direction(grad, frequency[self.where], lam, c.rate_scale, rows, size) * group["lr"]
         if c.momentum_on == "update":
             self.momentum.mul_(c.momentum).add_(update)
             update = update.add(self.momentum, alpha=c.momentum) if c.nesterov else self.momentum

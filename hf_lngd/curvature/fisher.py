@@ -118,7 +118,7 @@ class FisherSource:
             if output.requires_grad:
 
                 def receive(g: Tensor | None) -> None:
-                    if g is not None and reaches(call.layer.weight):
+                    if g is not None and reaches(call.layer.live_weight):
                         _add_gradient(call, g.view(output_shape))
 
                 origin(output).register_hook(receive)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LNGDConfig
+from ..sharding import local
 from .factor_bank import product_dtype
 from .inverses import pack, packed_shape, unpack
+from .pooling import Pool
 
 
 class RotatedTable:
@@ -24,19 +26,35 @@ class RotatedTable:
         name: the parameter's name.
         modules: the embeddings that share the table.
         config: the optimizer's.
+
+    Attributes:
+        row_wise: what of the state has the table's rows, and is sharded as they are.
     """
+
+    row_wise = ("mean", "square")
 
     def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig) -> None:
         self.name, self.module, self.config = name, modules[0], config
         self.enabled = True
         self.tensors: dict[str, Tensor] = {}
+        self.sharded: nn.Parameter | None = None
+        self.pool: Pool | None = None
+
+    @property
+    def table(self) -> Tensor:
+        """The table: under FSDP2 the sharded one."""
+        return self.module.weight if self.sharded is None else self.sharded
+
+    def shard(self, weight: nn.Parameter, pool: Pool) -> None:
+        """From now on this process has rows of the table alone, the pool's other processes the rest."""
+        self.sharded, self.pool, self.tensors = weight, pool, {}
 
     def close(self) -> None:
         """Nothing to remove: no hooks."""
 
     def new_state(self) -> dict[str, Tensor]:
         """The state before the first step."""
-        weight = self.module.weight.detach()
+        weight = local(self.table.detach())
         like = weight.to(torch.promote_types(weight.dtype, torch.float32))
         d = like.shape[-1]
         return {
@@ -60,6 +78,8 @@ class RotatedTable:
         """
         s, d = self.tensors, grad.shape[-1]
         fresh = grad.mT @ grad
+        if self.pool is not None and self.pool.size > 1:
+            (fresh,) = self.pool.sum([fresh])
         size = fresh.diagonal().sum()
         decay = (s["step"] > 0).to(grad.dtype) * self.config.ema_decay
         ok = torch.isfinite(size) & (size > 0)
@@ -77,11 +97,10 @@ class RotatedTable:
     @torch.no_grad()
     def step(self, group: dict[str, Any], turn: bool) -> None:
         """One step with the group's ``lr`` and ``weight_decay``, or none without a gradient; `turn`: a new basis."""
-        weight = self.module.weight
-        if weight.grad is None:
+        if self.table.grad is None:
             return
         s, c = self._start(), self.config
-        grad = weight.grad.to(s["mean"].dtype)
+        weight, grad = local(self.table), local(self.table.grad).to(s["mean"].dtype)
         if turn:
             self._turn(grad)
         low = product_dtype(c, grad.dtype)
