@@ -10,6 +10,9 @@ from torch.optim.adamw import adamw
 
 from .sharding import local
 
+# What of a parameter's moments has its shape, and is sharded as it is.
+ROW_WISE = ("exp_avg", "exp_avg_sq")
+
 
 class Fallback:
     """Moments of AdamW by parameter, in its dtype and sharded as it is, and its step.

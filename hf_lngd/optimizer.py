@@ -363,6 +363,7 @@ class LNGD(torch.optim.Optimizer):
             ValueError: another optimizer's state, another version, another model or config; says what differs.
                 Nothing is changed then.
         """
+        meet_shards(self)
         state = dict(state_dict)
         own = serialization.check(self, state.pop("lngd", None))
         super().load_state_dict(state)  # type: ignore[arg-type]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .curvature.fisher import generators_of
 from .curvature.topology import Topology
+from .fallback import ROW_WISE
+from .gathering import OTHERS, gather_state
 from .preconditioner import Preconditioner
 
 if TYPE_CHECKING:
@@ -20,7 +23,17 @@ _FREE = ("conv_memory", "placement")
 
 
 def state_of(optimizer: LNGD) -> dict[str, Any]:
-    """The state under the key ``lngd``. Tensors are the optimizer's own (views of its banks), not copies."""
+    """The state under the key ``lngd``. Tensors are the optimizer's own (views of its banks), not copies.
+
+    Where parameters are sharded, this is a collective: rank 0 gets the whole state, copied to the CPU, and others
+    `OTHERS`.
+    """
+    own = share_of(optimizer)
+    return own if optimizer._shards is None else gather_state(optimizer, own, fallback_names(optimizer))
+
+
+def share_of(optimizer: LNGD) -> dict[str, Any]:
+    """What of the state is on this rank."""
     made = optimizer._preconditioner
     return {
         "version": VERSION,
@@ -28,9 +41,8 @@ def state_of(optimizer: LNGD) -> dict[str, Any]:
         "parameters": {r.parameter: list(r.shape) for r in optimizer.routing() if r.owner != "frozen"},
         "steps": optimizer._steps,
         "topology": [] if made is None else optimizer._capture.topology.state(),
-        "groups": {} if made is None else _group_states(made),
-        "layers": {} if made is None else _layer_states(made),
-        "flags": {} if made is None else _flags(made),
+        **bank_states(made),
+        "flags": {} if made is None else flags_of(made),
         "fallback": _fallback_states(optimizer),
         "embeddings": {e.name: e.state() for e in optimizer._embeddings},
         "random": optimizer._capture.source.state(),
@@ -43,11 +55,27 @@ def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:
     Raises:
         ValueError: says what differs; config fields and parameters with both values.
     """
+    if state == OTHERS:
+        raise ValueError("state_dict: got what a rank other than 0 has under FSDP2, accepted: rank 0's, which is whole")
+    check_plain(optimizer, state)
+    missing = sorted(set(share_of(optimizer)) - set(state))
+    if missing:
+        raise ValueError(f"state_dict: got a state without {', '.join(missing)}, accepted: a whole one")
+    try:
+        _check_banks(optimizer, state)
+        _check_rest(optimizer, state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"state_dict: got a damaged state ({type(error).__name__}: {error})") from error
+    return state
+
+
+def check_plain(optimizer: LNGD, state: Any) -> None:
+    """As :func:`check`, of what tells whose state it is: nothing else is looked at."""
     if not isinstance(state, Mapping) or "version" not in state:
         raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote (key 'lngd')")
     if state["version"] != VERSION:
         raise ValueError(f"state_dict: got version {state['version']}, accepted: {VERSION}")
-    missing = sorted(set(state_of(optimizer)) - set(state))
+    missing = sorted({"config", "parameters"} - set(state))
     if missing:
         raise ValueError(f"state_dict: got a state without {', '.join(missing)}, accepted: a whole one")
     here, there = optimizer.config.to_dict(), dict(state["config"])
@@ -56,12 +84,6 @@ def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:
         what = "; ".join(f"{name}: checkpoint {there.get(name)!r}, here {here[name]!r}" for name in differing)
         raise ValueError(f"state_dict: the config differs: {what}")
     _check_parameters(optimizer, state)
-    try:
-        _check_banks(optimizer, state)
-        _check_rest(optimizer, state)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"state_dict: got a damaged state ({type(error).__name__}: {error})") from error
-    return state
 
 
 def _check_parameters(optimizer: LNGD, state: Mapping[str, Any]) -> None:
@@ -80,21 +102,43 @@ def _check_parameters(optimizer: LNGD, state: Mapping[str, Any]) -> None:
 
 def _check_banks(optimizer: LNGD, state: Mapping[str, Any]) -> None:
     """Every tensor is there and has its shape: a damaged checkpoint must not be loaded by half."""
-    if state["topology"]:
-        made = _preconditioner_of(optimizer, state)
-        _check_tensors("groups", _group_states(made), state)
-        _check_tensors("layers", _layer_states(made), state)
-        _check_flags(_flags(made), state["flags"])
-    named = _fallback_names(optimizer)
+    made = preconditioner_of(optimizer, state)
+    for kind, expected in shapes_of(optimizer, state, made).items():
+        _check_tensors(kind, expected, state)
+    if made is not None:
+        _check_flags(flags_of(made), state["flags"])
+
+
+def shapes_of(
+    optimizer: LNGD, state: Mapping[str, Any], made: Preconditioner | None
+) -> dict[str, dict[str, dict[str, torch.Size]]]:
+    """What a whole state with these names in `fallback` and `embeddings` has: kind → name → key → shape.
+
+    Args:
+        made: the banks of the state's topology.
+
+    Raises:
+        ValueError: names that this optimizer does not know.
+    """
+    shapes = _bank_shapes(made)
+    named = fallback_names(optimizer)
     strange = sorted(set(state["fallback"]) - set(named))
     if strange:
         raise ValueError(f"state_dict: fallback: got {', '.join(strange[:5])}, accepted: names of parameters here")
-    _check_tensors("fallback", {n: optimizer._fallback.new_moments(named[n]) for n in state["fallback"]}, state)
+    shapes["fallback"] = {
+        name: {key: t.shape if key not in ROW_WISE else named[name].shape for key, t in moments.items()}
+        for name, moments in ((n, optimizer._fallback.new_moments(named[n])) for n in state["fallback"])
+    }
+    shapes["embeddings"] = {}
     for embedding in optimizer._embeddings:
         if embedding.name not in state["embeddings"]:
             raise ValueError(f"state_dict: embeddings: got none of {embedding.name}, accepted: all of them")
         if state["embeddings"][embedding.name]:
-            _check_tensors("embeddings", {embedding.name: embedding.new_state()}, state)
+            shapes["embeddings"][embedding.name] = {
+                key: embedding.table.shape if key in embedding.row_wise else t.shape
+                for key, t in embedding.new_state().items()
+            }
+    return shapes
 
 
 def _check_flags(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> None:
@@ -110,18 +154,19 @@ def _check_rest(optimizer: LNGD, state: Mapping[str, Any]) -> None:
     generators_of(state["random"])
 
 
-def _check_tensors(kind: str, expected: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    for name, tensors in expected.items():
-        for key, tensor in tensors.items():
+def _check_tensors(kind: str, expected: Mapping[str, Mapping[str, torch.Size]], state: Mapping[str, Any]) -> None:
+    for name, shapes in expected.items():
+        for key, shape in shapes.items():
             found = state[kind].get(name, {}).get(key)
-            if not isinstance(found, Tensor) or found.shape != tensor.shape:
+            if not isinstance(found, Tensor) or found.shape != shape:
                 what = list(found.shape) if isinstance(found, Tensor) else "none"
-                raise ValueError(
-                    f"state_dict: {kind}.{name}.{key}: got {what}, accepted: a tensor {list(tensor.shape)}"
-                )
+                raise ValueError(f"state_dict: {kind}.{name}.{key}: got {what}, accepted: a tensor {list(shape)}")
 
 
-def _preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditioner:
+def preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditioner | None:
+    """New banks for the topology of a state, None before the first step. ValueError: its layers are not the model's."""
+    if not state["topology"]:
+        return None
     topology = Topology.from_state(state["topology"])
     unknown = sorted(set(topology.of_layer) ^ set(optimizer._capture.layers))
     if unknown:
@@ -130,48 +175,91 @@ def _preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditio
 
 
 def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:
-    """Copy a state that :func:`check` has passed into the optimizer."""
-    optimizer._steps = int(state["steps"])
-    optimizer._fallback.moments.clear()
-    named = _fallback_names(optimizer)
-    for name, moments in state["fallback"].items():
-        parameter = named[name]
-        optimizer._fallback.moments[parameter] = {
-            key: value.detach().clone().to(parameter.device) for key, value in moments.items()
-        }
-    for embedding in optimizer._embeddings:
-        embedding.load_state(state["embeddings"][embedding.name])
-    optimizer._capture.source.load_state(state["random"])
-    if not state["topology"]:
-        optimizer._preconditioner, optimizer._capture.topology = None, Topology()
-        return
-    made = _preconditioner_of(optimizer, state)
-    for kind, states in (("groups", _group_states(made)), ("layers", _layer_states(made))):
+    """Copy a whole state that :func:`check` has passed into the optimizer."""
+    made = preconditioner_of(optimizer, state)
+    for kind, states in bank_states(made).items():
         for name, tensors in states.items():
             for key, tensor in tensors.items():
                 tensor.copy_(state[kind][name][key])
-    _set_flags(made, state["flags"])
-    optimizer._preconditioner = made
-    optimizer._capture.topology = Topology.from_state(state["topology"])
+    shards, named = optimizer._shards, fallback_names(optimizer)
+
+    def rows(value: Tensor, row_wise: bool) -> Tensor:
+        return value if shards is None or not row_wise else shards.shard(value)
+
+    fallback = {
+        name: {key: rows(value, key in ROW_WISE).detach().clone().to(named[name].device) for key, value in own.items()}
+        for name, own in state["fallback"].items()
+    }
+    embeddings = {
+        e.name: {key: rows(value, key in e.row_wise) for key, value in state["embeddings"][e.name].items()}
+        for e in optimizer._embeddings
+    }
+    attach(optimizer, state, made, fallback, embeddings)
 
 
-def _group_states(made: Preconditioner) -> dict[str, dict[str, Tensor]]:
-    return {
+def attach(
+    optimizer: LNGD,
+    plain: Mapping[str, Any],
+    made: Preconditioner | None,
+    fallback: Mapping[str, dict[str, Tensor]],
+    embeddings: Mapping[str, dict[str, Tensor]],
+) -> None:
+    """Let the optimizer go on from here.
+
+    Args:
+        plain: the rest of the state: ``steps``, ``topology``, ``flags``, ``random``.
+        made: banks with this rank's share of the state.
+        fallback, embeddings: this rank's share, by name.
+    """
+    optimizer._steps = int(plain["steps"])
+    named = fallback_names(optimizer)
+    optimizer._fallback.moments.clear()
+    optimizer._fallback.moments.update({named[name]: dict(moments) for name, moments in fallback.items()})
+    for embedding in optimizer._embeddings:
+        embedding.load_state(embeddings[embedding.name])
+    optimizer._capture.source.load_state(plain["random"])
+    optimizer._preconditioner, optimizer._capture.topology = made, Topology()
+    if made is not None:
+        counts = optimizer._shards is None or optimizer._shards.ranks.rank == 0  # which sums them over ranks
+        _set_flags(made, plain["flags"], counts)
+        optimizer._capture.topology = Topology.from_state(plain["topology"])
+
+
+def bank_states(made: Preconditioner | None) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """The tensors of ``groups`` and ``layers`` that this rank keeps: views of the banks."""
+    if made is None:
+        return {"groups": {}, "layers": {}}
+    groups = {
         spec.name: {key: tensor[rows.start : rows.stop] for key, tensor in bank.tensors().items()}
         for bank in made.factor_banks
         for spec, rows in zip(bank.specs, bank.rows.values(), strict=True)
     }
-
-
-def _layer_states(made: Preconditioner) -> dict[str, dict[str, Tensor]]:
-    return {
+    layers = {
         layer.name: {key: tensor.unflatten(0, (len(bank.layers), -1))[i] for key, tensor in bank.tensors().items()}
         for bank in made.layer_banks
         for i, layer in enumerate(bank.layers)
     }
+    return {"groups": groups, "layers": layers}
 
 
-def _flags(made: Preconditioner) -> dict[str, list[Any]]:
+def _bank_shapes(made: Preconditioner | None) -> dict[str, dict[str, dict[str, torch.Size]]]:
+    """Of the state of all ranks' groups and layers."""
+    if made is None:
+        return {"groups": {}, "layers": {}}
+    groups = {
+        spec.name: {key: torch.Size((spec.units, *t.shape[1:])) for key, t in bank.tensors().items()}
+        for bank, members in zip(made.factor_banks, made.factor_members, strict=True)
+        for spec in members
+    }
+    layers = {
+        layer.name: {key: torch.Size((bank.count(key), *t.shape[1:])) for key, t in bank.tensors().items()}
+        for bank in made.layer_banks
+        for layer in bank.members
+    }
+    return {"groups": groups, "layers": layers}
+
+
+def flags_of(made: Preconditioner) -> dict[str, list[Any]]:
     return {
         "inverted": [bank.inverted for bank in made.factor_banks],
         "started": [bank.started for bank in made.layer_banks],
@@ -181,17 +269,17 @@ def _flags(made: Preconditioner) -> dict[str, list[Any]]:
     }
 
 
-def _set_flags(made: Preconditioner, flags: Mapping[str, list[Any]]) -> None:
+def _set_flags(made: Preconditioner, flags: Mapping[str, list[Any]], counts: bool) -> None:
     for i, bank in enumerate(made.factor_banks):
         bank.inverted = bool(flags["inverted"][i])
-        bank.failures.copy_(flags["failed_factors"][i])
-        bank.skipped.copy_(flags["skipped_factors"][i])
+        bank.failures.fill_(int(flags["failed_factors"][i]) if counts else 0)
+        bank.skipped.fill_(int(flags["skipped_factors"][i]) if counts else 0)
     for i, layer_bank in enumerate(made.layer_banks):
         layer_bank.started = bool(flags["started"][i])
-        layer_bank.failures.copy_(flags["failed_layers"][i])
+        layer_bank.failures.fill_(int(flags["failed_layers"][i]) if counts else 0)
 
 
-def _fallback_names(optimizer: LNGD) -> dict[str, nn.Parameter]:
+def fallback_names(optimizer: LNGD) -> dict[str, nn.Parameter]:
     """The model's parameters by name, and those added later by group and place."""
     named = dict(optimizer._parameters)
     known = set(named.values())
@@ -201,7 +289,7 @@ def _fallback_names(optimizer: LNGD) -> dict[str, nn.Parameter]:
 
 
 def _fallback_states(optimizer: LNGD) -> dict[str, dict[str, Tensor]]:
-    names = {parameter: name for name, parameter in _fallback_names(optimizer).items()}
+    names = {parameter: name for name, parameter in fallback_names(optimizer).items()}
     return {names[p]: dict(m) for p, m in optimizer._fallback.moments.items() if p in names}
 
 
@@ -210,12 +298,10 @@ def memory_usage(optimizer: LNGD) -> dict[str, int]:
     usage = {"momentum": 0, "factors": 0, "inverses": 0, "embeddings": 0, "fallback": 0}
     inverses = ("inverse", "root", "whitener", "polar", "inverse_left", "inverse_right", "basis_left", "basis_right")
     kind_of = {"momentum": "momentum"} | dict.fromkeys(inverses, "inverses")
-    made = optimizer._preconditioner
-    if made is not None:
-        for states in (_group_states(made), _layer_states(made)):
-            for tensors in states.values():
-                for key, tensor in tensors.items():
-                    usage[kind_of.get(key, "factors")] += _bytes(tensor)
+    for states in bank_states(optimizer._preconditioner).values():
+        for tensors in states.values():
+            for key, tensor in tensors.items():
+                usage[kind_of.get(key, "factors")] += _bytes(tensor)
     for embedding in optimizer._embeddings:
         usage["embeddings"] += sum(_bytes(t) for t in embedding.state().values())
     usage["fallback"] = sum(_bytes(t) for m in optimizer._fallback.moments.values() for t in m.values())

@@ -68,15 +68,64 @@ def train(
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
     """The state of a sharded model, gathered."""
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+    return {name: gathered(t) for name, t in model.state_dict().items()}
+
+
+def gathered(tensor: Any) -> Tensor:
+    """All of it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def report(model: nn.Module, optimizer: LNGD, start: dict[str, Tensor], stop: int | None) -> dict[str, Any]:
     """As `dist_cases.report`: what is gathered of all ranks."""
-    weights = {n: p.detach().full_tensor().clone() for n, p in model.named_parameters() if p.requires_grad}
+    weights = {n: gathered(p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
     result: dict[str, Any] = {"weights": weights, "start": start, "numbers": optimizer.diagnostics()}
     result["factors"] = {name: optimizer.factors(name) for name in optimizer._capture.layers}
     result["memory"] = optimizer.memory_usage()
     if stop is not None:
         result |= {"model": whole(model), "optimizer": optimizer.state_dict(), "steps": stop}
     return result
+
+
+def save(
+    folder: str, kind: str, fields: dict[str, Any], steps: int, how: str = "blocks", **more: Any
+) -> dict[str, Any]:
+    """Train for some steps, write a distributed checkpoint, train on for as many: what came out."""
+    return _go(folder, kind, fields, range(steps), range(steps, 2 * steps), how, **more)
+
+
+def load(
+    folder: str, kind: str, fields: dict[str, Any], steps: int, how: str = "blocks", **more: Any
+) -> dict[str, Any]:
+    """Go on from that checkpoint."""
+    return _go(folder, kind, fields, range(0), range(steps, 2 * steps), how, **more)
+
+
+def _go(folder: str, kind: str, fields: dict[str, Any], before: range, after: range, how: str, spread: bool = True,
+        dtype: str = "float64", seed: int = 0) -> dict[str, Any]:  # fmt: skip
+    from hf_lngd import load_checkpoint, save_checkpoint
+
+    many = dist.is_initialized()
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if many else (1, 0)
+    model = make(kind, getattr(torch, dtype))
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    if not before:  # what is loaded has to come from the checkpoint
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+    optimizer = LNGD(model, lr=LR if before else 1.0, **fields)
+    wrapped: Any = model
+    if many:
+        wrapped = shard(model, how) if spread else nn.parallel.DistributedDataParallel(model)
+    if not before:
+        load_checkpoint(folder, model, optimizer)
+    for steps in (before, after):
+        for step in steps:
+            part = micro_batches(batch_of(kind, step, 16, getattr(torch, dtype)), [16 // ranks] * ranks, False)[rank]
+            terms = (batch_of(kind, step, 16, getattr(torch, dtype))["labels"] != IGNORED).sum()
+            backward(wrapped, optimizer, part, terms, ranks, False)
+            optimizer.step()
+            optimizer.zero_grad()
+        if steps is before and before:
+            save_checkpoint(folder, model, optimizer)
+    return report(model, optimizer, start, None)

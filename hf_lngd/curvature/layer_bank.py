@@ -310,6 +310,10 @@ class LayerBank:
         if self.config.rate == "adaptive" and any(layer.weight.grad is not None for layer in self.members):
             self._curvature(self.momentum[:0], [], samples, terms)
 
+    def count(self, key: str) -> int:
+        """How many entries of the state's first dimension are a layer's."""
+        return 1 if key == "rate" else self.units
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with the layers' matrices (of the rate: the layers) in the first dimension."""
         named = {"momentum": self.momentum, "psi": self.psi, "psi_weight": self.psi_weight, "rate": self.rate}
