@@ -26,6 +26,7 @@ from .fallback import Fallback
 from .layer_step import step_layers
 from .preconditioner import Preconditioner, state_like
 from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route, format_routes, route
+from .sharded_checkpoint import refuse_torchs_own
 from .sharding import Shards, refuse_flat_parameters
 
 
@@ -147,6 +148,7 @@ class LNGD(torch.optim.Optimizer):
         """
         if self._capture.closed:
             raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
+        refuse_torchs_own()
         meet_shards(self)
         self._check_ranks()
         loss = None
@@ -352,6 +354,7 @@ class LNGD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict with one more key, ``lngd``: all of LNGD's state, loadable with ``weights_only=True``."""
+        refuse_torchs_own()
         state = super().state_dict()
         state["lngd"] = serialization.state_of(self)
         return state

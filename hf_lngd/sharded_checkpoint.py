@@ -7,15 +7,18 @@ one rank owns is written by this rank. So it fits any number of ranks, DDP and o
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import serialization
 from .adoption import meet_shards
+from .curvature.context import callers
 from .fallback import ROW_WISE
 from .gathering import gather_flags
 
@@ -52,7 +55,7 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
     whole = optimizer._ranks.share(buffer.getvalue(), 0)
     tensors = {kind: own[kind] for kind in _KINDS}
     state = {"plain": torch.frombuffer(bytearray(whole), dtype=torch.uint8), **_as_sharded(optimizer, tensors)}
-    dcp.save({"model": get_model_state_dict(model), "optimizer": _without_empty(state)}, checkpoint_id=folder)
+    _call(dcp.save, {"model": get_model_state_dict(model), "optimizer": _without_empty(state)}, folder, optimizer)
 
 
 def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> None:
@@ -72,7 +75,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
     if _PLAIN not in sizes:
         raise ValueError(f"checkpoint {folder}: got one without LNGD's state, accepted: one of save_checkpoint's")
     coded = torch.empty(sizes[_PLAIN], dtype=torch.uint8)
-    dcp.load({"optimizer": {"plain": coded}}, checkpoint_id=folder)
+    _call(dcp.load, {"optimizer": {"plain": coded}}, folder, optimizer)
     plain = torch.load(io.BytesIO(coded.numpy().tobytes()), weights_only=True)
     serialization.check_plain(optimizer, plain)
     made = serialization.preconditioner_of(optimizer, plain)
@@ -93,11 +96,31 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
             found = list(sizes[name]) if name in sizes else "none"
             raise ValueError(f"checkpoint {folder}: {name}: got {found}, accepted: a tensor {list(shape)}")
     state = _without_empty(_as_sharded(optimizer, empty))
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    _call(dcp.load, {"model": weights, "optimizer": state}, folder, optimizer)
     set_model_state_dict(model, weights)
     torch.optim.Optimizer.load_state_dict(optimizer, plain["torch"])
     serialization.attach(optimizer, plain, made, empty["fallback"], empty["embeddings"])
     optimizer._arm()
+
+
+def refuse_torchs_own() -> None:
+    """Raise RuntimeError if torch's get_ or set_optimizer_state_dict is on the stack.
+
+    They keep what is under ``state`` and ``param_groups`` only, so would lose all of LNGD's state, and where that is
+    empty they make a step of zeros to fill it.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    if module is not None and any(frame.f_code.co_filename == module.__file__ for frame in callers()):
+        raise RuntimeError(
+            "LNGD: got a call from torch.distributed.checkpoint.state_dict (get_optimizer_state_dict, accelerate's "
+            "save_state under FSDP), which loses LNGD's state, accepted: hf_lngd.save_checkpoint and load_checkpoint, "
+            "or optimizer.state_dict() on all ranks"
+        )
+
+
+def _call(function: Any, state: dict[str, Any], folder: str | Path, optimizer: LNGD) -> None:
+    alone = not (dist.is_available() and dist.is_initialized())
+    function(state, checkpoint_id=folder, process_group=optimizer._ranks.group, no_dist=alone)
 
 
 def _sizes(folder: Path) -> dict[str, torch.Size]:

@@ -33,9 +33,11 @@ def is_fully_sharded(model: nn.Module) -> bool:
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:
-    """Raise RuntimeError for a model that FSDP1 wraps: layers have no matrices any more."""
+    """Raise RuntimeError for a model that FSDP1 wraps, from without or within: layers have no matrices any more."""
+    managed = not is_fully_sharded(model)  # what torch marks so is FSDP1's then
     for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
+        marked = managed and getattr(module, "_is_fsdp_managed_module", False)
+        if marked or type(module).__name__ == "FullyShardedDataParallel":
             raise RuntimeError(
                 f"LNGD: got FSDP1 (FullyShardedDataParallel) around '{name or 'the model'}', which flattens what is in "
                 "it, accepted: FSDP2 (torch.distributed.fsdp.fully_shard; accelerate: fsdp_version: 2)"

@@ -23,7 +23,7 @@ from .chains import Chain, ChainWatch
 from .context import calls_under_way, in_backward, in_reentrant_checkpoint, in_transform
 from .families import new_sums
 from .family_sums import Basis, FamilySums
-from .fisher import Call, FisherSource, origin, reaches
+from .fisher import Call, FisherSource, accumulator, origin, runs
 from .layers import Layer, call_input
 from .links import is_elementwise
 from .masks import BatchMasks, bind_batch
@@ -117,7 +117,9 @@ class Capture:
         add(model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True))
         for layer in self.layers.values():
             for _, module in layer.modules:
-                add(module.register_forward_hook(self._layer_hook(layer), with_kwargs=True))
+                # FSDP2's own hook, which takes the weight away, comes after it
+                first = bool(layer.sharded)
+                add(module.register_forward_hook(self._layer_hook(layer), with_kwargs=True, prepend=first))
         if not factors:
             return
         for name, module in model.named_modules():
@@ -368,8 +370,10 @@ class Capture:
         samples.seen += whole.shape[0]
         samples.kept += kept.shape[0]
 
+        weight = accumulator(layer.live_weight)
+
         def receive(g: Tensor | None) -> None:
-            if g is None or self.source.in_pass or not reaches(layer.live_weight):
+            if g is None or self.source.in_pass or not runs(weight):
                 return
             samples.add(forward, kept, layer.batched(g.detach().view(shape))[start :: self._rate_rows].clone())
 

@@ -114,7 +114,7 @@ class Layer:
 
     @property
     def live_weight(self) -> Tensor:
-        """The weight that a forward or backward pass which is under way works with."""
+        """The weight that a forward pass which is under way works with."""
         return self.module.weight  # type: ignore[return-value]
 
     @property
