@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import LNGDConfig
 from .optimizer import LNGD
+from .sharded_checkpoint import load_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from .integrations.stock import register, unregister
@@ -40,7 +41,9 @@ __all__ = [
     "LNGDTrainerMixin",
     "LNGDTrainingArguments",
     "create_lngd_optimizer",
+    "load_checkpoint",
     "register",
+    "save_checkpoint",
     "unregister",
 ]
 

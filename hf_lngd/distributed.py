@@ -101,6 +101,14 @@ class Ranks:
         """A plain value of every rank, in their order."""
         return [value] if self.size == 1 else [json.loads(own) for own in self._gather(json.dumps(value))]
 
+    def share(self, value: Any, rank: int) -> Any:
+        """What one rank has, on every rank: anything that can be pickled, its tensors on the CPU."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=rank)
+        return box[0]
+
     def _gather(self, value: str) -> list[str]:
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, value, group=self.group)

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from .curvature.pooling import Pool
 from .curvature.rounding import Rounding
+from .sharding import local
+
+# What of a parameter's moments has its shape, and is sharded as it is.
+ROW_WISE = ("exp_avg", "exp_avg_sq")
 
 
 class Fallback:
-    """Moments of AdamW by parameter, in its dtype but at least float32, and its step.
+    """Moments of AdamW by parameter, in its dtype but at least float32 and sharded as it is, and its step.
 
     torch's own AdamW function does the arithmetic, fused where the parameters allow it.
 
@@ -26,6 +31,7 @@ class Fallback:
         self.betas, self.eps, self.rounding = betas, eps, rounding
         self.moments: dict[nn.Parameter, dict[str, Tensor]] = {}
         self.skipped: Tensor | int = 0  # steps of a group that were passed over
+        self.pool: Pool | None = None  # the processes that have the other rows of sharded parameters
 
     def moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The moments of a parameter, made at its first step; they follow it to another device or dtype."""
@@ -41,9 +47,9 @@ class Fallback:
 
     @staticmethod
     def new_moments(parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The moments of a parameter before its first step."""
+        """The moments of a parameter before its first step; of what this rank holds, where it is sharded."""
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        zeros = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        zeros = torch.zeros_like(local(parameter.detach()), dtype=dtype, memory_format=torch.preserve_format)
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
@@ -57,11 +63,11 @@ class Fallback:
         if not parameters:
             return
         moments = [self.moments_of(p) for p in parameters]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        bad = _any_unusable(gradients)
+        gradients = [local(p.grad) for p in parameters]
+        bad = _any_unusable(gradients, self.pool)
         self.skipped = self.skipped + bad
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         with self.rounding.full(parameters) as whole:
+            fused = all(w.is_floating_point() and w.device.type in ("cpu", "cuda") for w in whole)
             gradients = [g.to(w.dtype) for g, w in zip(gradients, whole, strict=True)]
             if not fused:  # which does not know `found_inf`: a gradient of zero comes closest
                 gradients = [torch.where(bad > 0, torch.zeros_like(g), g) for g in gradients]
@@ -85,10 +91,13 @@ class Fallback:
             )
 
 
-def _any_unusable(gradients: list[Tensor]) -> Tensor:
-    """1 if the norm of any gradient is not finite, else 0; on the device of the first."""
+def _any_unusable(gradients: list[Tensor], pool: Pool | None) -> Tensor:
+    """1 if the norm of any gradient is not finite, else 0; on the device of the first. `pool` has the other rows."""
     dtype = torch.float32
     for gradient in gradients:
         dtype = torch.promote_types(dtype, gradient.dtype)  # in half precision norms would overflow
     norms = torch._foreach_norm(gradients, 2, dtype)
-    return (~torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms]).square())).any().long()
+    squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square()
+    if pool is not None and pool.size > 1:
+        (squares,) = pool.sum([squares])
+    return (~torch.isfinite(squares)).any().long()

@@ -12,21 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from . import serialization
+from .adoption import meet_shards
 from .checks import GRADIENT_FISHERS, check_lr, fishers_beside
 from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
 from .curvature.compiled import plain_name, uncompiled
 from .curvature.embeddings import EmbeddingLayer
 from .curvature.fisher import FisherSource, unscaled
+from .curvature.owners import Owners
 from .curvature.pooling import pool_sums
 from .curvature.rotated import RotatedTable
 from .curvature.rounding import Rounding
-from .curvature.topology import Group
+from .curvature.topology import Group, Topology
 from .distributed import Ranks
 from .fallback import Fallback
+from .layer_step import step_layers
 from .preconditioner import Preconditioner, state_like
 from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route, format_routes, route
 from .scaler import UnderScaler
+from .sharded_checkpoint import refuse_torchs_own
+from .sharding import Shards, refuse_flat_parameters
 
 NO_COPY = (
     "LNGD: got a copy or pickle of the optimizer, which watches one model. Accepted: its state_dict(), loaded into "
@@ -79,8 +84,10 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         elif fields:
             config = LNGDConfig(**{**config.to_dict(), **fields})
         self.config = config
+        refuse_flat_parameters(model)
         model = uncompiled(model)
         self._routing = route(model, config)
+        self._names: dict[str, list[str]] = {}  # of each group's parameters
         self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         self._rounding = Rounding(config.bf16_update, config.seed)
         self._fallback = Fallback(config.betas, config.eps, self._rounding)
@@ -106,6 +113,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         self._gatherers = [self._capture, *self._embeddings]
         for watcher in (self._capture, *self._embeddings):  # an optimizer that is dropped takes its hooks along
             weakref.finalize(self, watcher.close).atexit = False
+        self._shards: Shards | None = None
+        meet_shards(self)
         self._check_ranks()
         self._arm()
 
@@ -135,6 +144,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
             decay = c.weight_decay if r.decays else 0.0
             group = groups.setdefault(name, {"params": [], "name": name, "lr": own_lr, "weight_decay": decay})
             group["params"].append(self._parameters[r.parameter])
+            self._names.setdefault(name, []).append(r.parameter)
         if not groups:
             raise ValueError("model: got no parameter that requires a gradient, accepted: at least one")
         return sorted(groups.values(), key=lambda group: group["name"] != "lngd")  # Trainer logs the first one's rate
@@ -152,6 +162,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         """
         if self._capture.closed:
             raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
+        refuse_torchs_own()
+        meet_shards(self)
         self._check_ranks()
         self._rounding.begin(self._steps)
         self._read_scaler(self.param_groups[0]["params"][0].device)
@@ -159,7 +171,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._preconditioner is not None and self._preconditioner.was_left():  # model.to(…) in mid-training
+        made = self._preconditioner
+        if self._shards is None and made is not None and made.was_left():  # model.to(…) in mid-training
             serialization.load(self, serialization.state_of(self))
         if any(layer.weight.grad is not None for layer in self._routing.layers):
             start = time.perf_counter()
@@ -172,7 +185,12 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
                 raise
             self._factor_seconds += time.perf_counter() - start + inside_hooks
             self._capture.seconds = 0.0
-            self._update_layers()
+            groups = {group["name"]: group for group in self.param_groups}
+            lr, decay = groups["lngd"]["lr"], groups["lngd"]["weight_decay"]
+            assert self._preconditioner is not None
+            terms = unscaled(self._capture.terms, self._loss_scale)
+            samples = self._capture.rows
+            step_layers(self._preconditioner, samples, terms, self._shards, self._rounding, lr, decay, self._steps)
         for group in self.param_groups:
             if group["name"] == "embedding":
                 for embedding in self._embeddings:
@@ -203,17 +221,27 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
                 found = {"/".join(g["members"]): f"{g['links']} {g['stream']}" for g in capture.topology.state()}
                 order = {"order of layers": list(found)}
                 self._ranks.check_same("what follows the layers, and who shares an input", found | order)
-                self._preconditioner = Preconditioner(capture.layers, capture.topology, self.config, self._ranks)
+                self._preconditioner = self._new_preconditioner(capture.topology)
             terms, drawn = capture.terms, capture.source.sampled_terms
             if sums:
                 capture.source.check_terms(terms)
             if self._ranks.size > 1:
                 groups, scalars = capture.topology.groups, [terms, drawn]
-                sums, (terms, drawn) = pool_sums(sums, groups, capture.empty_sums, self._like_of, scalars, self._ranks)
+                owners = self._preconditioner.owners
+                to_owners = None if owners is None else owners.sum
+                sums, (terms, drawn) = pool_sums(
+                    sums, groups, capture.empty_sums, self._like_of, scalars, self._ranks, to_owners
+                )
             scale = capture.source.scale(terms, drawn, self._ranks.size, self._loss_scale) if sums else None
             self._preconditioner.update_factors(sums, scale)
         assert self._preconditioner is not None
         self._preconditioner.refresh(self._steps)
+
+    def _new_preconditioner(self, topology: Topology) -> Preconditioner:
+        layers, owners = self._capture.layers, None
+        if self._shards is not None:
+            owners = Owners(topology.groups, layers, self.config.max_factor_dim, self._shards)
+        return Preconditioner(layers, topology, self.config, self._ranks, owners)
 
     def _like_of(self, group: Group) -> Tensor:
         return state_like(self._capture.layers[group.name])
@@ -259,28 +287,6 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
                 "given to LNGD itself, on tensors, in each step, without optimizer.eval(); checkpoint activations with "
                 "use_reentrant=False; or accepted: rms, trust, none"
             )
-
-    def _update_layers(self) -> None:
-        groups = {group["name"]: group for group in self.param_groups}
-        lr, decay = groups["lngd"]["lr"], groups["lngd"]["weight_decay"]
-        terms = unscaled(self._capture.terms, self._loss_scale)
-        assert self._preconditioner is not None
-        for bank in self._preconditioner.layer_banks:
-            present = [i for i, layer in enumerate(bank.layers) if layer.weight.grad is not None]
-            if not present:
-                continue
-            updates = bank.update(present, lr, self._steps, self._capture.rows, terms)
-            layers = [bank.layers[i] for i in present]
-            weights: list[Tensor] = [layer.weight for layer in layers]
-            with self._rounding.full(weights) as whole:
-                if decay:
-                    torch._foreach_mul_(whole, 1 - lr * decay)
-                changes = [layer.like_weight(update) for layer, update in zip(layers, updates, strict=True)]
-                torch._foreach_sub_(whole, changes)
-            biases = [(y.bias, y.like_bias(u)) for y, u in zip(layers, updates, strict=True) if y.bias is not None]
-            with self._rounding.full([bias for bias, _ in biases]) as whole:
-                for value, (_, change) in zip(whole, biases, strict=True):
-                    value.sub_(change)
 
     # What a training loop may call
 
@@ -382,6 +388,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict with one more key, ``lngd``: all of LNGD's state, loadable with ``weights_only=True``."""
+        refuse_torchs_own()
         state = super().state_dict()
         state["lngd"] = serialization.state_of(self)
         return state
@@ -393,6 +400,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
             ValueError: another optimizer's state, another version, another model or config; says what differs.
                 Nothing is changed then.
         """
+        meet_shards(self)
         state = dict(state_dict)
         own = serialization.check(self, state.pop("lngd", None))
         super().load_state_dict(state)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from .curvature.families import FAMILIES, FamilyBank
 from .curvature.family_sums import Basis, FamilySums
 from .curvature.layer_bank import LayerBank, gram_side
 from .curvature.layers import Layer, factor_blocks, sides_of
+from .curvature.owners import Owners
 from .curvature.pooling import Pool
 from .curvature.spreading import SpreadInverses
 from .curvature.sums import GroupSums
@@ -30,11 +31,21 @@ class Preconditioner:
         topology: who shares Φ with whom; frozen.
         config: the optimizer's.
         pool: the processes that train the model.
+        owners: which rank keeps what; None: each keeps all. Banks are the same ones on every rank, with the rows that
+            it keeps, if any.
     """
 
-    def __init__(self, layers: dict[str, Layer], topology: Topology, config: LNGDConfig, pool: Pool) -> None:
-        self.layers, self.config, self.pool = layers, config, pool
+    def __init__(
+        self,
+        layers: dict[str, Layer],
+        topology: Topology,
+        config: LNGDConfig,
+        pool: Pool,
+        owners: Owners | None = None,
+    ) -> None:
+        self.layers, self.config, self.pool, self.owners = layers, config, pool, owners
         self.factor_banks: list[Bank] = []
+        self.factor_members: list[list[FactorSpec]] = []  # of each of these banks the groups of all ranks
         self.layer_banks: list[LayerBank] = []
         self._bank_of_group: dict[str, Bank] = {}
         self._make_factor_banks(topology.groups)
@@ -54,7 +65,9 @@ class Preconditioner:
             key = (layout, kinds, like.device, like.dtype)
             offset = number * interval // len(groups)
             keyed.setdefault(key, []).append((self._spec(group), offset))
-        for (layout, kinds, device, dtype), entries in keyed.items():
+        for (layout, kinds, device, dtype), everyone in keyed.items():
+            self.factor_members.append([spec for spec, _ in everyone])
+            entries = [e for e in everyone if self.owners is None or self.owners.has_group(e[0].name)]
             specs, offsets = [spec for spec, _ in entries], [offset for _, offset in entries]
             like = torch.empty(0, device=device, dtype=dtype)
             bank: Bank
@@ -63,7 +76,7 @@ class Preconditioner:
             else:  # whose groups have one member each
                 bank = FAMILIES[self.config.family](specs, layout, offsets, self.config, like)
             self.factor_banks.append(bank)
-            self._bank_of_group.update({spec.name: bank for spec in specs})
+            self._bank_of_group.update({spec.name: bank for spec, _ in everyone})
 
     def _spec(self, group: Group) -> FactorSpec:
         first = self.layers[group.name]
@@ -84,11 +97,12 @@ class Preconditioner:
             most = max(1, _BANK_ELEMENTS // (units * m * columns))
             for start in range(0, len(members), most):
                 chunk = members[start : start + most]
-                names = [topology.of_layer[layer.name].name for layer in chunk]
-                factors = self._bank_of_group[names[0]]
+                groups = [topology.of_layer[layer.name].name for layer in chunk]
+                factors = self._bank_of_group[groups[0]]
                 like = state_like(chunk[0])
-                rows = torch.tensor(factors.rows_of(names), device=like.device)
-                bank = LayerBank(chunk, factors, rows, estimated, before, self.config, like, self.pool)
+                kept = [name for name in groups if self.owners is None or self.owners.has_group(name)]
+                rows = torch.tensor(factors.rows_of(kept), dtype=torch.int64, device=like.device)
+                bank = LayerBank(chunk, factors, rows, estimated, before, self.config, like, self.pool, self.owners)
                 self.layer_banks.append(bank)
                 before += len(chunk)
 
@@ -125,13 +139,13 @@ class Preconditioner:
     def refresh(self, step: int) -> None:
         """Invert what is due at this step."""
         due = [(bank, rows) for bank in self.factor_banks if (rows := bank.due(step))]
-        spread = self._spread.plan(due) if self.pool.size > 1 else None
+        spread = self._spread.plan(due) if self.pool.size > 1 and self.owners is None else None
         if spread is not None:
             self._spread.invert(spread)
         else:
             for bank, rows in due:
                 bank.invert(rows)
-        for bank, _ in due:
+        for bank in self.factor_banks:  # all of them in the first step
             bank.inverted = True
 
     def basis_of(self, name: str) -> Basis | None:
@@ -142,6 +156,13 @@ class Preconditioner:
     def factors(self, name: str) -> dict[str, Tensor]:
         """The family's factors of a layer as it defines them, undamped, see `LNGD.factors`; with a grouped
         convolution's groups in a first dimension."""
+        if self.owners is None:
+            return self._factors(name)
+        found = {k: v.cpu() for k, v in self._factors(name).items()} if self.owners.has_layer(name) else None
+        shared = self.owners.shards.ranks.share(found, self.owners.of_layer[name])
+        return {key: value.to(self.layers[name].weight.device) for key, value in shared.items()}
+
+    def _factors(self, name: str) -> dict[str, Tensor]:
         bank, i = self.bank_of_layer[name]
         own = bank.rows_of([i])
         if isinstance(bank.factors, FamilyBank):
@@ -155,18 +176,30 @@ class Preconditioner:
         return {"phi": phi, "psi": psi} if bank.units > 1 else {"phi": phi[0], "psi": psi[0].clone()}
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers for a log; waits for the device once."""
-        numbers = {
-            "layer_rate_mean": torch.cat([bank.rate.flatten().float() for bank in self.layer_banks]).mean(),
-            "damping_mean": torch.cat([bank.damping.flatten().float() for bank in self.factor_banks]).mean(),
-            "condition_max": torch.cat([bank.condition.flatten().float() for bank in self.factor_banks]).amax(),
-            "failed_inverses": sum(bank.failures for bank in self.factor_banks)
-            + sum(bank.failures for bank in self.layer_banks),
-            "skipped_factors": sum(bank.skipped for bank in self.factor_banks),
-            "skipped_gradients": sum(bank.skipped for bank in self.layer_banks),
+        """Numbers for a log, of all ranks' layers; waits for the device once."""
+        rates = torch.cat([bank.rate.flatten().double() for bank in self.layer_banks])
+        damping = torch.cat([bank.damping.flatten().double() for bank in self.factor_banks])
+        conditions = torch.cat([bank.condition.flatten().double() for bank in self.factor_banks])
+        failures = [bank.failures for bank in self.factor_banks] + [bank.failures for bank in self.layer_banks]
+        numbers = [
+            *(t for values in (rates, damping) for t in (values.sum(), values.new_tensor(values.numel()))),
+            torch.stack(failures).sum(),
+            torch.stack([bank.skipped for bank in self.factor_banks]).sum(),
+            torch.stack([bank.skipped for bank in self.layer_banks]).sum(),
+            conditions.amax() if len(conditions) else rates.new_tensor(-torch.inf),
+        ]
+        own = torch.stack([number.double() for number in numbers]).tolist()
+        everyone = [own] if self.owners is None else self.owners.shards.ranks.everyone(own)
+        *sums, _ = (sum(column) for column in zip(*everyone, strict=True))
+        rate, layers, damped, rows, failed, skipped, gradients = sums
+        return {
+            "layer_rate_mean": rate / layers,
+            "damping_mean": damped / rows,
+            "condition_max": max(values[-1] for values in everyone),
+            "failed_inverses": failed,
+            "skipped_factors": skipped,
+            "skipped_gradients": gradients,
         }
-        values = torch.stack([torch.as_tensor(value).double().cpu() for value in numbers.values()])
-        return dict(zip(numbers, values.tolist(), strict=True))
 
 
 def needed_kind(layer: Layer, config: LNGDConfig) -> str:

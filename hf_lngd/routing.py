@@ -54,11 +54,13 @@ class Route:
 
 @dataclass
 class Routing:
-    """The outcome: routes of all parameters, the layers LNGD owns, the embeddings with a rule of their own."""
+    """The outcome: routes of all parameters, the layers LNGD owns, the embeddings with a rule of their own, and the
+    first home of each parameter: wrappers (FSDP2) put others there after the optimizer is made."""
 
     routes: list[Route]
     layers: list[Layer]
     embeddings: list[tuple[str, list[nn.Embedding]]]
+    homes: dict[str, tuple[nn.Module, str]]
 
 
 def route(model: nn.Module, config: LNGDConfig) -> Routing:
@@ -68,18 +70,19 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
     both an embedding and a head is an embedding. Parameters that do not require a gradient are ``frozen``.
 
     Raises:
-        ValueError: a parameter that cannot be trained here: complex, float16, not initialized, or with sparse gradients.
+        ValueError: a parameter that cannot be trained here: complex, float16, not initialized, of sparse gradients.
     """
     homes = _homes(model)
     around = {plain_name(name): module for name, module in model.named_modules()}
     exclude = re.compile(config.exclude) if config.exclude else None
-    routing = Routing([], [], [])
+    routing = Routing([], [], [], {})
     layer_of: dict[int, Layer] = {}
     for compiled_name, parameter in model.named_parameters():
         name = plain_name(compiled_name)
         # peft's MultiheadAttention makes its frozen weights anew whenever its modules are listed
         module_name, _, attribute = name.rpartition(".")
         modules = homes.setdefault(id(parameter), [(module_name, around[module_name], attribute)])
+        routing.homes[name] = modules[0][1:]
         _check(name, parameter, modules)
         owner, reason, decays = _decide(name, parameter, homes, config, exclude, around)
         if reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .config import LNGDConfig
 from .curvature.fisher import generators_of
 from .curvature.topology import Topology
+from .fallback import ROW_WISE
+from .gathering import LOST, OTHERS, gather_state
 from .preconditioner import Preconditioner
 
 if TYPE_CHECKING:
@@ -20,15 +22,24 @@ VERSION = 5
 # Fields that change no result.
 _FREE = ("conv_memory", "placement")
 _KINDS = {"steps": int, "topology": list} | dict.fromkeys(
-    ("config", "parameters", "groups", "layers", "flags", "fallback", "embeddings", "random"), dict
+    ("config", "parameters", "groups", "layers", "flags", "fallback", "embeddings", "random", "rounding"), dict
 )
-_KEYS = {"version", *_KINDS}
 # Newton's iteration leaves it NaN.
 _MAY_BE_NAN = ("condition",)
 
 
 def state_of(optimizer: LNGD) -> dict[str, Any]:
-    """The state under the key ``lngd``. Tensors are the optimizer's own (views of its banks), not copies."""
+    """The state under the key ``lngd``. Tensors are the optimizer's own (views of its banks), not copies.
+
+    Where parameters are sharded, this is a collective: rank 0 gets the whole state, copied to the CPU, and others
+    `OTHERS`.
+    """
+    own = share_of(optimizer)
+    return own if optimizer._shards is None else gather_state(optimizer, own, fallback_names(optimizer))
+
+
+def share_of(optimizer: LNGD) -> dict[str, Any]:
+    """What of the state is on this rank."""
     made = optimizer._preconditioner
     return {
         "version": VERSION,
@@ -36,9 +47,8 @@ def state_of(optimizer: LNGD) -> dict[str, Any]:
         "parameters": {r.parameter: list(r.shape) for r in optimizer.routing() if r.owner != "frozen"},
         "steps": optimizer._steps,
         "topology": [] if made is None else optimizer._capture.topology.state(),
-        "groups": {} if made is None else _group_states(made),
-        "layers": {} if made is None else _layer_states(made),
-        "flags": {} if made is None else _flags(made),
+        **bank_states(made),
+        "flags": {} if made is None else flags_of(made),
         "fallback": _fallback_states(optimizer),
         "embeddings": {e.name: e.state() for e in optimizer._embeddings},
         "random": optimizer._capture.source.state(),
@@ -46,18 +56,18 @@ def state_of(optimizer: LNGD) -> dict[str, Any]:
     }
 
 
-def check_origin(config: LNGDConfig, state: Any) -> None:
-    """Raise ValueError unless this is a state that LNGD wrote, of this version and under these settings."""
+def check_origin(config: LNGDConfig, state: Any, parts: Iterable[str] = _KINDS) -> None:
+    """Raise ValueError unless LNGD wrote this state, in this version, under these settings, with these parts."""
     if not isinstance(state, Mapping) or "version" not in state:
         raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote (key 'lngd')")
     if state["version"] != VERSION:
         raise ValueError(f"state_dict: got version {state['version']}, accepted: {VERSION}")
-    missing = sorted(_KEYS - set(state))
+    missing = sorted(set(parts) - set(state))
     if missing:
         raise ValueError(f"state_dict: got a state without {', '.join(missing)}, accepted: a whole one")
-    for name, kind in _KINDS.items():
-        if not isinstance(state[name], kind):
-            raise ValueError(f"state_dict: {name}: got {state[name]!r}, accepted: a {kind.__name__}")
+    for name in parts:
+        if not isinstance(state[name], _KINDS[name]):
+            raise ValueError(f"state_dict: {name}: got {state[name]!r}, accepted: a {_KINDS[name].__name__}")
     here, there = config.to_dict(), state["config"]
     differing = [name for name in here if there.get(name) != here[name] and name not in _FREE]
     if differing:
@@ -71,6 +81,8 @@ def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:
     Raises:
         ValueError: says what differs; config fields and parameters with both values.
     """
+    if state == OTHERS:
+        raise ValueError("state_dict: got what a rank other than 0 has under FSDP2, accepted: rank 0's, which is whole")
     check_origin(optimizer.config, state)
     try:
         _check_parameters(optimizer, state)
@@ -79,6 +91,12 @@ def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"state_dict: got a damaged state ({type(error).__name__}: {error})") from error
     return state
+
+
+def check_plain(optimizer: LNGD, state: Any) -> None:
+    """As :func:`check`, of what tells whose state it is: nothing else is looked at."""
+    check_origin(optimizer.config, state, ("config", "parameters"))
+    _check_parameters(optimizer, state)
 
 
 def _check_parameters(optimizer: LNGD, state: Mapping[str, Any]) -> None:
@@ -97,23 +115,45 @@ def _check_parameters(optimizer: LNGD, state: Mapping[str, Any]) -> None:
 
 def _check_banks(optimizer: LNGD, state: Mapping[str, Any]) -> None:
     """Every tensor is there and has its shape: a damaged checkpoint must not be loaded by half."""
-    if state["topology"]:
-        made = _preconditioner_of(optimizer, state)
-        _check_tensors("groups", _group_states(made), state)
-        _check_tensors("layers", _layer_states(made), state)
-        _check_flags(_flags(made), state["flags"])
-    named = _fallback_names(optimizer)
+    made = preconditioner_of(optimizer, state)
+    for kind, expected in shapes_of(optimizer, state, made).items():
+        _check_tensors(kind, expected, state)
+    if made is not None:
+        _check_flags(flags_of(made), state["flags"])
+
+
+def shapes_of(
+    optimizer: LNGD, state: Mapping[str, Any], made: Preconditioner | None
+) -> dict[str, dict[str, dict[str, torch.Size]]]:
+    """What a whole state with these names in `fallback`, `rounding` and `embeddings` has: kind → name → key → shape.
+
+    Args:
+        made: the banks of the state's topology.
+
+    Raises:
+        ValueError: names that this optimizer does not know.
+    """
+    shapes = _bank_shapes(made)
+    named = fallback_names(optimizer)
     for kind in ("fallback", "rounding"):
         strange = sorted(set(state[kind]) - set(named))
         if strange:
             raise ValueError(f"state_dict: {kind}: got {', '.join(strange[:5])}, accepted: names of parameters here")
-    _check_tensors("fallback", {n: optimizer._fallback.new_moments(named[n]) for n in state["fallback"]}, state)
-    _check_tensors("rounding", {n: {"lost": named[n]} for n in state["rounding"]}, state)
+    shapes["fallback"] = {
+        name: {key: t.shape if key not in ROW_WISE else named[name].shape for key, t in moments.items()}
+        for name, moments in ((n, optimizer._fallback.new_moments(named[n])) for n in state["fallback"])
+    }
+    shapes["rounding"] = {name: {LOST: named[name].shape} for name in state["rounding"]}
+    shapes["embeddings"] = {}
     for embedding in optimizer._embeddings:
         if embedding.name not in state["embeddings"]:
             raise ValueError(f"state_dict: embeddings: got none of {embedding.name}, accepted: all of them")
         if state["embeddings"][embedding.name]:
-            _check_tensors("embeddings", {embedding.name: embedding.new_state()}, state)
+            shapes["embeddings"][embedding.name] = {
+                key: embedding.table.shape if key in embedding.row_wise else t.shape
+                for key, t in embedding.new_state().items()
+            }
+    return shapes
 
 
 def _check_flags(expected: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> None:
@@ -129,80 +169,125 @@ def _check_rest(optimizer: LNGD, state: Mapping[str, Any]) -> None:
     generators_of(state["random"])
 
 
-def _check_tensors(kind: str, expected: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    for name, tensors in expected.items():
-        for key, tensor in tensors.items():
+def _check_tensors(kind: str, expected: Mapping[str, Mapping[str, torch.Size]], state: Mapping[str, Any]) -> None:
+    for name, shapes in expected.items():
+        for key, shape in shapes.items():
             found = state[kind].get(name, {}).get(key)
-            if not isinstance(found, Tensor) or found.shape != tensor.shape:
+            if not isinstance(found, Tensor) or found.shape != shape:
                 what = list(found.shape) if isinstance(found, Tensor) else "none"
-                raise ValueError(
-                    f"state_dict: {kind}.{name}.{key}: got {what}, accepted: a tensor {list(tensor.shape)}"
-                )
+                raise ValueError(f"state_dict: {kind}.{name}.{key}: got {what}, accepted: a tensor {list(shape)}")
             if not found.is_floating_point():  # those that are, of another precision, are converted
-                raise ValueError(f"state_dict: {kind}.{name}.{key}: got {found.dtype}, accepted: {tensor.dtype}")
+                raise ValueError(f"state_dict: {kind}.{name}.{key}: got {found.dtype}, accepted: floating point")
             if key not in _MAY_BE_NAN and not bool(torch.isfinite(found).all()):
                 raise ValueError(f"state_dict: {kind}.{name}.{key}: got NaN or infinity, accepted: finite numbers")
 
 
-def _preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditioner:
+def preconditioner_of(optimizer: LNGD, state: Mapping[str, Any]) -> Preconditioner | None:
+    """New banks for the topology of a state, None before the first step. ValueError: its layers are not the model's."""
+    if not state["topology"]:
+        return None
     topology = Topology.from_state(state["topology"])
     unknown = sorted(set(topology.of_layer) ^ set(optimizer._capture.layers))
     if unknown:
         raise ValueError(f"state_dict: the layers differ: {', '.join(unknown[:5])}")
-    return Preconditioner(optimizer._capture.layers, topology, optimizer.config, optimizer._ranks)
+    return optimizer._new_preconditioner(topology)
 
 
 def load(optimizer: LNGD, state: Mapping[str, Any]) -> None:
-    """Copy a state that :func:`check` has passed, or the own one, into banks made for the model as it is now."""
-    optimizer._steps = int(state["steps"])
-    optimizer._fallback.moments.clear()
-    named = _fallback_names(optimizer)
-    for name, moments in state["fallback"].items():
-        parameter = named[name]
-        optimizer._fallback.moments[parameter] = {
-            key: value.detach().clone().to(parameter.device) for key, value in moments.items()
-        }
-    optimizer._rounding.lost.clear()
-    for name, kept in state["rounding"].items():
-        optimizer._rounding.lost[named[name]] = kept["lost"].detach().clone().to(named[name].device)
-    for embedding in optimizer._embeddings:
-        embedding.load_state(state["embeddings"][embedding.name])
-    optimizer._capture.source.load_state(state["random"])
-    if not state["topology"]:
-        optimizer._preconditioner, optimizer._capture.topology = None, Topology()
-        return
-    made, stale = _preconditioner_of(optimizer, state), False
-    for kind, states in (("groups", _group_states(made)), ("layers", _layer_states(made))):
+    """Copy a whole state that :func:`check` has passed, or the own one, into banks made for the model as it is now."""
+    made, stale = preconditioner_of(optimizer, state), False
+    for kind, states in bank_states(made).items():
         for name, tensors in states.items():
             for key, tensor in tensors.items():
                 if tensor.shape == state[kind][name][key].shape:
                     tensor.copy_(state[kind][name][key])
                 else:  # own, of a model that has another dtype since: inverses are kept in another form
                     stale = True
-    _set_flags(made, state["flags"])
-    for bank in made.factor_banks if stale else ():
+    shards, named = optimizer._shards, fallback_names(optimizer)
+
+    def rows(value: Tensor, row_wise: bool) -> Tensor:
+        return value if shards is None or not row_wise else shards.shard(value)
+
+    def by_parameter(kind: str, row_wise: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+        return {
+            name: {key: rows(t, key in row_wise).detach().clone().to(named[name].device) for key, t in own.items()}
+            for name, own in state[kind].items()
+        }
+
+    share = {"fallback": by_parameter("fallback", ROW_WISE), "rounding": by_parameter("rounding", (LOST,))}
+    share["embeddings"] = {
+        e.name: {key: rows(value, key in e.row_wise) for key, value in state["embeddings"][e.name].items()}
+        for e in optimizer._embeddings
+    }
+    attach(optimizer, state, made, share)
+    for bank in made.factor_banks if made is not None and stale else ():
         bank.invert(tuple(range(bank.count)))
-    optimizer._preconditioner = made
-    optimizer._capture.topology = Topology.from_state(state["topology"])
 
 
-def _group_states(made: Preconditioner) -> dict[str, dict[str, Tensor]]:
-    return {
+def attach(
+    optimizer: LNGD,
+    plain: Mapping[str, Any],
+    made: Preconditioner | None,
+    share: Mapping[str, Mapping[str, dict[str, Tensor]]],
+) -> None:
+    """Let the optimizer go on from here.
+
+    Args:
+        plain: the rest of the state: ``steps``, ``topology``, ``flags``, ``random``.
+        made: banks with this rank's share of the state.
+        share: this rank's of ``fallback``, ``rounding`` and ``embeddings``, by name.
+    """
+    optimizer._steps = int(plain["steps"])
+    named = fallback_names(optimizer)
+    optimizer._fallback.moments.clear()
+    optimizer._fallback.moments.update({named[name]: dict(moments) for name, moments in share["fallback"].items()})
+    optimizer._rounding.lost.clear()
+    optimizer._rounding.lost.update({named[name]: own[LOST] for name, own in share["rounding"].items()})
+    for embedding in optimizer._embeddings:
+        embedding.load_state(share["embeddings"][embedding.name])
+    optimizer._capture.source.load_state(plain["random"])
+    optimizer._preconditioner, optimizer._capture.topology = made, Topology()
+    if made is not None:
+        counts = optimizer._shards is None or optimizer._shards.ranks.rank == 0  # which sums them over ranks
+        _set_flags(made, plain["flags"], counts)
+        optimizer._capture.topology = Topology.from_state(plain["topology"])
+
+
+def bank_states(made: Preconditioner | None) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """The tensors of ``groups`` and ``layers`` that this rank keeps: views of the banks."""
+    if made is None:
+        return {"groups": {}, "layers": {}}
+    groups = {
         spec.name: {key: tensor[rows.start : rows.stop] for key, tensor in bank.tensors().items()}
         for bank in made.factor_banks
         for spec, rows in zip(bank.specs, bank.rows.values(), strict=True)
     }
-
-
-def _layer_states(made: Preconditioner) -> dict[str, dict[str, Tensor]]:
-    return {
+    layers = {
         layer.name: {key: tensor.unflatten(0, (len(bank.layers), -1))[i] for key, tensor in bank.tensors().items()}
         for bank in made.layer_banks
         for i, layer in enumerate(bank.layers)
     }
+    return {"groups": groups, "layers": layers}
 
 
-def _flags(made: Preconditioner) -> dict[str, list[Any]]:
+def _bank_shapes(made: Preconditioner | None) -> dict[str, dict[str, dict[str, torch.Size]]]:
+    """Of the state of all ranks' groups and layers."""
+    if made is None:
+        return {"groups": {}, "layers": {}}
+    groups = {
+        spec.name: {key: torch.Size((spec.units, *t.shape[1:])) for key, t in bank.tensors().items()}
+        for bank, members in zip(made.factor_banks, made.factor_members, strict=True)
+        for spec in members
+    }
+    layers = {
+        layer.name: {key: torch.Size((bank.count(key), *t.shape[1:])) for key, t in bank.tensors().items()}
+        for bank in made.layer_banks
+        for layer in bank.members
+    }
+    return {"groups": groups, "layers": layers}
+
+
+def flags_of(made: Preconditioner) -> dict[str, list[Any]]:
     return {
         "inverted": [bank.inverted for bank in made.factor_banks],
         "started": [bank.started for bank in made.layer_banks],
@@ -212,17 +297,17 @@ def _flags(made: Preconditioner) -> dict[str, list[Any]]:
     }
 
 
-def _set_flags(made: Preconditioner, flags: Mapping[str, list[Any]]) -> None:
+def _set_flags(made: Preconditioner, flags: Mapping[str, list[Any]], counts: bool) -> None:
     for i, bank in enumerate(made.factor_banks):
         bank.inverted = bool(flags["inverted"][i])
-        bank.failures.copy_(flags["failed_factors"][i])
-        bank.skipped.copy_(flags["skipped_factors"][i])
+        bank.failures.fill_(int(flags["failed_factors"][i]) if counts else 0)
+        bank.skipped.fill_(int(flags["skipped_factors"][i]) if counts else 0)
     for i, layer_bank in enumerate(made.layer_banks):
         layer_bank.started = bool(flags["started"][i])
-        layer_bank.failures.copy_(flags["failed_layers"][i])
+        layer_bank.failures.fill_(int(flags["failed_layers"][i]) if counts else 0)
 
 
-def _fallback_names(optimizer: LNGD) -> dict[str, nn.Parameter]:
+def fallback_names(optimizer: LNGD) -> dict[str, nn.Parameter]:
     """The model's parameters by name, and those added later by group and place."""
     named = dict(optimizer._parameters)
     known = set(named.values())
@@ -232,13 +317,13 @@ def _fallback_names(optimizer: LNGD) -> dict[str, nn.Parameter]:
 
 
 def _fallback_states(optimizer: LNGD) -> dict[str, dict[str, Tensor]]:
-    names = {parameter: name for name, parameter in _fallback_names(optimizer).items()}
+    names = {parameter: name for name, parameter in fallback_names(optimizer).items()}
     return {names[p]: dict(m) for p, m in optimizer._fallback.moments.items() if p in names}
 
 
 def _rounding_states(optimizer: LNGD) -> dict[str, dict[str, Tensor]]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in _fallback_names(optimizer).items()}
-    return {names[p]: {"lost": lost} for p, lost in optimizer._rounding.lost.items() if p in names}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in fallback_names(optimizer).items()}
+    return {names[p]: {LOST: lost} for p, lost in optimizer._rounding.lost.items() if p in names}
 
 
 def memory_usage(optimizer: LNGD) -> dict[str, int]:
@@ -246,12 +331,10 @@ def memory_usage(optimizer: LNGD) -> dict[str, int]:
     usage = {"momentum": 0, "factors": 0, "inverses": 0, "embeddings": 0, "fallback": 0, "rounding": 0}
     inverses = ("inverse", "root", "whitener", "polar", "inverse_left", "inverse_right", "basis_left", "basis_right")
     kind_of = {"momentum": "momentum"} | dict.fromkeys(inverses, "inverses")
-    made = optimizer._preconditioner
-    if made is not None:
-        for states in (_group_states(made), _layer_states(made)):
-            for tensors in states.values():
-                for key, tensor in tensors.items():
-                    usage[kind_of.get(key, "factors")] += _bytes(tensor)
+    for states in bank_states(optimizer._preconditioner).values():
+        for tensors in states.values():
+            for key, tensor in tensors.items():
+                usage[kind_of.get(key, "factors")] += _bytes(tensor)
     for embedding in optimizer._embeddings:
         usage["embeddings"] += sum(_bytes(t) for t in embedding.state().values())
     usage["fallback"] = sum(_bytes(t) for m in optimizer._fallback.moments.values() for t in m.values())

@@ -141,6 +141,7 @@ def report(model: nn.Module, optimizer: LNGD, start: dict[str, Tensor], stop: in
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     result: dict[str, Any] = {"weights": weights, "start": start, "numbers": optimizer.diagnostics()}
     result["factors"] = {name: optimizer.factors(name) for name in optimizer._capture.layers}
+    result["memory"] = optimizer.memory_usage()
     if stop is not None:
         result |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "steps": stop}
     return result

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments
 from hf_lngd.integrations.launching import refuse_unsupported
+from hf_lngd.integrations.stock import LNGDFactory
 from tests.hf_helpers import hf_vit
 
 
@@ -33,10 +35,15 @@ def test_data_parallel_is_refused_with_the_command(tmp_path: Path) -> None:
         LNGDTrainer(hf_vit(), args)
 
 
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+
+
 CASES = [
-    ({"fsdp": True}, {}, "FSDP2 "),
     ({"fsdp": True, "fsdp_config": {"version": 1}}, {}, "FSDP1 "),
     ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 "),
+    ({}, {"ACCELERATE_USE_FSDP": "true"}, "FSDP1 "),
     ({"fsdp": True, "use_cpu": True}, {}, "FSDP2 on CPU, which accelerate has not got"),
     ({"deepspeed": "zero.json"}, {}, "DeepSpeed ZeRO "),
     ({}, {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "DeepSpeed ZeRO-3 "),
@@ -45,13 +52,14 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize(("given", "environment", "name"), CASES, ids=[case[-1] for case in CASES])
 def test_what_shards_is_refused_by_name(
     given: dict[str, Any], environment: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
-    wanted = rf"LNGD: got {name}.*DDP.*: torchrun --nproc_per_node 4 train.py --optim lngd"
+    wanted = rf"LNGD: got {name}.*DDP.*fsdp_version: 2.*: torchrun --nproc_per_node 4 train.py --optim lngd"
     with pytest.raises(RuntimeError, match=wanted):
         refuse_unsupported(arguments(**given))
 
@@ -71,7 +79,7 @@ def test_the_command_counts_the_processes_of_a_node(
     if local is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
     with pytest.raises(RuntimeError, match=f"Use, without it: {printed}"):
-        refuse_unsupported(arguments(fsdp=True, world_size=world))
+        refuse_unsupported(arguments(fsdp=True, fsdp_config={"version": 1}, world_size=world))
 
 
 def test_a_model_split_by_tensors_is_refused() -> None:
@@ -81,6 +89,22 @@ def test_a_model_split_by_tensors_is_refused() -> None:
 
 def test_several_processes_are_welcome() -> None:
     refuse_unsupported(arguments())
+
+
+@pytest.mark.usefixtures("gpus")
+def test_fsdp2_on_gpus_is_welcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_unsupported(arguments(fsdp=True))
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    refuse_unsupported(arguments(fsdp=True, fsdp_config={"version": 2}))  # the Trainer's own settings count
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refuse_unsupported(arguments())
+
+
+@pytest.mark.usefixtures("gpus")
+def test_a_stock_trainer_under_fsdp_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"FSDP in a stock Trainer.*accepted: hf_lngd\.LNGDTrainer"):
+        LNGDFactory()(hf_vit(), arguments(fsdp=True))
 
 
 def test_fsdp_on_the_cpu_is_refused_before_training(tmp_path: Path) -> None:

@@ -24,14 +24,14 @@ from .compiled import plain_name, run_eagerly
 from .context import Hook, calls_under_way, in_backward, in_reentrant_checkpoint, in_transform
 from .families import new_sums
 from .family_sums import Basis, FamilySums
-from .fisher import Call, FisherSource, origin, reaches
+from .fisher import Call, FisherSource, accumulator, origin, runs
 from .layers import Layer, call_input
 from .links import is_elementwise
 from .masks import OPEN, BatchMasks, bind_batch
 from .notices import Notices
 from .patches import MIB_OF_FLOATS
 from .sums import GroupSums, RowSamples
-from .topology import HEADS, Group, Topology, head_link
+from .topology import HEADS, Group, Topology, head_link, same_tensor
 
 
 @dataclass
@@ -76,6 +76,11 @@ class Capture:
         self._reset_forward()
         self.reset()
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The model, as long as it lives."""
+        return self._model()
+
     # Life of a step
 
     def reset(self) -> None:
@@ -116,7 +121,9 @@ class Capture:
         run_eagerly(self, self.enabled)
         for layer in self.layers.values():
             for _, module in layer.modules:
-                add(module.register_forward_hook(Hook(self._layer_hook(layer)), with_kwargs=True))
+                # FSDP2's own hook, which takes the weight away, comes after it
+                first = bool(layer.sharded)
+                add(module.register_forward_hook(Hook(self._layer_hook(layer)), with_kwargs=True, prepend=first))
         if not factors:
             return
         seeks = not self.topology.frozen or any(group.stream == OPEN for group in self.topology.groups)
@@ -290,7 +297,7 @@ class Capture:
         return hook
 
     def _reads_encoder(self, a: Tensor | None) -> bool:
-        return a is not None and any(ref() is a for ref in self._encoder_outputs)
+        return a is not None and any(same_tensor(ref(), a) for ref in self._encoder_outputs)
 
     # What they gather
 
@@ -316,7 +323,7 @@ class Capture:
             if links or self.source.differs_by_layer:
                 self.topology.add(p.layer.name, links, stream)
                 continue
-            group = next((g for tensor, g in shared if tensor is p.a and self._compatible(p.layer, g)), None)
+            group = next((g for tensor, g in shared if same_tensor(tensor, p.a) and self._compatible(p.layer, g)), None)
             if group is None:
                 shared.append((p.a, self.topology.add(p.layer.name, (), stream)))
             else:
@@ -362,7 +369,7 @@ class Capture:
         group = self.topology.of_layer[layer.name]
         if len(group.members) > 1:  # its Φ is summed at the first member's call with this tensor
             last = self._last_input.get(group.name)
-            if last is not None and last() is a:
+            if last is not None and same_tensor(last(), a):
                 return
             self._last_input[group.name] = weakref.ref(a)
         shape = layer.positions(output)
@@ -406,8 +413,10 @@ class Capture:
         samples.seen += whole.shape[0]
         samples.kept += kept.shape[0]
 
+        weight = accumulator(layer.live_weight)
+
         def receive(g: Tensor | None) -> None:
-            if g is None or self.source.in_pass or not reaches(layer.weight):
+            if g is None or self.source.in_pass or not runs(weight):
                 return
             samples.add(forward, kept, layer.batched(g.detach().view(shape))[start :: self._rate_rows].clone())
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .links import Link, function_link, module_link
+from .topology import is_alias, same_tensor
 
 # What these take from their second argument on is a shape or dtype, not the tensor.
 _LIKE = {"reshape_as", "view_as", "expand_as", "type_as"}
@@ -192,6 +193,8 @@ class ChainWatch(TorchFunctionMode):
 
     def _chains_at(self, value: Any) -> list[tuple[Chain, int]]:
         found = self._nodes.get(id(value))
+        if found is None and is_alias(value):
+            found = next((here for here in self._nodes.values() if same_tensor(here[0], value)), None)
         return [] if found is None else list(found[1])
 
     def _use(self, chain: Chain, node: int, link: Link | None) -> bool:

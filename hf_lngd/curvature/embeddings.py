@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LNGDConfig
+from ..sharding import local
 from .compiled import run_eagerly
 from .context import Hook, in_backward
-from .factors import damping, rms_rate, usable
-from .pooling import Pool
+from .factors import damping, rms_rate
+from .pooling import Pool, usable
 from .rounding import Rounding
 
 # A row's step is at most this multiple of the table's root mean square: a token seen once in many batches has next
@@ -19,10 +20,22 @@ from .rounding import Rounding
 ROW_CAP = 4.0
 
 
-def embedding_direction(grad: Tensor, frequency: Tensor, lam: Tensor, scale: float) -> Tensor:
-    """D = (diag(f) + λ)⁻¹ G scaled to RMS κ, each row's RMS at most `ROW_CAP`·κ: grad [V, d], frequency [V]."""
+def embedding_direction(
+    grad: Tensor, frequency: Tensor, lam: Tensor, scale: float, rows: Pool | None = None, size: int = 0
+) -> Tensor:
+    """D = (diag(f) + λ)⁻¹ G scaled to RMS κ, each row's RMS at most `ROW_CAP`·κ: grad [V, d], frequency [V].
+
+    Args:
+        rows: processes that have a table's other rows; V is the number of this one's then.
+        size: numbers in the whole table.
+    """
     direction = grad / (frequency + lam).unsqueeze(-1)
-    direction = direction * rms_rate(direction, scale)
+    if rows is None:
+        rate = rms_rate(direction, scale)
+    else:
+        (square,) = rows.sum([direction.square().sum()])
+        rate = rms_rate(square.sqrt().view(1, 1) / size**0.5, scale)
+    direction = direction * rate
     row_rms = direction.square().mean(-1, keepdim=True).sqrt()
     most = ROW_CAP * scale
     return direction * (most / row_rms.clamp_min(most))
@@ -37,7 +50,12 @@ class EmbeddingLayer:
         config: the optimizer's.
         pool: the processes that train the model.
         rounding: of a bfloat16 table.
+
+    Attributes:
+        row_wise: what of the state is sharded as the table's rows are.
     """
+
+    row_wise = ("momentum",)
 
     def __init__(
         self, name: str, modules: list[nn.Embedding], config: LNGDConfig, pool: Pool, rounding: Rounding
@@ -50,8 +68,21 @@ class EmbeddingLayer:
         self.enabled = True
         self.doubtful = False  # see `scaler`
         self.skipped: Tensor | int = 0  # gradients that were not finite
+        self.sharded: nn.Parameter | None = None
+        self.rows: Pool | None = None
+        self.where = slice(None)
         self._handles = [module.register_forward_pre_hook(Hook(self._count)) for module in modules]
         run_eagerly(self, True)
+
+    @property
+    def table(self) -> Tensor:
+        """The table: under FSDP2 the sharded one."""
+        return self.module.weight if self.sharded is None else self.sharded
+
+    def shard(self, weight: nn.Parameter, pool: Pool, where: slice) -> None:
+        """From now on this process has these rows of the table alone, the pool's other processes the rest."""
+        self.sharded, self.rows, self.where = weight, pool if pool.size > 1 else None, where
+        self.momentum = None
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -76,10 +107,10 @@ class EmbeddingLayer:
 
     def new_state(self) -> dict[str, Tensor]:
         """The state before the first step."""
-        like = self.module.weight.detach()
+        like = local(self.table.detach())
         like = like.to(torch.promote_types(like.dtype, torch.float32))
-        momentum = torch.zeros_like(like)
-        return {"momentum": momentum, "frequency": like.new_zeros(like.shape[0]), "weight": like.new_zeros(())}
+        momentum, count = torch.zeros_like(like), self.module.num_embeddings
+        return {"momentum": momentum, "frequency": like.new_zeros(count), "weight": like.new_zeros(())}
 
     def _start(self) -> None:
         if self.momentum is None:
@@ -106,8 +137,7 @@ class EmbeddingLayer:
     @torch.no_grad()
     def step(self, group: dict[str, Any], turn: bool = False) -> None:
         """One step with the group's ``lr`` and ``weight_decay``, or none without a gradient."""
-        weight = self.module.weight
-        if weight.grad is None:
+        if self.table.grad is None:
             self._counts = None
             return
         self._start()
@@ -115,16 +145,17 @@ class EmbeddingLayer:
         c = self.config
         frequency = self._average()
         lam = damping(frequency.mean(), c.damping, c.damping_rho, c.damping_min, c.damping_max)
-        grad, bad = usable(weight.grad.to(self.momentum.dtype, copy=True))
+        grad, bad = usable(local(self.table.grad).to(self.momentum.dtype, copy=True), self.rows)
         self.skipped = self.skipped + bad
         if c.momentum_on == "gradient":
             self.momentum.lerp_(grad, 1 - c.momentum)
             grad = grad.lerp(self.momentum, c.momentum) if c.nesterov else self.momentum
-        update = embedding_direction(grad, frequency, lam, c.rate_scale) * group["lr"]
+        rows, size = self.rows, self.table.numel()
+        update = embedding_direction(grad, frequency[self.where], lam, c.rate_scale, rows, size) * group["lr"]
         if c.momentum_on == "update":
             self.momentum.mul_(c.momentum).add_(update)
             update = update.add(self.momentum, alpha=c.momentum) if c.nesterov else self.momentum
-        with self.rounding.full([weight]) as (whole,):
+        with self.rounding.full([self.table]) as (whole,):
             whole.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update)
 
     def state(self) -> dict[str, Tensor]:

@@ -135,17 +135,6 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def usable(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients [..., m, d], those matrices zeroed (in place) whose norm is no number or overflows, and how many.
-
-    A gradient that is not finite would stay in the momentum for good. One whose squares overflow would stop AdamW, and
-    the Gram matrix of ``gram``, for good.
-    """
-    norm = torch.linalg.vector_norm(grad, dim=(-2, -1))
-    bad = ~torch.isfinite(norm.square())  # the norm of one number overflows with no square
-    return grad.masked_fill_(bad[..., None, None], 0.0), bad.sum()
-
-
 def normalized(matrix: Tensor) -> Tensor:
     """C·dim/tr C: mean eigenvalue 1, zero where the trace is: [..., n, n]."""
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)

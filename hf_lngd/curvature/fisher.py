@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,9 +117,10 @@ class FisherSource:
             self.hidden.add(call.layer.name)
         if self.kind == "empirical":
             if output.requires_grad:
+                weight = accumulator(call.layer.live_weight)
 
                 def receive(g: Tensor | None) -> None:
-                    if g is not None and reaches(call.layer.weight):
+                    if g is not None and runs(weight):
                         _add_gradient(call, g.view(output_shape))
 
                 origin(output).register_hook(receive)
@@ -276,11 +278,16 @@ def _at_least_float(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def reaches(parameter: Tensor) -> bool:
-    """Whether the backward pass that runs accumulates this parameter's gradient: `torch.autograd.grad` only looks."""
+def accumulator(parameter: Tensor) -> Any:
+    """The node of the graph that accumulates this parameter's gradient; None: it wants none. To be asked for in the
+    forward pass: FSDP2 puts another parameter in its place afterwards."""
     with torch.enable_grad():
         function = parameter.view_as(parameter).grad_fn
-    node = None if function is None else function.next_functions[0][0]
+    return None if function is None else function.next_functions[0][0]
+
+
+def runs(node: Any) -> bool:
+    """Whether the backward pass that runs goes to such a node: `torch.autograd.grad` only looks."""
     try:
         return node is not None and bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # torch.autograd.grad asks for this very parameter

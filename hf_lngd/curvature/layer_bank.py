@@ -24,11 +24,11 @@ from .factors import (
     rms_rate,
     running_average,
     trust_rate,
-    usable,
 )
 from .inverses import inverse_sqrt, pack, packed_shape, unpack, uses_newton
 from .layers import Layer
-from .pooling import Pool, pool_curvature
+from .owners import Owners
+from .pooling import Pool, pool_curvature, usable
 from .sums import RowSamples
 
 # Added to the Gram matrix of mean eigenvalue 1 before its root is taken: what the polar factor does to directions
@@ -57,19 +57,20 @@ class LayerBank:
     """State and step of L layers with one shape.
 
     Args:
-        layers: the layers.
+        members: the layers of all ranks.
         factors: the bank that holds their Φ, or all of their curvature where the family is not LNGD.
-        rows: [L · u], the rows of `factors` that belong to each layer's matrices.
+        rows: [L · u], the rows of `factors` that belong to the matrices of each layer that this rank keeps.
         estimate_psi: Ψ is estimated (the layers feed an activation, or g² is drawn), else it is 1/m throughout.
         offset: number of layers in the banks before: staggers the recomputed roots over all banks.
         config: the optimizer's.
         like: a tensor with the device and dtype of the state.
         pool: the processes that train the model.
+        owners: which rank keeps which layer; None: each keeps all.
     """
 
     def __init__(
         self,
-        layers: list[Layer],
+        members: list[Layer],
         factors: Bank,
         rows: Tensor,
         estimate_psi: bool,
@@ -77,10 +78,14 @@ class LayerBank:
         config: LNGDConfig,
         like: Tensor,
         pool: Pool,
+        owners: Owners | None = None,
     ) -> None:
-        self.pool = pool
-        self.layers, self.factors, self.rows, self.config, self.offset = layers, factors, rows, config, offset
-        first = layers[0]
+        self.pool, self.owners = pool, owners
+        self.members, self.factors, self.rows, self.config = members, factors, rows, config
+        kept = [i for i, layer in enumerate(members) if owners is None or owners.has_layer(layer.name)]
+        layers = self.layers = [members[i] for i in kept]
+        self._turns = [offset + i for i in kept]
+        first = members[0]
         self.m, self.columns, self.units = first.out_features, first.columns, first.units
         # Φ = m·E[a aᵀ] where φ' = 1, and what layers share is E[a aᵀ]
         self.scale = 1.0 if estimate_psi else float(self.m)
@@ -139,11 +144,12 @@ class LayerBank:
 
     # The step
 
-    def update(self, present: list[int], lr: float | Tensor, step: int, samples: dict[str, RowSamples],
+    def update(self, grad: Tensor, present: list[int], lr: float | Tensor, step: int, samples: dict[str, RowSamples],
                terms: Tensor | float) -> Sequence[Tensor]:  # fmt: skip
         """What is to be subtracted from the layers `present` (those with a gradient): a [u, m, columns] each.
 
         Args:
+            grad: their gradients, [n · u, m, columns]; may be written to.
             present: indices of layers.
             lr: α of Algorithm 1.
             samples: rows for Eq. 12-13, by layer.
@@ -152,7 +158,10 @@ class LayerBank:
         whole = len(present) == len(self.layers)
         index: slice | Tensor = slice(None) if whole else self.rows_of(present)
         average = self.config.momentum_on == "gradient"
-        grad = self._averaged_gradient(present, index) if average else self._gradient(present)
+        grad, bad = usable(grad)
+        self.skipped += bad
+        if average:
+            grad = self._averaged_gradient(grad, index)
         direction = self.direction(grad, present, index, step)
         scale: Tensor | None = None  # of rows: with the rate in one pass over D, where the rate needs but their sizes
         if self.row_square is not None:
@@ -211,7 +220,7 @@ class LayerBank:
         """``gram``: average the whitened Gram matrix of the layers whose turn it is, take its inverse root."""
         assert self.gram is not None and self.polar is not None
         r = polar_interval(step, self._n, self.config)
-        turn = [row for row, i in enumerate(present) if not self.started or (i + self.offset - step) % r == 0]
+        turn = [row for row, i in enumerate(present) if not self.started or (self._turns[i] - step) % r == 0]
         self.started = True
         if not turn:
             return
@@ -242,14 +251,8 @@ class LayerBank:
 
     # Its parts
 
-    def _gradient(self, present: list[int]) -> Tensor:
-        grad, bad = usable(torch.cat([self.layers[i].gradient(self.momentum.dtype) for i in present]))
-        self.skipped += bad
-        return grad
-
-    def _averaged_gradient(self, present: list[int], index: slice | Tensor) -> Tensor:
+    def _averaged_gradient(self, grad: Tensor, index: slice | Tensor) -> Tensor:
         """M ← τM + (1 − τ)G; returns M, or with Nesterov τM + (1 − τ)G once more."""
-        grad = self._gradient(present)
         tau = self.config.momentum
         if isinstance(index, slice):
             momentum = self.momentum.lerp_(grad, 1 - tau)
@@ -278,19 +281,43 @@ class LayerBank:
             phi = self._phi.dense(rows) * self.scale
             form = quadratic_form(direction, phi, self.dense_psi(index))
             return trust_rate(form.view(-1, u).sum(-1), c.rate_scale)
-        kept = [samples.get(self.layers[i].name, RowSamples()) for i in present]
-        squares = [
-            own.sum_of_squares(self.layers[i], direction[row * u : (row + 1) * u])
-            for row, (i, own) in enumerate(zip(present, kept, strict=True))
-        ]
         slope = (direction * grad).sum((-2, -1)).view(-1, u).sum(-1)
-        if self.pool.size > 1:
-            curvature, seen = pool_curvature(torch.stack(squares), kept, terms, self.pool)
-            # with no curvature at all the rate would be about 1/μ
-            return torch.where(seen, adaptive_rate(slope, curvature, c.rate_mu), 0.0)
-        # of no rows nothing is known: the rate is 0, not 1/μ
-        squares = [s * own.seen_over_kept if own.kept else torch.inf + s for s, own in zip(squares, kept, strict=True)]
-        return adaptive_rate(slope, torch.stack(squares) * terms, c.rate_mu)
+        curvature, seen = self._curvature(direction, [self.layers[i] for i in present], samples, terms)
+        rates = adaptive_rate(slope, curvature, c.rate_mu)
+        # with no curvature at all the rate would be about 1/μ
+        return rates if seen is None else torch.where(seen, rates, 0.0)
+
+    def _curvature(self, direction: Tensor, layers: list[Layer], samples: dict[str, RowSamples],
+                   terms: Tensor | float) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """DᵀFD of Eq. 13 of these layers [n], and of which there were rows on any rank (None: it is infinite then)."""
+        everyone, u = layers, self.units
+        if self.owners is not None:  # each rank has rows of all layers, and the directions of its own
+            everyone = [layer for layer in self.members if layer.weight.grad is not None]
+            direction = self.owners.everyone(everyone, direction)
+        kept = [samples.get(layer.name, RowSamples()) for layer in everyone]
+        squares = [
+            own.sum_of_squares(layer, direction[row * u : (row + 1) * u])
+            for row, (layer, own) in enumerate(zip(everyone, kept, strict=True))
+        ]
+        if self.pool.size == 1:  # of no rows nothing is known: the rate is 0, not 1/μ
+            known = [
+                s * own.seen_over_kept if own.kept else torch.inf + s for s, own in zip(squares, kept, strict=True)
+            ]
+            return torch.stack(known) * terms, None
+        curvature, seen = pool_curvature(torch.stack(squares), kept, terms, self.pool)
+        if self.owners is None:
+            return curvature, seen
+        mine = index_tensor(tuple(everyone.index(layer) for layer in layers), curvature.device)
+        return curvature[mine], seen[mine]
+
+    def wait_for_others(self, samples: dict[str, RowSamples], terms: Tensor | float) -> None:
+        """In place of :meth:`update` where only other ranks have a layer to update: Eq. 12-13 takes all of them."""
+        if self.config.rate == "adaptive" and any(layer.weight.grad is not None for layer in self.members):
+            self._curvature(self.momentum[:0], [], samples, terms)
+
+    def count(self, key: str) -> int:
+        """How many entries of the state's first dimension are a layer's."""
+        return 1 if key == "rate" else self.units
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state, with the layers' matrices (of the rate: the layers) in the first dimension."""

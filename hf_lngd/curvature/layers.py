@@ -109,13 +109,17 @@ def geometry_of(module: nn.Module) -> Geometry | None:
 
 @dataclass
 class Layer:
-    """A linear map owned by LNGD: `units` matrices [m, d]; with `bias_name` the bias is column d + 1 of the factor."""
+    """A linear map owned by LNGD: `units` matrices [m, d]; with `bias_name` the bias is column d + 1 of the factor.
+
+    `sharded`: the parameters ``weight`` and ``bias`` where FSDP2 has sharded them.
+    """
 
     name: str
     weight_name: str
     bias_name: str | None
     geometry: Geometry
     modules: list[tuple[str, nn.Module]] = field(default_factory=list)
+    sharded: dict[str, Any] = field(default_factory=dict)
 
     @property
     def units(self) -> int:
@@ -149,22 +153,31 @@ class Layer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The weight as it is now: wrappers (FSDP2) replace parameters after the optimizer is made."""
+        """The weight: under FSDP2 the sharded one, which modules have between steps and not in a forward."""
+        return self.sharded.get("weight", self.module.weight)
+
+    @property
+    def live_weight(self) -> Tensor:
+        """The weight that a forward pass which is under way works with."""
         return self.module.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The bias, if it is part of the factor."""
-        return None if self.bias_name is None else self.module.bias  # type: ignore[return-value]
+        return None if self.bias_name is None else self.sharded.get("bias", self.module.bias)
 
     # Weights as matrices
 
     def gradient(self, dtype: torch.dtype) -> Tensor:
         """The gradient as matrices, [units, m, columns]; zeros where there is none."""
-        matrices = self._matrices(_gradient_of(self.weight)).to(dtype)
-        if self.bias is None:
+        return self.matrices(gradient_of(self.weight), None if self.bias is None else gradient_of(self.bias), dtype)
+
+    def matrices(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Something in the shape of the weight, and of the bias if it is in the factor, as [units, m, columns]."""
+        matrices = self._matrices(weight).to(dtype)
+        if bias is None:
             return matrices
-        return torch.cat((matrices, _gradient_of(self.bias).to(dtype).view(self.units, -1, 1)), -1)
+        return torch.cat((matrices, bias.to(dtype).view(self.units, -1, 1)), -1)
 
     def like_weight(self, matrices: Tensor) -> Tensor:
         """[units, m, columns] → the shape of the weight, without the bias's column."""
@@ -278,6 +291,6 @@ def call_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _gradient_of(parameter: Tensor | None) -> Tensor:
-    assert parameter is not None
+def gradient_of(parameter: Tensor) -> Tensor:
+    """A parameter's gradient, zeros where there is none."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

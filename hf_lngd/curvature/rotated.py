@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LNGDConfig
+from ..sharding import local
 from .factor_bank import product_dtype
-from .factors import usable
 from .inverses import pack, packed_shape, unpack
+from .pooling import Pool, usable
 from .rounding import Rounding
 
 
@@ -27,13 +28,29 @@ class RotatedTable:
         modules: the embeddings that share the table.
         config: the optimizer's.
         rounding: of a bfloat16 table.
+
+    Attributes:
+        row_wise: what of the state has the table's rows, and is sharded as they are.
     """
+
+    row_wise = ("mean", "square")
 
     def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig, rounding: Rounding) -> None:
         self.name, self.module, self.config, self.rounding = name, modules[0], config, rounding
         self.doubtful = False  # of no use without hooks
         self.skipped: Tensor | int = 0  # gradients that were not finite
         self.tensors: dict[str, Tensor] = {}
+        self.sharded: nn.Parameter | None = None
+        self.pool: Pool | None = None
+
+    @property
+    def table(self) -> Tensor:
+        """The table: under FSDP2 the sharded one."""
+        return self.module.weight if self.sharded is None else self.sharded
+
+    def shard(self, weight: nn.Parameter, pool: Pool) -> None:
+        """From now on this process has rows of the table alone, the pool's other processes the rest."""
+        self.sharded, self.pool, self.tensors = weight, pool, {}
 
     def close(self) -> None:
         """Nothing to remove: no hooks."""
@@ -43,7 +60,7 @@ class RotatedTable:
 
     def new_state(self) -> dict[str, Tensor]:
         """The state before the first step."""
-        weight = self.module.weight.detach()
+        weight = local(self.table.detach())
         like = weight.to(torch.promote_types(weight.dtype, torch.float32))
         d = like.shape[-1]
         return {
@@ -67,6 +84,8 @@ class RotatedTable:
         """
         s, d = self.tensors, grad.shape[-1]
         fresh = grad.mT @ grad
+        if self.pool is not None and self.pool.size > 1:
+            (fresh,) = self.pool.sum([fresh])
         size = fresh.diagonal().sum()
         decay = (s["step"] > 0).to(grad.dtype) * self.config.ema_decay
         ok = torch.isfinite(size) & (size > 0)
@@ -84,11 +103,10 @@ class RotatedTable:
     @torch.no_grad()
     def step(self, group: dict[str, Any], turn: bool) -> None:
         """One step with the group's ``lr`` and ``weight_decay``, or none without a gradient; `turn`: a new basis."""
-        weight = self.module.weight
-        if weight.grad is None:
+        if self.table.grad is None:
             return
         s, c = self._start(), self.config
-        grad, bad = usable(weight.grad.to(s["mean"].dtype, copy=True))
+        grad, bad = usable(local(self.table.grad).to(s["mean"].dtype, copy=True), self.pool)
         self.skipped = self.skipped + bad
         if turn:
             self._turn(grad)
@@ -102,7 +120,7 @@ class RotatedTable:
         root = (s["square"] / (1 - beta2 ** s["step"])).sqrt_().add_(c.eps)
         direction = s["mean"].div(root).to(low) @ basis.mT
         lr = group["lr"]
-        with self.rounding.full([weight]) as (whole,):
+        with self.rounding.full([self.table]) as (whole,):
             whole.mul_(1 - lr * group["weight_decay"])
             whole.sub_(direction.to(grad.dtype) * (lr / (1 - beta1 ** s["step"])))
 

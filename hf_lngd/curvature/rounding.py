@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..sharding import local
 from .fisher import seed_of
 
 # float32 is bfloat16 with so many more bits.
@@ -26,7 +27,7 @@ class Rounding:
         seed: of the draws: a stream for each step, the same in every process.
 
     Attributes:
-        lost: ``kahan``: weight → what it lacks, in its shape and dtype.
+        lost: ``kahan``: weight → what it lacks, in its shape (of sharded ones: the rows that are here) and dtype.
     """
 
     def __init__(self, mode: str, seed: int) -> None:
@@ -42,27 +43,29 @@ class Rounding:
     @contextmanager
     def full(self, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """The weights to work on in place: themselves, or in bfloat16's place float32, rounded when the block ends.
+        Of sharded ones the rows that are here.
 
         If it raises, weights of bfloat16 stay as they were.
         """
         whole = [self._open(weight) for weight in weights]
         yield whole
         for weight, value in zip(weights, whole, strict=True):
-            if value is not weight:
+            if weight.dtype == torch.bfloat16:
                 self._close(weight, value)
 
     def _open(self, weight: Tensor) -> Tensor:
         if weight.dtype != torch.bfloat16:
-            return weight
-        value, lost = weight.detach().float(), self.lost.get(weight)
+            return local(weight)
+        value, lost = local(weight.detach()).float(), self.lost.get(weight)
         return value if lost is None else value.add_(lost)
 
     def _close(self, weight: Tensor, value: Tensor) -> None:
         if self.mode == "stochastic":
             value = round_at_random(value, self._generator(value.device))
-        weight.copy_(value)
+        here = local(weight)
+        here.copy_(value)
         if self.mode == "kahan":
-            lost = value.sub_(weight).to(weight.dtype)
+            lost = value.sub_(here).to(weight.dtype)
             if weight in self.lost:
                 self.lost[weight].copy_(lost)
             else:

@@ -12,6 +12,30 @@ from torch import Tensor
 
 from .masks import OPEN
 
+# FSDP2 hands each module that it wraps an alias of its input, behind a node of this kind in the graph.
+_ALIAS = "RegisterPostBackwardFunctionBackward"
+
+
+def is_alias(tensor: Any) -> bool:
+    """Whether it is what FSDP2 made of a module's input: the same numbers in another object."""
+    return type(getattr(tensor, "grad_fn", None)).__name__ == _ALIAS
+
+
+def same_tensor(first: Tensor | None, second: Tensor) -> bool:
+    """Whether both are one tensor; aliases of FSDP2 are the tensor that they were made of."""
+    if first is None or first is second:
+        return first is not None
+    return (is_alias(first) or is_alias(second)) and _edge(first) == _edge(second)
+
+
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    """Where in the graph a tensor comes from, before FSDP2."""
+    node: Any = tensor.grad_fn
+    place = tensor.output_nr
+    while type(node).__name__ == _ALIAS:
+        node, place = node.next_functions[place]
+    return node, place
+
 
 @dataclass
 class Group:

@@ -1,4 +1,4 @@
-"""Ways of running: DDP is LNGD's; what shards or replicates the model otherwise is refused before training."""
+"""Ways of running: DDP and FSDP2 are LNGD's; what shards or replicates otherwise is refused before training."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 import sys
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 # What stands between the launcher and the script on the command line: `python -m hf_lngd` puts itself there.
@@ -14,7 +15,7 @@ ENTRY: list[str] = []
 
 
 def refuse_unsupported(args: TrainingArguments, model: Any = None) -> None:
-    """Raise RuntimeError where LNGD would be wrong: replicas of DataParallel, sharded parameters or layers."""
+    """Raise RuntimeError where LNGD would be wrong: replicas of DataParallel, layers split otherwise than by FSDP2."""
     if args.n_gpu > 1:
         raise RuntimeError(
             f"LNGD: got {args.n_gpu} GPUs in one process (DataParallel), whose replicas LNGD cannot watch, accepted: "
@@ -25,8 +26,18 @@ def refuse_unsupported(args: TrainingArguments, model: Any = None) -> None:
         processes = max(args.world_size, 1)
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         raise RuntimeError(
-            f"LNGD: got {sharding}, accepted: whole parameters in every process (DDP). Use, without it: "
+            f"LNGD: got {sharding}, accepted: whole parameters in every process (DDP), or FSDP2 on accelerators "
+            "(--fsdp; fsdp_version: 2, see examples/accelerate/fsdp2.yaml). Use, without it: "
             f"{_launch(processes, on_this_node)}"
+        )
+
+
+def refuse_stock_fsdp(args: TrainingArguments) -> None:
+    """Raise RuntimeError for a stock Trainer under FSDP: its checkpoints would lose LNGD's state."""
+    if _asks_for_fsdp(args):
+        raise RuntimeError(
+            "LNGD: got FSDP in a stock Trainer, whose checkpoints hold nothing of LNGD's state then, accepted: "
+            "hf_lngd.LNGDTrainer or LNGDSeq2SeqTrainer, or DDP"
         )
 
 
@@ -39,10 +50,11 @@ def _launch(processes: int, on_this_node: int) -> str:
 
 def _sharding(args: TrainingArguments, model: Any) -> str | None:
     """What splits parameters or layers over processes, by the name under which a user asked for it; else None."""
-    if args.fsdp or _asked("ACCELERATE_USE_FSDP"):
-        config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
-        version = config.get("version") or os.environ.get("FSDP_VERSION") or 2
-        return f"FSDP{version}{' on CPU, which accelerate has not got' if args.use_cpu else ''} (fsdp)"
+    if _asks_for_fsdp(args):
+        version = _fsdp_version(args)
+        on_cpu = args.use_cpu or not torch.accelerator.is_available()
+        if version != 2 or on_cpu:
+            return f"FSDP{version}{' on CPU, which accelerate has not got' if on_cpu else ''} (fsdp)"
     if args.deepspeed or _asked("ACCELERATE_USE_DEEPSPEED"):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
         return f"DeepSpeed ZeRO{f'-{stage}' if stage else ''} (deepspeed)"
@@ -53,6 +65,17 @@ def _sharding(args: TrainingArguments, model: Any) -> str | None:
     if (getattr(model, "_tp_size", None) or getattr(model, "tp_size", None) or 1) > 1:
         return "tensor parallelism (tp_plan)"
     return None
+
+
+def _asks_for_fsdp(args: TrainingArguments) -> bool:
+    return bool(args.fsdp) or _asked("ACCELERATE_USE_FSDP")
+
+
+def _fsdp_version(args: TrainingArguments) -> int:
+    if args.fsdp:
+        config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
+        return int(config.get("version") or 2)
+    return int(os.environ.get("FSDP_VERSION") or 1)
 
 
 _PARALLEL = {"tp": "tensor parallelism", "cp": "context parallelism", "sp": "sequence parallelism"}

@@ -15,6 +15,7 @@ from transformers import training_args
 
 from ..checks import fishers_beside
 from ..optimizer import LNGD
+from .launching import refuse_stock_fsdp
 from .trainer import create_lngd_optimizer
 from .training_args import LNGD_NAME, check_precision, lngd_settings
 
@@ -27,6 +28,7 @@ class LNGDFactory:
 
     def __call__(self, model: Any, args: Any) -> LNGD:
         """LNGD for the model, as the arguments ask for it; tells which parameter went where."""
+        refuse_stock_fsdp(args)
         optimizer = create_lngd_optimizer(model, args)
         if args.process_index == 0:
             print(optimizer.routing_table(), flush=True)
@@ -37,7 +39,7 @@ def register() -> None:
     """Make a stock `Trainer` accept ``optim="lngd"``, with `optim_args` as in `LNGDTrainingArguments`.
 
     A second call changes nothing. What a stock Trainer lacks against `LNGDTrainer`: the exact loss under accumulation,
-    diagnostics in the log, ``fisher="true"``.
+    diagnostics in the log, ``fisher="true"``, FSDP2.
 
     Raises:
         RuntimeError: a version of transformers that this was not tested with, or one without the private parts that

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..checks import fishers_beside
 from ..config import LNGDConfig
 from ..optimizer import LNGD
+from . import fsdp
 from .checkpoints import (
     STATE,
     check_checkpoint,
@@ -171,6 +172,20 @@ class LNGDTrainerMixin:
             folder = Path(me._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{me.state.global_step}"
             (folder / STATE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        lngd = lngd_of(self.optimizer) if self.is_fsdp_enabled else None  # type: ignore[attr-defined]
+        if lngd is None:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        else:
+            fsdp.save(self, lngd, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        lngd = lngd_of(self.optimizer) if checkpoint and self.is_fsdp_enabled else None  # type: ignore[attr-defined]
+        if lngd is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        else:
+            fsdp.load(self, lngd, checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Each rank writes its own; the file that makes a checkpoint one comes after all of them."""
