@@ -212,6 +212,53 @@ def train_half(policy: bool) -> dict[str, Any]:
     return report(model, optimizer, start, None) | {"kinds": kinds}
 
 
+def train_bf16(folder: str, mode: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[int]]:
+    """Four steps of a Marian in bfloat16, and four in which a checkpoint was gone on from after two: weights; bytes of
+    what rounding took off, of each way of state."""
+    found = []
+    for stop in (4, 2):
+        model = make("marian", torch.bfloat16)
+        optimizer = LNGD(model, lr=LR, bf16_update=mode)
+        shard(model, "blocks")
+        for step in range(4):
+            if step == stop:
+                save_checkpoint(folder, model, optimizer)
+                model = make("marian", torch.bfloat16)
+                optimizer = LNGD(model, lr=LR, bf16_update=mode)
+                shard(model, "blocks")
+                load_checkpoint(folder, model, optimizer)
+            part = micro_batches(batch_of("marian", step, 16, torch.float32), [8, 8], False)[dist.get_rank()]
+            model(**part).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append({name: gathered(p.detach()).clone() for name, p in model.named_parameters()})
+    state = optimizer.state_dict()["lngd"].get("rounding", {})
+    whole_bytes = sum(own["lost"].numel() * own["lost"].element_size() for own in state.values())
+    return found[0], found[1], [optimizer.memory_usage()["rounding"], whole_bytes]
+
+
+def train_spoiled(names: list[str]) -> tuple[dict[str, Tensor], float]:
+    """Three steps, in the second of which one number of each named gradient is none, in the last rank's rows."""
+    model = make("marian", torch.float64)
+    optimizer = LNGD(model, lr=LR, matrix_dtype="full")
+    many = dist.is_initialized() and dist.get_world_size() > 1
+    if many:
+        shard(model, "blocks")
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+    for step in range(3):
+        batch = batch_of("marian", step, 16, torch.float64)
+        part = micro_batches(batch, [16 // ranks] * ranks, False)[rank]
+        backward(model, optimizer, part, (batch["labels"] != IGNORED).sum(), ranks, False)
+        for name, parameter in model.named_parameters():
+            if step == 1 and name in names and rank == ranks - 1:
+                grad: Any = parameter.grad
+                (grad.to_local() if hasattr(grad, "to_local") else grad).view(-1)[-1] = torch.nan
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: gathered(p.detach()).clone() for name, p in model.named_parameters()}
+    return weights, optimizer.diagnostics()["skipped_gradients"]
+
+
 def shard_later(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two whole steps with DDP, then sharded ones; and all of them with DDP."""
     found = []

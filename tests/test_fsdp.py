@@ -109,7 +109,8 @@ def test_traffic(pools: Pools) -> None:
     total = sum(rows for _, rows in pools[2].run(dist_shards.counted, fields=fields, steps=1))
     factor, plain = sent[0], sent[1]
     # the rows of all layers leave once; the updates of those that this rank owns come back as rows
-    assert sent[2] == plain and set(plain) == {"all_to_all_single"}
+    assert sent[2] == plain and set(plain) == {"all_to_all_single", "all_reduce"}
+    assert plain["all_reduce"] < 300  # whether gradients of AdamW's parameters are finite
     assert rows < plain["all_to_all_single"] <= rows + 0.7 * total
     assert factor["reduce_scatter_single"] > 0 and factor["all_reduce"] < 3000
 
@@ -119,6 +120,27 @@ def test_a_non_finite_factor_of_one_rank_is_skipped_by_all(pools: Pools) -> None
     spoiled = pools[2].run(dist_shards.train, spoil=2, **case)
     assert [found["numbers"]["skipped_factors"] for found in spoiled] == [4.0, 4.0]
     assert all(w.isfinite().all() for w in spoiled[0]["weights"].values())
+
+
+def test_gradients_that_one_rank_spoils_are_left_out_by_all(pools: Pools) -> None:
+    names = ["model.shared.weight", "model.encoder.layers.0.fc1.weight", "model.encoder.layers.0.fc1.bias"]
+    many, (alone, count) = pools[2].run(dist_shards.train_spoiled, names=names), dist_shards.train_spoiled(names)
+    assert count > 0
+    for weights, found in many:
+        assert found == count
+        for name, weight in weights.items():
+            assert weight.isfinite().all()
+            torch.testing.assert_close(weight, alone[name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["kahan", "stochastic"])
+def test_bfloat16_weights_and_what_rounding_took_off(mode: str, pools: Pools, tmp_path: Path) -> None:
+    ranks = pools[2].run(dist_shards.train_bf16, folder=str(tmp_path / mode), mode=mode)
+    for straight, resumed, _ in ranks:
+        assert all(torch.equal(weight, resumed[name]) for name, weight in straight.items())
+        assert all(torch.equal(weight, ranks[0][0][name]) for name, weight in straight.items())
+    assert sum(share for _, _, (share, _) in ranks) == ranks[0][2][1]
+    assert (ranks[0][2][1] > 0) is (mode == "kahan")
 
 
 @pytest.mark.parametrize("rate", ["rms", "adaptive"])
