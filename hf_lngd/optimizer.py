@@ -47,6 +47,7 @@ class LNGD(torch.optim.Optimizer):
         process_group: the processes that train this model together, if these are not all of the job: the group that
             DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients. Make LNGD after
             ``init_process_group``: else the first factor step of ``sampled`` and ``true`` draws alike on all ranks.
+            Under FSDP2 (`fully_shard` before LNGD is made, or after) it is that of the parameters' mesh.
         **fields: fields of `LNGDConfig`, on top of `config`.
 
     The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and
@@ -329,7 +330,8 @@ class LNGD(torch.optim.Optimizer):
         of A's. ``tkfac``: ``delta``, ``p`` [d, d], ``q`` [m, m]. ``ng+``: ``left`` [m, m] or ``right`` [d, d].
 
         d is the number of columns of the layer's matrix: kernel times channels of a convolution; a grouped one has its
-        groups in a first dimension. Where factors are cut into blocks, zeros stand outside these.
+        groups in a first dimension. Where factors are cut into blocks, zeros stand outside these. Under FSDP2 a
+        collective.
 
         Raises:
             KeyError: no such layer (the names are listed), or no factor step so far.
@@ -341,11 +343,14 @@ class LNGD(torch.optim.Optimizer):
         return self._preconditioner.factors(name)
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes of state: ``momentum``, ``factors``, ``inverses``, ``embeddings``, ``fallback``, ``total``."""
+        """Bytes of this rank: ``momentum``, ``factors``, ``inverses``, ``embeddings``, ``fallback``, ``total``."""
         return serialization.memory_usage(self)
 
     def diagnostics(self) -> dict[str, float]:
-        """Numbers for a log; waits for the device, so for logging steps only. Seconds are reset by the call."""
+        """Numbers for a log; waits for the device, so for logging steps only. Seconds are reset by the call.
+
+        Under FSDP2 a collective: call it on every rank.
+        """
         result = {} if self._preconditioner is None else self._preconditioner.diagnostics()
         result["factor_seconds"], self._factor_seconds = self._factor_seconds, 0.0
         return result
@@ -353,7 +358,10 @@ class LNGD(torch.optim.Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict with one more key, ``lngd``: all of LNGD's state, loadable with ``weights_only=True``."""
+        """torch's state dict with one more key, ``lngd``: all of LNGD's state, loadable with ``weights_only=True``.
+
+        Under FSDP2 a collective: call it on every rank. Rank 0's is whole, on the CPU; others hold nothing of it.
+        """
         refuse_torchs_own()
         state = super().state_dict()
         state["lngd"] = serialization.state_of(self)
