@@ -23,16 +23,14 @@ def meet_shards(optimizer: LNGD) -> None:
     """
     if optimizer._shards is not None:
         return
-    trained = {
-        r.parameter: optimizer._routing.homes[r.parameter] for r in optimizer._routing.routes if r.owner != FROZEN_OWNER
-    }
-    name, (module, attribute) = next(iter(trained.items()))
+    name = next(r.parameter for r in optimizer._routing.routes if r.owner != FROZEN_OWNER)
+    module, attribute = optimizer._routing.homes[name]
     parameter = module._parameters.get(attribute)
     if parameter is None or not is_sharded(parameter):
         if parameter is not optimizer._parameters[name]:
             _refuse_replaced(optimizer, name)
         return
-    _adopt(optimizer, list(trained))
+    _adopt(optimizer, [r.parameter for r in optimizer._routing.routes if r.owner != FROZEN_OWNER])
 
 
 def _refuse_replaced(optimizer: LNGD, name: str) -> None:

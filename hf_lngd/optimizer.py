@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import serialization
 from .adoption import meet_shards
-from .checks import GRADIENT_FISHERS, check_lr, fishers_beside
+from .checks import check_lr, fishers_beside
 from .config import LNGDConfig, check_field_names, is_due
 from .curvature.capture import Capture
 from .curvature.compiled import plain_name, uncompiled
@@ -30,6 +30,7 @@ from .layer_step import step_layers
 from .preconditioner import Preconditioner, state_like
 from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route, format_routes, route
 from .scaler import UnderScaler
+from .seen import check_capture, check_rows
 from .sharded_checkpoint import refuse_torchs_own
 from .sharding import Shards, refuse_flat_parameters
 
@@ -56,6 +57,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         process_group: the processes that train this model together, if these are not all of the job: the group that
             DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients. Make LNGD after
             ``init_process_group``: else the first factor step of ``sampled`` and ``true`` draws alike on all ranks.
+            Under FSDP2 (`fully_shard` before LNGD is made, or after) it is that of the parameters' mesh.
         **fields: fields of `LNGDConfig`, on top of `config`.
 
     The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and
@@ -178,7 +180,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
             start = time.perf_counter()
             inside_hooks = self._capture.seconds
             try:
-                self._check_rows()
+                check_rows(self.config, self._capture, self._routing.layers, self._ranks.size > 1)
                 self._update_factors()
             except BaseException:
                 self._arm()  # a step that was refused is over: the next one begins anew
@@ -216,7 +218,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         if self._is_factor_step():
             capture.look_round(p for group in self.param_groups for p in group["params"])
             sums = capture.finish(self._ranks.everyone)
-            self._check_capture(bool(capture.topology.groups))
+            check_capture(self.config, capture, self._routing.layers, self._preconditioner is not None)
             if self._preconditioner is None:
                 found = {"/".join(g["members"]): f"{g['links']} {g['stream']}" for g in capture.topology.state()}
                 order = {"order of layers": list(found)}
@@ -245,48 +247,6 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
 
     def _like_of(self, group: Group) -> Tensor:
         return state_like(self._capture.layers[group.name])
-
-    def _check_capture(self, seen: bool) -> None:
-        source = self._capture.source
-        if self.config.fisher == "true" and source.waiting:
-            others = ", ".join(source.others)
-            raise RuntimeError(
-                "fisher: 'true' needs optimizer.fisher_backward(logits) after each forward of a factor step "
-                f"(optimizer.needs_fisher_pass is True in one), or accepted: {others}"
-            )
-        hidden = source.hidden
-        if hidden:
-            unseen = [r.name for r in self._routing.layers if r.name in hidden and r.weight.grad is not None]
-            if unseen:
-                others = ", ".join(kind for kind in source.others if kind not in GRADIENT_FISHERS)
-                raise RuntimeError(
-                    f"fisher: '{source.kind}' saw no gradients of {', '.join(unseen[:3])} in this step. Checkpoint "
-                    "with use_reentrant=False, call layers within the model's forward"
-                    + (f"; or accepted: {others}" if others else "")
-                )
-        if not seen and self._preconditioner is None:
-            raise RuntimeError(
-                "LNGD.step(): the layers have gradients, but no forward pass of the model was seen. Call the model "
-                "that was given to LNGD (a wrapper around it is fine), with gradients enabled, after LNGD was made "
-                "and without optimizer.eval()."
-            )
-
-    def _check_rows(self) -> None:
-        """Eq. 12-13 with no curvature at all would be a rate of about 1/μ."""
-        if self.config.rate != "adaptive":
-            return
-        seen = self._capture.rows
-        layers = [layer.name for layer in self._routing.layers if layer.weight.grad is not None]
-        if self._capture.rows_seen and self._ranks.size > 1:  # another rank may have called a layer that this did not
-            layers = [name for name in layers if name in self._capture.rows_hidden]
-        known = self._capture.rows_seen > 0  # or the batch is empty, and so is what its layers saw
-        unseen = [n for n in layers if n not in seen or not seen[n].calls or not (known or seen[n].seen == 0)]
-        if unseen:
-            raise RuntimeError(
-                f"rate: 'adaptive' saw no gradients of {', '.join(unseen[:3])} in this step. Call the model that was "
-                "given to LNGD itself, on tensors, in each step, without optimizer.eval(); checkpoint activations with "
-                "use_reentrant=False; or accepted: rms, trust, none"
-            )
 
     # What a training loop may call
 
@@ -355,7 +315,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         of A's. ``tkfac``: ``delta``, ``p`` [d, d], ``q`` [m, m]. ``ng+``: ``left`` [m, m] or ``right`` [d, d].
 
         d is the number of columns of the layer's matrix: kernel times channels of a convolution; a grouped one has its
-        groups in a first dimension. Where factors are cut into blocks, zeros stand outside these.
+        groups in a first dimension. Where factors are cut into blocks, zeros stand outside these. Under FSDP2 a
+        collective.
 
         Raises:
             KeyError: no such layer (the names are listed), or no factor step so far.
@@ -367,7 +328,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         return self._preconditioner.factors(name)
 
     def memory_usage(self) -> dict[str, int]:
-        """Bytes of state: ``momentum``, ``factors``, ``inverses``, ``embeddings``, ``fallback``, ``rounding`` (what
+        """Bytes of this rank: ``momentum``, ``factors``, ``inverses``, ``embeddings``, ``fallback``, ``rounding`` (what
         bfloat16 weights lack), ``total``."""
         return serialization.memory_usage(self)
 
@@ -376,7 +337,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
 
         ``failed_inverses``, ``skipped_factors`` and ``skipped_gradients`` count what was passed over: an inverse that
         failed, a factor, a gradient (of AdamW: a step of a group) that was not finite. The last since this object was
-        made, the others are part of the state.
+        made, the others are part of the state. Under FSDP2 a collective: call it on every rank.
         """
         result = {} if self._preconditioner is None else self._preconditioner.diagnostics()
         others = float(self._fallback.skipped) + sum(float(embedding.skipped) for embedding in self._embeddings)
@@ -387,7 +348,10 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict with one more key, ``lngd``: all of LNGD's state, loadable with ``weights_only=True``."""
+        """torch's state dict with one more key, ``lngd``: all of LNGD's state, loadable with ``weights_only=True``.
+
+        Under FSDP2 a collective: call it on every rank. Rank 0's is whole, on the CPU; others hold nothing of it.
+        """
         refuse_torchs_own()
         state = super().state_dict()
         state["lngd"] = serialization.state_of(self)

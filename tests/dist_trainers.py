@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import DataCollatorForSeq2Seq, TrainerState
 
 from hf_lngd import LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
@@ -77,6 +78,28 @@ def train(
         "state": state.get("lngd"),
         "rate": trainer.lr_scheduler.get_last_lr(),
     }
+
+
+def train_sharded(folder: str, resume: str | None = None, **values: Any) -> dict[str, Any]:
+    """As `train`, of images, with accelerate's FSDP2, whose branch is entered here though there is no GPU."""
+    trainer = make_trainer("images", folder, 2, 4, 1, **values)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        transformer_cls_names_to_wrap=["ViTLayer"],
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    state = trainer.accelerator.state
+    kind = state.distributed_type
+    state.distributed_type, state.fsdp_plugin, trainer.is_fsdp_enabled = DistributedType.FSDP, plugin, True
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:  # it is shared by all accelerators of the process
+        state.distributed_type, state.fsdp_plugin = kind, None
+    trained = {n: p.detach().full_tensor().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"weights": trained, "memory": trainer.optimizer.optimizer.memory_usage()["total"]}
 
 
 def slow_to_save(folder: str) -> bool:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import LNGDConfig
 from .chains import Chain, ChainWatch
-from .compiled import plain_name, run_eagerly
+from .compiled import run_eagerly
 from .context import Hook, calls_under_way, in_backward, in_reentrant_checkpoint, in_transform
 from .families import new_sums
 from .family_sums import Basis, FamilySums
@@ -30,6 +30,7 @@ from .links import is_elementwise
 from .masks import OPEN, BatchMasks, bind_batch
 from .notices import Notices
 from .patches import MIB_OF_FLOATS
+from .streams import Streams
 from .sums import GroupSums, RowSamples
 from .topology import HEADS, Group, Topology, head_link, same_tensor
 
@@ -65,7 +66,7 @@ class Capture:
         self.enabled = True
         self.closed = False
         self.seconds = 0.0
-        self._watch = ChainWatch(config.chain == "full")
+        self._watch, self._streams = ChainWatch(config.chain == "full"), Streams()
         self._watching = False
         self._handles: list[RemovableHandle] = []
         self._factors_wanted = False
@@ -131,12 +132,8 @@ class Capture:
             if is_elementwise(module) and not self.source.uses_gradients:
                 add(module.register_forward_pre_hook(Hook(self._before_activation), with_kwargs=True))
                 add(module.register_forward_hook(Hook(self._after_activation)))
-            elif not seeks:
-                continue
-            elif plain_name(name).rpartition(".")[2] == "encoder":
-                add(module.register_forward_hook(Hook(self._encoder_hook)))
-            elif name and any(True for _ in module.children()):
-                add(module.register_forward_pre_hook(Hook(self._reader_hook(plain_name(name))), with_kwargs=True))
+            elif seeks:
+                self._handles.extend(self._streams.attach(name, module))
 
     def disarm(self) -> None:
         """Remove every hook."""
@@ -187,10 +184,8 @@ class Capture:
         self._inside = False
         self._depth = 0
         self._first_row, self._terms_before = 0, self.terms
-        self._masks = BatchMasks({})
+        self._streams.begin(BatchMasks({}))
         self._last_input: dict[str, weakref.ref[Tensor]] = {}
-        self._encoder_outputs: list[weakref.ref[Tensor]] = []
-        self._readers: list[str] = []
         self._watch.clear()
 
     def _forget_forward(self) -> None:
@@ -220,10 +215,11 @@ class Capture:
         self._inside = True
         self._forwards += 1
         bound = bind_batch(model, args, kwargs)
-        self._masks = BatchMasks({**bound, **(batch or {})}, getattr(model, "config", None))
+        masks = BatchMasks({**bound, **(batch or {})}, getattr(model, "config", None))
+        self._streams.begin(masks)
         self._first_row, self._terms_before = self.rows_seen, self.terms
-        self.rows_seen += self._masks.rows
-        self.terms = self.terms + self._masks.terms
+        self.rows_seen += masks.rows
+        self.terms = self.terms + masks.terms
         if self._factors_wanted and not self.source.uses_gradients:
             self._watching = True
             self._watch.__enter__()
@@ -280,25 +276,6 @@ class Capture:
         if self._active():
             self._watch.leave_module(output)
 
-    def _encoder_hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Mapping):
-            output = tuple(output.values())
-        first = output[0] if isinstance(output, (tuple, list)) and output else output
-        if isinstance(first, Tensor):
-            self._encoder_outputs.append(weakref.ref(first))
-
-    def _reader_hook(self, name: str) -> Any:
-        """For a module of several layers (LoRA's) that is called with the encoder's output, as one layer would be."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._reads_encoder(call_input(args, kwargs)):
-                self._readers.append(f"{name}.")
-
-        return hook
-
-    def _reads_encoder(self, a: Tensor | None) -> bool:
-        return a is not None and any(same_tensor(ref(), a) for ref in self._encoder_outputs)
-
     # What they gather
 
     def settle(self, model_output: Any = None) -> None:
@@ -315,7 +292,7 @@ class Capture:
         for p in pending:
             if p.layer.name in self.topology.of_layer:
                 continue
-            stream = self._stream_of(p.layer, p.a, p.output)
+            stream = self._streams.of(p.layer, p.a, p.output)
             links = p.chain.names()
             if not links and self.config.head == "categorical" and not self.source.uses_gradients:
                 classes = p.layer.out_features if p.output._version == p.version and p.layer.units == 1 else 0
@@ -332,11 +309,6 @@ class Capture:
             group = self.topology.of_layer[p.layer.name]
             same = p.chain.names() == group.links  # else called twice, and only once with these links behind it
             self._observe(p.layer, p.a, p.output, p.chain.slope() if same else None)
-
-    def _stream_of(self, layer: Layer, a: Tensor, output: Tensor) -> str | None:
-        name = layer.modules[0][0]
-        reads_encoder = self._reads_encoder(a) or name.startswith(tuple(self._readers))
-        return self._masks.stream_of(name, layer.positions(output), reads_encoder)
 
     def _compatible(self, layer: Layer, group: Group) -> bool:
         first = self.layers[group.name]
@@ -373,7 +345,7 @@ class Capture:
                 return
             self._last_input[group.name] = weakref.ref(a)
         shape = layer.positions(output)
-        mask = self._masks.flat(self._stream_of(layer, a, output) if group.stream == OPEN else group.stream, shape)
+        mask = self._streams.mask(group, layer, a, output)
         rows = slice(None)
         if layer.is_convolution and self.config.conv_rows > 1:
             # counted over the micro-batches of a step, so that how a batch is split changes nothing
