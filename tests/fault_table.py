@@ -223,7 +223,7 @@ def table() -> str:
         "# What goes wrong, and what happens then",
         "",
         f"{len(rows)} faults, written by `python -m tests.fault_table --write` from the rows that",
-        "`tests/test_fault_table.py` runs. After each of them the same is checked: three more steps with finite losses",
+        "`tests/test_fault_table.py` runs. After each of them, unless nothing was made, the same is checked: three more finite losses",
         "and weights, then the state is saved, loaded with `weights_only=True` into a new optimizer, and both make the",
         "same next step to the bit.",
         "",
