@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hf_lngd import LNGD
 from hf_lngd.curvature import factor_bank
-from hf_lngd.curvature.factors import adaptive_rate, usable
+from hf_lngd.curvature.factors import adaptive_rate
 from hf_lngd.curvature.inverses import inverse_sqrt
+from hf_lngd.curvature.pooling import usable
 from hf_lngd.fallback import Fallback
 
 KINDS = {
