@@ -1,4 +1,4 @@
-"""What each field of `LNGDConfig` accepts."""
+"""What each field of `LNGDConfig` accepts, and a weight's dtype."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FAMILIES = ("lngd", "kfac", "ekfac", "tkfac", "ng+")
@@ -163,3 +164,12 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "conv_memory": _integer(1),
     "placement": _choice(PLACEMENTS),
 }
+
+
+def check_precision(name: str, weight: Tensor) -> None:
+    """Raise ValueError for a weight of float16, by name."""
+    if weight.dtype == torch.float16:
+        raise ValueError(
+            f"{name}: got a weight of torch.float16, whose updates are lost below 6e-8, accepted: torch.float32 (under "
+            "torch.autocast and with a GradScaler for fp16) or torch.bfloat16"
+        )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .checks import check_precision
 from .config import LNGDConfig
 from .curvature.factor_bank import Bank, FactorBank, FactorSpec
 from .curvature.families import FAMILIES, FamilyBank
@@ -107,13 +108,19 @@ class Preconditioner:
                 before += len(chunk)
 
     def was_left(self) -> bool:
-        """Whether a layer was moved to another device, or to a dtype whose state is kept in another one."""
-        return any(
-            layer.weight.device != bank.momentum.device
-            or torch.promote_types(layer.weight.dtype, torch.float32) != bank.momentum.dtype
-            for bank in self.layer_banks
-            for layer in bank.layers
-        )
+        """Whether a layer was moved to another device, or to a dtype whose state is kept in another one.
+
+        Raises:
+            ValueError: to float16.
+        """
+        for bank in self.layer_banks:
+            for layer in bank.layers:
+                weight = layer.weight
+                check_precision(layer.weight_name, weight)
+                dtype = torch.promote_types(weight.dtype, torch.float32)
+                if weight.device != bank.momentum.device or dtype != bank.momentum.dtype:
+                    return True
+        return False
 
     def update_factors(self, sums: Mapping[str, GroupSums | FamilySums], scale: Tensor | float | None) -> None:
         """Take one step's sums, of all processes, into the running averages (Eq. 4, 5, 14)."""

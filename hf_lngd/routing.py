@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .adapters import adapter_reason
+from .checks import check_precision
 from .config import LNGDConfig
 from .curvature.compiled import plain_name
 from .curvature.layers import Geometry, Layer, geometry_of
@@ -115,11 +115,8 @@ def _check(name: str, parameter: nn.Parameter, modules: Homes) -> None:
         raise ValueError(f"{name}: got {parameter.dtype}, accepted: real numbers (or requires_grad=False)")
     if parameter.requires_grad and any(getattr(module, "sparse", False) is True for _, module, _ in modules):
         raise ValueError(f"{name}: got an embedding with sparse=True, accepted: sparse=False")
-    if parameter.requires_grad and parameter.dtype == torch.float16:
-        raise ValueError(
-            f"{name}: got a weight of torch.float16, whose updates are lost below 6e-8, accepted: torch.float32 (under "
-            "torch.autocast and with a GradScaler for fp16) or torch.bfloat16"
-        )
+    if parameter.requires_grad:
+        check_precision(name, parameter)
 
 
 def _decide(

@@ -143,7 +143,7 @@ def other_activation(scene: Scene) -> None:
     scene.step()
 
 
-for _dtype in (torch.float64, torch.bfloat16, torch.float16):
+for _dtype in (torch.float64, torch.bfloat16):
 
     @fault(
         MODULES,
@@ -163,7 +163,22 @@ for _dtype in (torch.float64, torch.bfloat16, torch.float16):
         scene.finish()
         bank = optimizer._preconditioner.layer_banks[0]
         assert bank.momentum.dtype == torch.promote_types(dtype, torch.float32)
-        assert optimizer._fallback.moments[model.norm.weight]["exp_avg"].dtype == dtype
+        assert optimizer._fallback.moments[model.norm.weight]["exp_avg"].dtype == bank.momentum.dtype
+
+
+@fault(
+    MODULES,
+    "the model moved to float16 in mid-training",
+    "the step is refused; moved back, training goes on",
+    error="up.weight: got a weight of torch.float16",
+)
+def moved_to_half(scene: Scene) -> None:
+    model, _ = scene.make()
+    model.half()
+    scene.backward()
+    with scene.refused():
+        scene.finish()
+    model.float()
 
 
 @fault(MODULES, "the model moved to another dtype and back", "as if it had not been, to the bit", variants=DIRECTIONS)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_lngd import LNGD, LNGDConfig
+from hf_lngd.serialization import VERSION
 from tests.fault_table import Net, Scene, fault
 from tests.test_config import BAD
 
@@ -138,7 +139,10 @@ TENSORS = {
     "an embedding's mean": "lngd/embeddings/embed.weight/mean",
     "an embedding's basis": "lngd/embeddings/embed.weight/basis",
 }
-KEYS = ("config", "parameters", "steps", "topology", "groups", "layers", "flags", "fallback", "embeddings", "random")
+KEYS = (
+    "config", "parameters", "steps", "topology", "groups", "layers", "flags", "fallback", "embeddings", "random",
+    "rounding",
+)  # fmt: skip
 
 
 def state_rows() -> None:
@@ -149,7 +153,7 @@ def state_rows() -> None:
 
     row("another optimizer's state", "got the state of another optimizer", lambda s: s.pop("lngd"))
     row("`version` is gone", "got the state of another optimizer, accepted: one that LNGD wrote", drop("lngd/version"))
-    row("another version", "state_dict: got version 99, accepted: 4", put("lngd/version", 99))
+    row("another version", f"state_dict: got version 99, accepted: {VERSION}", put("lngd/version", 99))
     for key in KEYS:
         row(f"`{key}` is gone", f"got a state without {key}, accepted: a whole one", drop(f"lngd/{key}"))
         row(f"`{key}` is a text", f"state_dict: {key}: got 'x', accepted: a …", put(f"lngd/{key}", "x"))
@@ -167,7 +171,7 @@ def state_rows() -> None:
             put(path, first(lambda t: torch.cat((t.flatten(), t.flatten())))))  # fmt: skip
         row(
             f"{name} in integers",
-            f"state_dict: {key}: got torch.int64, accepted: torch.…",
+            f"state_dict: {key}: got torch.int64, accepted: floating point",
             put(path, first(Tensor.long)),
         )
         row(f"{name} with a NaN in it", f"state_dict: {key}: got NaN or infinity, accepted: finite numbers",

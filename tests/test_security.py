@@ -35,7 +35,7 @@ def test_nothing_is_run_that_was_read(path: Path) -> None:
         assert name not in FORBIDDEN, where
         if name == "torch.load":
             assert value(call, "weights_only") == "True", where
-        assert value(call, "trust_remote_code") in ("", "args.trust_remote_code", "trust_remote_code"), where
+        assert value(call, "trust_remote_code") in ("", "False", "args.trust_remote_code", "trust_remote_code"), where
         assert value(call, "allow_pickle") in ("", "False"), where
         assert value(call, "shell") in ("", "False"), where
 
