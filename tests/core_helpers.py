@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import MarianConfig, MarianMTModel
 
 from hf_lngd import LNGD
+from hf_lngd.curvature import compiled
 
 IGNORED = -100
 
@@ -70,3 +71,9 @@ def core_distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     gap = sum(float((first[name] - second[name]).double().square().sum()) for name in second)
     size = sum(float(value.double().square().sum()) for value in second.values())
     return (gap / size) ** 0.5
+
+
+def core_forget_watchers() -> None:
+    """Optimizers that other tests have left behind no longer hold torch.compile back."""
+    for watcher in list(compiled._watchers):
+        compiled.run_eagerly(watcher, False)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from core_helpers import core_marian
+from core_helpers import core_forget_watchers, core_marian
 from study_helpers import row_of, write_multi30k
 
 from benchmarks import (
@@ -177,6 +177,7 @@ def test_compiled_and_other_steps_are_told_apart(monkeypatch: pytest.MonkeyPatch
     def tiny(*_: int) -> torch.nn.Module:
         return core_marian(encoder_layers=1, decoder_layers=1).float()
 
+    core_forget_watchers()
     monkeypatch.setattr(compile_time, "marian", tiny)
     monkeypatch.setattr(compile_time, "VOCABULARY", 40)
     compile_time.main(["--rounds", "10", "--backend", "eager", "--results", str(tmp_path / "r.json")])

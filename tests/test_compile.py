@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from core_helpers import core_batch, core_distance, core_marian, core_step, core_weights
+from core_helpers import core_batch, core_distance, core_forget_watchers, core_marian, core_step, core_weights
 from hf_helpers import hf_images, hf_vit
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from hf_lngd import LNGD, LNGDTrainer, LNGDTrainingArguments
-from hf_lngd.curvature import compiled as compiled_module
 
 OFTEN: dict[str, Any] = {"factor_interval": 3, "inverse_interval": 3}  # looks at steps 0, 1, 2, 3, 6, 9, …
 EAGER, DEFAULT = "force_eager", "default"
@@ -29,9 +28,7 @@ def stance() -> str:
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """No compiled code, and no watchers that other tests left."""
-    gc.collect()
-    for watcher in list(compiled_module._watchers):
-        compiled_module.run_eagerly(watcher, False)
+    core_forget_watchers()
     torch._dynamo.reset()
     counters.clear()
     assert stance() == DEFAULT

@@ -15,6 +15,7 @@ from torch import nn
 _WRAPPED = "_orig_mod"  # what torch.compile calls the module that it wraps
 
 _watchers: weakref.WeakSet[Any] = weakref.WeakSet()
+_met: weakref.WeakSet[Any] = weakref.WeakSet()  # whose end is watched for
 _stance: Any = None  # ours while there are watchers
 
 
@@ -34,11 +35,13 @@ def run_eagerly(watcher: object, wanted: bool) -> None:
 
     `torch.compiler.set_stance`, which costs nothing and compiles nothing again. What it was before comes back.
     """
-    if wanted and watcher not in _watchers:
-        _watchers.add(watcher)
-        weakref.finalize(watcher, _take_stance).atexit = False
-    elif not wanted:
+    if not wanted:
         _watchers.discard(watcher)
+    else:
+        _watchers.add(watcher)
+        if watcher not in _met:
+            _met.add(watcher)
+            weakref.finalize(watcher, _take_stance).atexit = False
     _take_stance()
 
 
