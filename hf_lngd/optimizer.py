@@ -113,7 +113,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         self._factor_seconds = 0.0
         self._ranks_agree = False
         self._gatherers = [self._capture, *self._embeddings]
-        for watcher in (self._capture, *self._embeddings):  # an optimizer that is dropped takes its hooks along
+        for watcher in self._gatherers:  # an optimizer that is dropped takes its hooks along
             weakref.finalize(self, watcher.close).atexit = False
         self._shards: Shards | None = None
         meet_shards(self)
@@ -259,7 +259,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         self._watch(False)
 
     def _watch(self, enabled: bool) -> None:
-        for watcher in (self._capture, *self._embeddings):
+        for watcher in self._gatherers:
             watcher.watch(enabled)
 
     def set_batch(self, inputs: Mapping[str, Any]) -> None:

@@ -22,6 +22,12 @@ class Gatherer(Protocol):
 
     doubtful: bool
 
+    def watch(self, enabled: bool) -> None:
+        """Look at forward passes, or look away."""
+
+    def close(self) -> None:
+        """Remove every hook."""
+
 
 class UnderScaler:
     """A mixin for an optimizer: with a GradScaler, or without one.

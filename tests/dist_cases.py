@@ -108,10 +108,7 @@ def train(
     wrapped: Any = DistributedDataParallel(model) if ranks > 1 else model
     for step in range(first, steps if stop is None else stop):
         batch = batch_of(kind, step, rows, precision)
-        terms = (batch["labels"] != IGNORED).sum()
-        sizes = deal(rows, ranks, accumulation, uneven)
-        parts = micro_batches(batch, [size for own in sizes for size in own], trim)
-        mine = parts[rank * accumulation : (rank + 1) * accumulation]
+        mine, terms = share_of(batch, rank, deal(rows, ranks, accumulation, uneven), trim)
         for i, part in enumerate(mine):
             spoiled = spoil == step and rank == ranks - 1 and i == 0
             last = i == len(mine) - 1
@@ -120,6 +117,15 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
     return report(model, optimizer, start, stop)
+
+
+def share_of(
+    batch: dict[str, Tensor], rank: int, sizes: list[list[int]], trim: bool
+) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """A rank's micro-batches of a batch, and the terms of the loss of all of them. sizes: rows of each, by rank."""
+    parts = micro_batches(batch, [size for own in sizes for size in own], trim)
+    before = sum(len(own) for own in sizes[:rank])
+    return parts[before : before + len(sizes[rank])], (batch["labels"] != IGNORED).sum()
 
 
 def backward(model: Any, optimizer: LNGD, part: dict[str, Tensor], terms: Tensor, ranks: int, spoiled: bool) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from hf_lngd import LNGD, load_checkpoint, save_checkpoint
 from tests.core_helpers import IGNORED, core_batch, core_marian
-from tests.dist_cases import LR, Branches, Images, backward, batch_of, deal, make, micro_batches
+from tests.dist_cases import LR, Branches, Images, backward, batch_of, deal, make, micro_batches, share_of
 
 
 def shard(model: nn.Module, how: str, **options: Any) -> nn.Module:
@@ -60,10 +60,7 @@ def train(
         begin = resume["steps"]
     for step in range(begin, steps if stop is None else stop):
         batch = batch_of(kind, step, rows, precision)
-        terms = (batch["labels"] != IGNORED).sum()
-        sizes = deal(rows, ranks, accumulation, uneven)
-        parts = micro_batches(batch, [size for own in sizes for size in own], trim)
-        mine = parts[rank * accumulation : (rank + 1) * accumulation]
+        mine, terms = share_of(batch, rank, deal(rows, ranks, accumulation, uneven), trim)
         for i, part in enumerate(mine):
             wrapped.set_requires_gradient_sync(i == len(mine) - 1)
             if spoil == step and i == 0:  # all ranks have to take part in a forward pass

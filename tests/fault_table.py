@@ -118,6 +118,13 @@ class Scene:
             yield
         self.error = str(caught.value)
 
+    def refused_step(self, kind: type[BaseException], *arguments: Any) -> None:
+        """A step that raises, and changes no weight."""
+        before = self.weights()
+        with self.refused(kind):
+            self.optimizer.step(*arguments)
+        assert all(torch.equal(before[name], value) for name, value in self.weights().items())
+
     def hooks(self) -> int:
         """Hooks in the model."""
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.model.modules())
