@@ -8,6 +8,7 @@ result is `benchmarks/results/sharding.json` and a table.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import tempfile
@@ -79,4 +80,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()  # a wrong argument is named
     main()

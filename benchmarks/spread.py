@@ -8,6 +8,7 @@ Seconds are of a step in which every inverse is due (the first one, and any with
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -59,4 +60,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()  # a wrong argument is named
     main()

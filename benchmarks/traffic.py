@@ -8,6 +8,7 @@ cores that this process may use. The results are `benchmarks/results/traffic.jso
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -124,4 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()  # a wrong argument is named
     main()
