@@ -301,6 +301,8 @@ def test_what_is_wrong_ends_it_before_training(
         (b"no gzip", "cannot be read"),
         (gzip.compress(GOOD.encode() + b"\n\xff\xfe\n"), "not UTF-8"),
     ],
+    # gzip writes the time of day into its bytes: as a name they would differ from one test process to the next
+    ids=["cut short", "no gzip", "no UTF-8"],
 )
 def test_damaged_files(
     content: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
