@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from hf_lngd import LNGD, LNGDConfig
 
-# What is tuned.
-RATES = ("lr", "other_lr", "fresh")
+# What is tuned, in the order in which a search moves it.
+RATES = ("weight_decay", "lr", "other_lr", "fresh")
 BETA2 = 0.999
 SOAP_BETA2 = 0.95  # its default
+MUON_SCALE = 0.2  # root mean square of an update at rate 1: torch.optim.Muon's "match_rms_adamw"
 
 
 @dataclass(frozen=True)
@@ -237,13 +238,19 @@ def shampoo(model: nn.Module, settings: Settings) -> Together:
 
 
 def lngd(model: nn.Module, settings: Settings) -> Together:
-    """LNGD with its default preset, changed by `settings.fields`."""
+    """LNGD with its default preset, changed by `settings.fields`.
+
+    With two rates, `lr` is on the scale of Muon's (updates of AdamW's settled size). With one it is what users give:
+    LNGD's own scale, and its own rule for what is no matrix.
+    """
+    one = settings.other_lr is None
+    muons: dict[str, Any] = {"rate_scale": MUON_SCALE, "weight_decay_scale": 1.0, "fallback_lr": settings.rest}
     config = LNGDConfig.from_optim_args(
         settings.fields,
-        fallback_lr=settings.rest,
         weight_decay=settings.weight_decay,
         momentum=1 - settings.fresh,
         betas=(0.9, BETA2),
+        **({} if one else muons),
     )
     return Together([LNGD(model, config, lr=settings.lr)])
 

@@ -23,19 +23,18 @@ from benchmarks.tables import table
 from benchmarks.tasks import TASKS, check_task, load_task
 
 HERE = Path(__file__).resolve().parent
-# LNGD once with updates of AdamW's settled size (the default) and once of AdamW's size in its first steps
-RIVALS = {"adamw": ("adamw", ""), "lngd": ("lngd", ""), "lngd rate_scale=1": ("lngd", "rate_scale=1")}
+# AdamW with one rate for everything; LNGD as users get it: one rate too, its default momentum.
+RIVALS = {"adamw": {"other_lr": None, "fresh": 0.1}, "lngd": {"other_lr": None, "fresh": 0.2}}
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def sweep_table(results: Results, task: str, steps: int, seed: int) -> str:
     """Loss at each rate, the best in bold, and the best rate of a parabola through its neighbours."""
     body, tried = [], set()
-    for title, (name, fields) in RIVALS.items():
+    for name in RIVALS:
         losses: dict[float, float] = {}
         for row in results.find("sweep", name, task=task, steps=steps, seed=seed):
-            if row["settings"]["fields"] == fields:
-                losses[row["settings"]["lr"]] = math.inf if row["diverged"] else row["loss"]
+            losses[row["settings"]["lr"]] = math.inf if row["diverged"] else row["loss"]
         if not losses:
             continue
         tried |= set(losses)
@@ -44,7 +43,7 @@ def sweep_table(results: Results, task: str, steps: int, seed: int) -> str:
         for rate, loss in losses.items():
             text = "diverged" if math.isinf(loss) else f"{loss:.3f}"
             cells[rate] = f"**{text}**" if rate == best else text
-        body.append((title.replace(name, label(name).split(" (")[0]), cells, f"{refine(losses, best):.2g}"))
+        body.append((label(name).split(" (")[0], cells, f"{refine(losses, best):.2g}"))
     rates = sorted(tried)
     rows = [[title, *(cells.get(rate, "–") for rate in rates), refined] for title, cells, refined in body]
     return table([f"{task}: one rate for all", *(f"{rate:g}" for rate in rates), "best rate"], rows)
@@ -95,10 +94,10 @@ def sweep(results: Results, args: argparse.Namespace, steps: int, warmup: int) -
     task = load_task(args.task, args.data, args.model)
     with tqdm(total=len(args.rates) * len(RIVALS) * steps, unit="step", smoothing=0.02) as bar:
         for rate in args.rates:
-            for title, (name, fields) in RIVALS.items():
-                settings = Settings(rate, rate, fields=fields)
+            for name, others in RIVALS.items():
+                settings = Settings(rate, **others)  # type: ignore[arg-type]
                 if not results.find("sweep", name, settings, task=args.task, steps=steps, seed=args.seed):
-                    bar.set_description(f"{title} lr {rate:g}")
+                    bar.set_description(f"{name} lr {rate:g}")
                     row: Row = train(
                         name, settings, args.seed, steps, warmup, task, lambda step, loss: bar.update(1), tuning=True
                     )

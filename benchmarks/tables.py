@@ -16,7 +16,7 @@ Curve = list[tuple[float, float]]
 Label = Callable[[str], str]
 REFERENCE = "adamw"
 # Whose final quality times are measured to.
-TARGETS = ("adamw", "muon", "soap")
+TARGETS = ("adamw", "adamw-one", "muon", "soap")
 CURVES = {"loss": "validation_curve", "accuracy": "accuracy_curve"}
 COLOURS = {"adamw": "#6b7280", "muon": "#d97706", "soap": "#7c3aed", "lngd": "#0f766e"}
 VARIANTS = (

@@ -149,6 +149,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "row_decay": _FRACTION,
     "inverse_root": _choice(ROOTS),
     "weight_decay": _NOT_NEGATIVE,
+    "weight_decay_scale": _NOT_NEGATIVE,
     "bias": _choice(BIASES),
     "max_factor_dim": _auto_or_integer,
     "embedding": _choice(EMBEDDINGS),

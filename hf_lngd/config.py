@@ -18,7 +18,7 @@ _FAST: dict[str, Any] = {
     "fisher": "expected",
     "direction": "polar",
     "rate": "rms",
-    "rate_scale": 0.2,
+    "rate_scale": 1.0,
     "rate_mu": 1e-8,
     "rate_rows": 8,
     "damping": "relative",
@@ -40,12 +40,13 @@ _FAST: dict[str, Any] = {
     "row_decay": 0.95,
     "inverse_root": "auto",
     "weight_decay": 0.1,
+    "weight_decay_scale": 5.0,
     "bias": "fallback",
     "max_factor_dim": "auto",
     "embedding": "rotated",
     "exclude": "",
     "fallback_lr": None,
-    "fallback_lr_scale": 1.0,
+    "fallback_lr_scale": 3.0,
     "betas": (0.9, 0.999),
     "eps": 1e-8,
     "seed": 0,
@@ -71,9 +72,11 @@ _PAPER: dict[str, Any] = _FAST | {
     "stagger": False,
     "early_factors": False,
     "weight_decay": 0.004,
+    "weight_decay_scale": 1.0,
     "bias": "factor",
     "max_factor_dim": _UNCUT,
     "embedding": "fallback",
+    "fallback_lr_scale": 1.0,
     "chain": "full",
     "conv_rows": 1,
 }
@@ -117,7 +120,8 @@ class LNGDConfig:
         rate: the layer's rate α_l. ``adaptive``: Eq. 12-13 over rows of the batch (keeps one row in `rate_rows`
             of every layer's inputs and gradients, each step). ``rms``: `rate_scale` / RMS(D). ``trust``:
             `rate_scale` / sqrt⟨ΨDΦ, D⟩. ``none``: 1.
-        rate_scale: κ of ``rms`` and ``trust``. 0.2 gives AdamW's update size.
+        rate_scale: κ of ``rms`` and ``trust``. 1: the size of AdamW's first steps, with which AdamW's rates suit
+            LNGD; 0.2: its settled size (Muon's ``match_rms_adamw``), for rates five times as high.
         rate_mu: μ of Eq. 13 (the paper gives no value).
         rate_rows: ``adaptive`` looks at one row of the batch in this many; 1 is exact.
         damping: ``relative`` λ = ρ · tr/dim; ``paper`` λ = clamp(tr/dim, ν1, ν2).
@@ -147,6 +151,8 @@ class LNGDConfig:
         inverse_root: how the (·)^(-1/2) of ``gram`` are computed: ``eigh`` (exact), ``newton`` (matrix products only,
             no host synchronisation), ``auto``: eigh on the CPU, newton on accelerators.
         weight_decay: decoupled, never on norms and biases.
+        weight_decay_scale: layers of LNGD take this multiple of `weight_decay`: a step of κ = 1 is five times AdamW's
+            settled size, and so is what has to balance it.
         bias: ``factor``: a last column of the layer's factor; ``fallback``: AdamW.
         max_factor_dim: a wider Φ (A and B, P and Q) is cut into equal diagonal blocks no wider than this; ``auto``:
             min(fan-in, fan-out) of the layer, but 64 at the least.
@@ -154,7 +160,8 @@ class LNGDConfig:
             ``exact``: Φ of one-hot inputs, that is token frequency. All at the fallback's rate.
         exclude: a regular expression; parameters whose name it matches (`re.search`) go to AdamW.
         fallback_lr: AdamW's rate for what no layer owns; none: lr × `fallback_lr_scale`.
-        fallback_lr_scale: see `fallback_lr`.
+        fallback_lr_scale: see `fallback_lr`. Embeddings, norms and biases learn best at about three times the matrices'
+            rate, with AdamW, too.
         betas: AdamW's, for what no layer owns.
         eps: AdamW's, for what no layer owns.
         seed: of the draws of ``sampled`` and ``true``; the user's random state is never touched.
@@ -200,6 +207,7 @@ class LNGDConfig:
     row_decay: float = _FROM_PRESET
     inverse_root: str = _FROM_PRESET
     weight_decay: float = _FROM_PRESET
+    weight_decay_scale: float = _FROM_PRESET
     bias: str = _FROM_PRESET
     max_factor_dim: int | str = _FROM_PRESET
     embedding: str = _FROM_PRESET

@@ -28,7 +28,16 @@ from .distributed import Ranks
 from .fallback import Fallback
 from .layer_step import step_layers
 from .preconditioner import Preconditioner, state_like
-from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route, format_routes, route
+from .routing import (
+    EXACT_EMBEDDING,
+    FALLBACK_OWNER,
+    LNGD_OWNER,
+    ROTATED_EMBEDDING,
+    Route,
+    format_rates,
+    format_routes,
+    route,
+)
 from .scaler import UnderScaler
 from .seen import check_capture, check_rows
 from .sharded_checkpoint import refuse_torchs_own
@@ -143,7 +152,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
             else:
                 continue
             own_lr = lr if name in ("lngd", "lngd_bias") else fallback_lr
-            decay = c.weight_decay if r.decays else 0.0
+            decay = c.weight_decay * (c.weight_decay_scale if name == "lngd" else 1.0) if r.decays else 0.0
             group = groups.setdefault(name, {"params": [], "name": name, "lr": own_lr, "weight_decay": decay})
             group["params"].append(self._parameters[r.parameter])
             self._names.setdefault(name, []).append(r.parameter)
@@ -304,8 +313,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         ]
 
     def routing_table(self) -> str:
-        """The routing as a printable table."""
-        return format_routes(self.routing())
+        """The routing as a printable table, and below it what `lr` means for each owner."""
+        return f"{format_routes(self.routing())}\n\n{format_rates(self.config)}"
 
     def factors(self, name: str) -> dict[str, Tensor]:
         """The factors of a layer by module name: running averages, start-up bias corrected, undamped.

@@ -224,6 +224,17 @@ def format_routes(routes: list[Route]) -> str:
     return text
 
 
+def format_rates(config: LNGDConfig) -> str:
+    """What a rate `lr` means for each owner, and the weight decays: two short sentences."""
+    given = config.fallback_lr
+    rest = f"{config.fallback_lr_scale:g} × lr" if given is None else f"{given:g}"
+    own = config.weight_decay * config.weight_decay_scale
+    return (
+        f"Rate of LNGD's layers: lr, weight decay {own:g}. "
+        f"Of all else: {rest}, weight decay {config.weight_decay:g}; none on norms and biases."
+    )
+
+
 def _align(rows: Sequence[tuple[str, ...]], right: set[int]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(

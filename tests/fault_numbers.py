@@ -87,7 +87,7 @@ for _text, _counts, _variants in (
         scene.make(steps=0)
         before = scene.weights()
         scene.step(scale=0.0)
-        torch.testing.assert_close(scene.model.up.weight, before["up.weight"], rtol=2e-3, atol=0)
+        torch.testing.assert_close(scene.model.up.weight, before["up.weight"], rtol=2e-2, atol=0)
 
 
 for _text, _value in (("NaN", NAN), ("infinity", INF)):

@@ -16,7 +16,7 @@ BF16 = torch.bfloat16
 OWNERS: list[dict[str, Any]] = [
     {},
     {"bias": "factor", "direction": "gram"},
-    {"embedding": "exact", "momentum_on": "update"},
+    {"embedding": "exact", "momentum_on": "update", "rate_scale": 0.2, "fallback_lr": 5e-4},
     {"embedding": "fallback", "family": "kfac", "rate": "rms"},
 ]
 
@@ -41,7 +41,7 @@ class Words(nn.Module):
 
 
 def trained(
-    dtype: torch.dtype, steps: int = 60, lr: float = 5e-4, **fields: Any
+    dtype: torch.dtype, steps: int = 60, lr: float = 1e-4, **fields: Any
 ) -> tuple[dict[str, Tensor], nn.Module, LNGD]:
     """The way that each weight has gone."""
     model = Words().to(dtype)

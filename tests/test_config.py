@@ -39,6 +39,7 @@ BAD = {
     "bf16_update": ["float32", 1],
     "inverse_root": ["svd"],
     "weight_decay": [-1],
+    "weight_decay_scale": [-1, "x"],
     "bias": ["none"],
     "max_factor_dim": [0, "big", 2.0],
     "embedding": ["none"],

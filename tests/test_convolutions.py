@@ -124,7 +124,7 @@ def test_steps_are_those_of_the_dense_reference(case: str, direction: str) -> No
         a = patches_of(conv, x + step).detach()
         for unit, layer in enumerate(naive):
             layer.observe(a[unit], torch.ones(a.shape[1], conv.out_channels // groups))
-            layer.step(conv.weight.grad.view(groups, -1, columns)[unit], lr=1e-3, decay=config.weight_decay)
+            layer.step(conv.weight.grad.view(groups, -1, columns)[unit], lr=1e-3, decay=config.weight_decay * config.weight_decay_scale)
         optimizer.step()
         expected = torch.stack([layer.w for layer in naive])
         torch.testing.assert_close(conv.weight.detach().view(expected.shape), expected, rtol=1e-7, atol=1e-10)
@@ -143,7 +143,7 @@ def test_the_rate_is_the_layers_and_not_its_groups(rate: str) -> None:
     ratio = moves[0] / moves[1]
     torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio))
     if rate == "rms":
-        torch.testing.assert_close(moves[0].square().mean().sqrt(), torch.tensor(0.2).double())
+        torch.testing.assert_close(moves[0].square().mean().sqrt(), torch.tensor(1.0).double())
 
 
 def test_transformers_conv1d_is_a_linear_layer_turned_round() -> None:

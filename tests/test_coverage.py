@@ -108,7 +108,7 @@ def test_the_checks_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(coverage.CheckFailed, match="two micro-batches are"):
             coverage.check_accumulation(zoo.ZOO["resnet"])
     with monkeypatch.context() as m:
-        m.setitem(coverage.LNGD_FIELDS, "rate_scale", 20.0)
+        m.setitem(coverage.LNGD_FIELDS, "rate_scale", 100.0)
         with pytest.raises(coverage.CheckFailed, match="times the rate"):
             coverage.check_size(vit)
 

@@ -61,7 +61,7 @@ def test_the_setting_that_is_muon(m: int, d: int, adjust: str) -> None:
     ours, theirs = (torch.nn.Linear(d, m, bias=False) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     before = ours.weight.detach().clone()
-    rate = 0.02 * (5 / d**0.5 if adjust == "original" else 1.0)
+    rate = 0.02 / (d**0.5 if adjust == "original" else 5.0)
     fields = {"damping_rho": 1000.0, "row_decay": 0.0, "embedding": "fallback", "momentum": 0.95, "weight_decay": 0.1}
     optimizers = (
         LNGD(ours, lr=rate, **fields),

@@ -7,8 +7,11 @@ import torch
 from core_helpers import core_batch, core_marian, core_step
 from torch import Tensor, nn
 
-from hf_lngd import LNGD
+from hf_lngd import LNGD, LNGDConfig
 from hf_lngd.curvature.embeddings import ROW_CAP, embedding_direction
+
+
+RATE = 1e-2 * LNGDConfig().fallback_lr_scale  # of tables, where lr is 1e-2
 
 
 class Bag(nn.Module):
@@ -49,8 +52,8 @@ def test_rotated_is_adam_in_the_eigenbasis(tied: bool) -> None:
         mean = 0.8 * mean + 0.2 * (g @ basis)
         square = 0.9 * square + 0.1 * (g @ basis) ** 2
         root = (square / (1 - 0.9 ** (step + 1))).sqrt() + 1e-8
-        expected *= 1 - 1e-2 * 0.1
-        expected -= 1e-2 * (mean / (1 - 0.8 ** (step + 1)) / root) @ basis.T
+        expected *= 1 - RATE * 0.1
+        expected -= RATE * (mean / (1 - 0.8 ** (step + 1)) / root) @ basis.T
         optimizer.step()
         optimizer.zero_grad()
         torch.testing.assert_close(model.table.weight.detach(), expected, rtol=1e-5, atol=1e-8)
@@ -70,10 +73,10 @@ def test_exact_divides_by_token_frequency(tied: bool) -> None:
     counts[0] = 0
     frequency = counts / counts.sum()
     direction = g / (frequency + 0.5 / 7)[:, None]
-    direction = 0.2 * direction / direction.square().mean().sqrt()
+    direction = direction / direction.square().mean().sqrt()
     rows = direction.square().mean(1, keepdim=True).sqrt()
-    direction = direction * (0.2 * ROW_CAP / rows).clamp(max=1)
-    torch.testing.assert_close(before - model.table.weight.detach(), 1e-2 * direction, rtol=1e-6, atol=1e-9)
+    direction = direction * (ROW_CAP / rows).clamp(max=1)
+    torch.testing.assert_close(before - model.table.weight.detach(), RATE * direction, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -94,15 +97,15 @@ def test_exact_over_several_steps(on: str, nesterov: bool) -> None:
             momentum = 0.7 * momentum + 0.3 * g
             g = 0.7 * momentum + 0.3 * g if nesterov else momentum
         direction = g / (average / seen + 0.3 * (average / seen).mean())[:, None]
-        direction = 0.2 * direction / direction.square().mean().sqrt()
-        direction = direction * (0.2 * ROW_CAP / direction.square().mean(1, keepdim=True).sqrt()).clamp(max=1)
-        update = 1e-2 * direction
+        direction = direction / direction.square().mean().sqrt()
+        direction = direction * (ROW_CAP / direction.square().mean(1, keepdim=True).sqrt()).clamp(max=1)
+        update = RATE * direction
         if on == "update":
             momentum = 0.7 * momentum + update
             update = update + 0.7 * momentum if nesterov else momentum
         optimizer.step()
         optimizer.zero_grad()
-        torch.testing.assert_close(model.table.weight.detach(), w * (1 - 1e-3) - update, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(model.table.weight.detach(), w * (1 - RATE * 0.1) - update, rtol=1e-6, atol=1e-9)
 
 
 def test_no_row_is_moved_further_than_the_cap() -> None:
@@ -142,4 +145,4 @@ def test_a_turn_of_the_basis_makes_no_large_step_of_a_rare_row() -> None:
         (table(seen) * torch.randn(8)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert (table[0].weight.detach() - before).abs().max() < 5e-3
+        assert (table[0].weight.detach() - before).abs().max() < 5 * 3e-3  # a few of its rate

@@ -180,7 +180,7 @@ def test_any_chain_steps_as_the_reference(
             naive[name].observe(a, g2)
         (model(**batch) - torch.randn(3, 4, 3, dtype=torch.float64)).square().mean().backward()
         for name, (layer, _) in found.items():
-            decay = 0.05
+            decay = 0.05 * config.weight_decay_scale
             step_with_decay(naive[name], layer, config.bias, decay)
         optimizer.step()
         optimizer.zero_grad()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from core_helpers import core_marian
 from torch import nn
 
 from hf_lngd import LNGD
-from hf_lngd.routing import format_routes
+from hf_lngd.routing import format_rates, format_routes
 
 
 class Zoo(nn.Module):
@@ -109,11 +111,27 @@ def test_wide_embeddings_are_not_rotated() -> None:
 def test_table_adds_up() -> None:
     optimizer = LNGD(Zoo())
     text = optimizer.routing_table()
-    assert text == format_routes(optimizer.routing())
+    assert text == f"{format_routes(optimizer.routing())}\n\n{format_rates(optimizer.config)}"
     lines = text.splitlines()
     assert lines[0].split() == ["owner", "reason", "tensors", "parameters", "share", "for", "example"]
     assert [line.split()[0] for line in lines[1:5]] == ["lngd"] * 4 and "linear.weight" in lines[4]
     assert sum(r.numel for r in optimizer.routing()) == sum(p.numel() for p in Zoo().parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "rest"),
+    [({}, "3 × lr, weight decay 0.1"), ({"fallback_lr": 0.02}, "0.02, weight decay 0.1"),
+     ({"preset": "paper"}, "1 × lr, weight decay 0.004")],
+)  # fmt: skip
+def test_rates_below_the_table_are_those_of_the_groups(fields: dict[str, Any], rest: str) -> None:
+    optimizer = LNGD(Zoo(), lr=1e-3, **fields)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    text = optimizer.routing_table().splitlines()[-1]
+    own, others = groups["lngd"], groups["embedding" if "embedding" in groups else "fallback"]
+    assert own["lr"] == 1e-3 and f"Rate of LNGD's layers: lr, weight decay {own['weight_decay']:g}. " in text
+    assert f"Of all else: {rest};" in text
+    assert others["lr"] == pytest.approx(0.02 if "fallback_lr" in fields else 1e-3 * float(rest.split()[0]))
+    assert others["weight_decay"] == optimizer.config.weight_decay
 
 
 class Head(nn.Module):

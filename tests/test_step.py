@@ -86,9 +86,10 @@ def test_steps_are_those_of_the_reference(fields: dict[str, object], bias: str) 
                 continue
             gradient = matrix(name, gradient=True)
             decayed = layer.w.clone()
-            layer.step(gradient, 1e-2, 0.05)
+            decay = 0.05 * config.weight_decay_scale
+            layer.step(gradient, 1e-2, decay)
             if bias == "factor":  # no decay on the bias
-                layer.w[:, -1] += 1e-2 * 0.05 * decayed[:, -1]
+                layer.w[:, -1] += 1e-2 * decay * decayed[:, -1]
         optimizer.step()
         optimizer.zero_grad()
         for name, layer in naive.items():
@@ -107,7 +108,7 @@ def test_roots_of_gram_matrices_are_made_every_so_often(shape: tuple[int, int], 
         x = torch.randn(12, shape[1], dtype=torch.float64)
         model(x).exp().mean().backward()
         naive.observe(x, torch.ones(12, shape[0]))
-        naive.step(model[0].weight.grad, 1e-2, config.weight_decay)
+        naive.step(model[0].weight.grad, 1e-2, config.weight_decay * config.weight_decay_scale)
         optimizer.step()
         optimizer.zero_grad()
         assert (model[0].weight - naive.w).norm() < 1e-9 * naive.w.norm(), step
@@ -145,16 +146,17 @@ def test_a_layer_without_gradient_rests() -> None:
 
 
 @pytest.mark.parametrize("direction", ["natural", "polar", "gram"])
-def test_size_of_the_update_is_adamws(direction: str) -> None:
+@pytest.mark.parametrize(("fields", "scale"), [({}, 1.0), ({"rate_scale": 0.2}, 0.2)], ids=["default", "Muon's"])
+def test_size_of_the_update(direction: str, fields: dict[str, float], scale: float) -> None:
     model = Net()
-    optimizer = LNGD(model, lr=1e-2, direction=direction, weight_decay=0.0)
+    optimizer = LNGD(model, lr=1e-2, direction=direction, weight_decay=0.0, **fields)
     for _ in range(3):
         before = [layer.weight.detach().clone() for layer in model.layers]
         model(torch.randn(12, 5)).square().mean().backward()
         optimizer.step()
         for old, layer in zip(before, model.layers, strict=True):
             rms = (layer.weight - old).square().mean().sqrt()
-            torch.testing.assert_close(rms, torch.tensor(0.2 * 1e-2), rtol=2e-2, atol=0)
+            torch.testing.assert_close(rms, torch.tensor(scale * 1e-2), rtol=2e-2, atol=0)
 
 
 def test_fallback_is_torchs_adamw() -> None:
@@ -163,7 +165,8 @@ def test_fallback_is_torchs_adamw() -> None:
     decayed = [p for p in other.parameters() if p.dim() > 1]
     rest = [p for p in other.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.95), eps=1e-6, fused=True)
+    rate = 1e-3 * optimizer.config.fallback_lr_scale
+    adamw = torch.optim.AdamW(groups, lr=rate, betas=(0.8, 0.95), eps=1e-6, fused=True)
     for _ in range(4):
         x = torch.randn(12, 5)
         for net, own in ((model, optimizer), (other, adamw)):
@@ -230,7 +233,7 @@ def test_both_ways_to_a_root_and_half_precision_agree(direction: str, other: dic
     results = []
     for fields in ({"matrix_dtype": "full", "inverse_root": "eigh"}, other):
         model = Net()
-        optimizer = LNGD(model, lr=1e-2, direction=direction, **fields)
+        optimizer = LNGD(model, lr=2e-3, fallback_lr=1e-2, direction=direction, **fields)
         for seed in range(4):
             torch.manual_seed(seed)
             model(torch.randn(64, 5)).square().mean().backward()
