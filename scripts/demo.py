@@ -43,7 +43,7 @@ class Run:
 
 
 RUNS = {
-    "lngd": Run("LNGD", "lngd", 8e-3, (2e-3, 4e-3, 8e-3, 1.6e-2), "#0f766e"),
+    "lngd": Run("LNGD", "lngd", 2e-3, (5e-4, 1e-3, 2e-3, 4e-3), "#0f766e"),
     "adamw": Run("AdamW", "adamw_torch_fused", 2e-3, (5e-4, 1e-3, 2e-3, 4e-3), "#d97706"),
 }
 

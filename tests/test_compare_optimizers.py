@@ -25,8 +25,9 @@ from benchmarks import (
     spec,
     tables,
 )
-from benchmarks.rivals import RIVALS, Settings, label, split
+from benchmarks.rivals import MUON_SCALE, RIVALS, Settings, label, split
 from benchmarks.tasks import TASKS, load_task
+from hf_lngd import LNGDConfig
 from scripts import compare_optimizers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,6 +313,19 @@ def test_augmented_images_are_windows_of_the_image_in_its_border() -> None:
     windows = [border[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
     kinds = [next(k for k, w in enumerate(windows + [w.flip(-1) for w in windows]) if torch.equal(w, o)) for o in out]
     assert 20 < sum(kind >= 81 for kind in kinds) < 44 and len(set(kinds)) > 30
+
+
+def test_lngd_with_two_rates_is_on_muons_scale_and_with_one_as_users_get_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
+    (two,) = RIVALS["lngd"](model, Settings(0.02, 0.01)).optimizers
+    assert (two.config.rate_scale, two.config.weight_decay_scale) == (MUON_SCALE, 1.0)
+    assert {g["name"]: (g["lr"], g["weight_decay"]) for g in two.param_groups} == {
+        "lngd": (0.02, 0.1),
+        "fallback_no_decay": (0.01, 0.0),
+    }
+    (one,) = RIVALS["lngd"](model, Settings(1e-3, None)).optimizers
+    users = LNGDConfig(momentum=0.9)
+    assert one.config == users and [g["lr"] for g in one.param_groups] == [1e-3, 1e-3 * users.fallback_lr_scale]
 
 
 def test_flat_muon_is_muon_on_matrices() -> None:

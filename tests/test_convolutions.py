@@ -124,7 +124,11 @@ def test_steps_are_those_of_the_dense_reference(case: str, direction: str) -> No
         a = patches_of(conv, x + step).detach()
         for unit, layer in enumerate(naive):
             layer.observe(a[unit], torch.ones(a.shape[1], conv.out_channels // groups))
-            layer.step(conv.weight.grad.view(groups, -1, columns)[unit], lr=1e-3, decay=config.weight_decay * config.weight_decay_scale)
+            layer.step(
+                conv.weight.grad.view(groups, -1, columns)[unit],
+                lr=1e-3,
+                decay=config.weight_decay * config.weight_decay_scale,
+            )
         optimizer.step()
         expected = torch.stack([layer.w for layer in naive])
         torch.testing.assert_close(conv.weight.detach().view(expected.shape), expected, rtol=1e-7, atol=1e-10)

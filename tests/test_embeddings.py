@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from hf_lngd import LNGD, LNGDConfig
 from hf_lngd.curvature.embeddings import ROW_CAP, embedding_direction
 
-
 RATE = 1e-2 * LNGDConfig().fallback_lr_scale  # of tables, where lr is 1e-2
 
 

@@ -139,9 +139,10 @@ def test_schedulers(name: str, lr: Any) -> None:
         train(model, optimizer, 1)
         scheduler.step()
         rates.append({group["name"]: float(group["lr"]) for group in optimizer.param_groups})
-    share = 1.0 if name == "one cycle" else optimizer.config.fallback_lr_scale  # one cycle gives all groups its own rate
+    # one cycle gives all groups one rate
+    share = 1.0 if name == "one cycle" else optimizer.config.fallback_lr_scale
     for row in rates:
-        assert all(rate == pytest.approx(row["lngd"] * (1 if g.startswith("lngd") else share)) for g, rate in row.items())
+        assert row == {group: pytest.approx(row["lngd"] * (1 if group == "lngd" else share)) for group in row}
     assert len({row["lngd"] for row in rates}) > 1
 
 
