@@ -4,8 +4,8 @@
         subprocess.run(command, env={**os.environ, **hub.environment(tmp_path)})
         hub.files("someone/name")["README.md"]
 
-huggingface_hub reads where the Hub is when it is imported, so what uses the fake runs in a process of its own. Big files
-go the way of git LFS (`HF_HUB_DISABLE_XET`): Xet's storage speaks a protocol of its own.
+huggingface_hub reads where the Hub is when it is imported, so what uses the fake runs in a process of its own. Big
+files go the way of git LFS (`HF_HUB_DISABLE_XET`): Xet's storage speaks a protocol of its own.
 """
 
 from __future__ import annotations
@@ -98,13 +98,14 @@ class FakeHub:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, int]] = []
-        self._faults: list[tuple[str, int | None]] = []
+        self._faults: list[list[Any]] = []
         self._lock = threading.RLock()
 
     def __enter__(self) -> FakeHub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.storage = f"http://localhost:{self._server.server_address[1]}/storage"  # another host, as on the Hub
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
@@ -115,12 +116,12 @@ class FakeHub:
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """Variables of a process that uses this Hub; `home` holds its downloads and stands for a home of its own."""
         variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": token or "", "NO_PROXY": "127.0.0.1"}
+        variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": token or "", "NO_PROXY": "127.0.0.1,localhost"}
         return variables
 
-    def refuse(self, path: str, status: int | None) -> None:
+    def refuse(self, path: str, status: int | None, times: float = float("inf")) -> None:
         """Answer what matches `path`, a regular expression of method and path, with an error; None: hang up."""
-        self._faults.append((path, status))
+        self._faults.append([path, status, times])
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
         """The files of a repository."""
@@ -130,8 +131,10 @@ class FakeHub:
     def answer(self, asked: Asked) -> Answer | None:
         """None: hang up."""
         with self._lock:
-            for pattern, status in self._faults:
-                if re.search(pattern, f"{asked.method} {asked.path}"):
+            for fault in self._faults:
+                pattern, status, times = fault
+                if times and re.search(pattern, f"{asked.method} {asked.path}"):
+                    fault[2] -= 1
                     self.requests.append((asked.method, asked.path, status or 0))
                     return None if status is None else _refusal(Refused(status, "made up by the test"))
             try:
@@ -217,7 +220,7 @@ def lfs_batch(hub: FakeHub, asked: Asked, repo: str) -> Answer:
     hub.writable(asked, repo)
     objects = []
     for wanted in asked.json()["objects"]:
-        actions = {"upload": {"href": f"{hub.url}/storage/{wanted['oid']}"}}
+        actions = {"upload": {"href": f"{hub.storage}/{wanted['oid']}"}}
         objects.append(wanted if wanted["oid"] in hub.objects else {**wanted, "actions": actions})
     return Answer({"transfer": "basic", "objects": objects})
 
@@ -295,7 +298,7 @@ def resolve(hub: FakeHub, asked: Asked, repo: str, revision: str, path: str) -> 
     if name not in hub.objects:
         return Answer(content, 200, {**headers, "ETag": f'"{_git_oid(content)}"'})
     headers |= {"X-Linked-Size": str(len(content)), "X-Linked-Etag": f'"{name}"'}
-    return Answer(b"", 302, {**headers, "ETag": f'"{name}"', "Location": f"{hub.url}/storage/{name}"})
+    return Answer(b"", 302, {**headers, "ETag": f'"{name}"', "Location": f"{hub.storage}/{name}"})
 
 
 _MODEL = r"/api/models/(?P<repo>[^/]+/[^/]+)"
