@@ -288,11 +288,12 @@ def refused_folder(case: str) -> str:
 def refused(place: Place) -> dict[str, tuple[int, str]]:
     """Exit status and stderr of each."""
     place.hub.refuse("POST .*/someone/broken/commit/", 500)
-    place.hub.refuse("POST .*/someone/gone/commit/", None)
+    place.hub.refuse("POST .*/someone/gone/commit/", None, times=1)
     place.hub.refuse("GET .*/someone/absent/", None)
     commands = [place.argv("images", "old", "--push_to_hub", max_steps=1, hub_token=TOKEN)]
     for case, (options, *_) in REFUSED.items():
-        commands.append(place.argv("images", refused_folder(case), "--push_to_hub", **{"max_steps": 1, **options}))
+        given = {"max_steps": 1, "save_strategy": "epoch", "hub_strategy": "end", **options}
+        commands.append(place.argv("images", refused_folder(case), "--push_to_hub", **given))
     first, *others = place.runs(commands)
     assert first[0] == 0, first[1]
     return dict(zip(REFUSED, others, strict=True))
@@ -311,6 +312,16 @@ def test_a_refusal_names_what_to_do(case: str, place: Place, refused: dict[str, 
         wanted = ("model.safetensors", "eval_results.json", "predictions.csv", "README.md", "trainer_state.json")
         assert all((folder / name).is_file() for name in wanted)
         assert f"hf upload {REFUSED[case][0]['hub_model_id']} {folder} . --exclude '_*'" in last
+
+
+def test_the_command_of_a_failed_push_pushes(place: Place, refused: dict[str, tuple[int, str]]) -> None:
+    upload = shlex.split(refused["gone"][1].rstrip("\n").split("without training again: ")[1])
+    assert upload[0] == "hf"
+    done = place.call(["-m", "huggingface_hub.cli.hf", *upload[1:]], TOKEN)
+    assert done.returncode == 0, done.stderr
+    files = place.hub.files("someone/gone")
+    assert files["README.md"] == (place.root / refused_folder("gone") / "README.md").read_bytes()
+    assert "model.safetensors" in files and not [path for path in files if "checkpoint" in path]
 
 
 def test_a_hub_that_is_not_there(place: Place) -> None:

@@ -117,7 +117,7 @@ def tell_failed(pushes: Any) -> None:
         if not job.done():
             continue
         pushes.jobs.remove(job)
-        error = job.exception()
+        error = None if job.cancelled() else job.exception()
         if error is not None:
             logger.warning("a push during training failed, training goes on: %s", one_line(_reason(error), 300))
 
