@@ -116,6 +116,7 @@ class FakeHub:
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """Variables of a process that uses this Hub; `home` holds its downloads and stands for a home of its own."""
         variables = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        variables |= {"HF_HUB_ETAG_TIMEOUT": "120", "HF_HUB_DOWNLOAD_TIMEOUT": "120"}  # a busy machine is slow
         variables |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": token or "", "NO_PROXY": "127.0.0.1,localhost"}
         return variables
 
@@ -186,7 +187,7 @@ def create(hub: FakeHub, asked: Asked) -> Answer:
         raise Refused(403, f"You don't have the rights to create a model under the namespace {owner!r}")
     name = f"{owner}/{wanted['name']}"
     if name in hub.repos:
-        raise Refused(409, "You already created this model repo")
+        return Answer({"error": "You already created this model repo", "url": f"{hub.url}/{name}"}, 409)
     hub.repos[name] = Repo(private=wanted.get("visibility") == "private")
     hub.repos[name].commit({".gitattributes": b""}, "main", "initial commit")
     return Answer({"url": f"{hub.url}/{name}", "name": name})

@@ -246,7 +246,7 @@ def test_every_save_is_pushed_and_a_failed_push_is_told(pushed: Place) -> None:
 def test_training_goes_on_from_a_pushed_checkpoint(pushed: Place, again: dict[str, bytes]) -> None:
     repo = pushed.hub.repos["someone/going-on"]
     messages = [f"Training in progress, step {step}{what}" for step in (2, 4) for what in ("", ", checkpoint")]
-    assert repo.messages == ["initial commit", *messages, "End of training"]
+    assert repo.messages == ["initial commit", *messages, "End of training"], pushed.said["going-on"]
     at_step_2 = list(repo.commits.values())[2]
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= set(at_step_2)
     card = at_step_2["README.md"].decode()
