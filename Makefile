@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=10 $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-vision test test-all lint format clean
+.PHONY: help env demo demo-vision test test-all lint format audit clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -48,6 +48,14 @@ lint: $(STAMP) ## ruff and mypy
 format: $(STAMP) ## let ruff format the code
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+# In an environment of its own, so that it changes nothing and is not audited itself. PyPI's service would pass over what
+# it does not know, CPU builds of torch among it, and without a network over everything; osv.dev's fails then.
+audit: $(STAMP) ## known weaknesses of what is installed, by pip-audit (asks osv.dev)
+	$(BIN)/python -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install -q "pip-audit>=2.10,<3"
+	PIPAPI_PYTHON_LOCATION=$(abspath $(BIN))/python $(VENV)/audit/bin/python -m pip_audit \
+		--vulnerability-service osv --skip-editable
 
 clean: ## remove the environment, caches and what the demo wrote
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

@@ -253,6 +253,13 @@ class LNGDConfig:
         fields.update(_parse_items(text or ""))
         return cls(**fields)
 
+    def to_optim_args(self) -> str:
+        """The shortest text that :meth:`from_optim_args` makes these settings of: the preset, and what differs."""
+        family = {} if self.family == "lngd" else {"family": self.family}
+        plain = type(self)(preset=self.preset, **family).to_dict()  # type: ignore[arg-type]
+        changed = {name: value for name, value in self.to_dict().items() if value != plain[name]}
+        return ",".join(f"{name}={_text(v)}" for name, v in {"preset": self.preset, **family, **changed}.items())
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values (tuples become lists), ready for JSON and for ``LNGDConfig(**d)``."""
         return {
@@ -304,6 +311,15 @@ def _parse_items(text: str) -> dict[str, Any]:
         check_field_names({name: value})
         fields[name] = _parse_value(name, value)
     return fields
+
+
+def _text(value: Any) -> str:
+    """A field's value as `_parse_value` reads it."""
+    if isinstance(value, list):
+        return ":".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value).replace(",", "\\,")
 
 
 # Fields whose text may be a word or a number.

@@ -7,7 +7,7 @@ The arguments are those of transformers' image-classification example (`--help` 
 ends in .json is a file with them. Data are folders of images, one a class, or files, parquet or JSON lines.
 
 Whatever is wrong with arguments or data ends the script before training, with status 2 and a last line
-`error: <field>: …`.
+`error: <field>: …`; a push that the Hub does not take, after training, with status 1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from hf_lngd import LNGDTrainer
 from hf_lngd.integrations import image_model
+from hf_lngd.integrations.hub import push
 from hf_lngd.integrations.image_args import DataArguments, ModelArguments, parse
 from hf_lngd.integrations.image_batches import ImageSet, Normalise, TellEpoch
 from hf_lngd.integrations.image_pixels import decode
@@ -36,10 +37,11 @@ def main() -> None:
 
     Raises:
         UsageError: names the argument.
+        RunError: all is done and saved, but the Hub does not take it.
     """
     model_args, data_args, args = parse(sys.argv[1:])
     trainer, sets, rows, classes, scores = prepare(model_args, data_args, args)
-    card = ImageCard(trainer, model_args, data_args, ["python", *sys.argv])
+    card = ImageCard(trainer, model_args, data_args, sys.argv)
     trainer.card_writer = card
     if args.do_train:
         train(trainer, args.resume_from_checkpoint)
@@ -56,7 +58,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         card()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        push(trainer)
 
 
 def prepare(

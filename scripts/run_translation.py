@@ -8,7 +8,7 @@ The arguments are those of transformers' translation example (`--help` lists the
 .json is a file with them. Data are JSON lines, `{"translation": {"en": "…", "de": "…"}}`, gzipped or not.
 
 Whatever is wrong with arguments or data ends the script before training, with status 2 and a last line
-`error: <field>: …`.
+`error: <field>: …`; a push that the Hub does not take, after training, with status 1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from hf_lngd import LNGDSeq2SeqTrainer
+from hf_lngd.integrations.hub import push
 from hf_lngd.integrations.script_run import make_trainer, train
 from hf_lngd.integrations.translation_args import DataArguments, ModelArguments, parse
 from hf_lngd.integrations.translation_data import first, load_pairs, tokenize
@@ -34,10 +35,11 @@ def main() -> None:
 
     Raises:
         UsageError: names the argument.
+        RunError: all is done and saved, but the Hub does not take it.
     """
     model_args, data_args, args = parse(sys.argv[1:])
     trainer, parts, scores = prepare(model_args, data_args, args)
-    card = TranslationCard(trainer, model_args, data_args, ["python", *sys.argv])
+    card = TranslationCard(trainer, model_args, data_args, sys.argv)
     trainer.card_writer = card
     if args.do_train:
         train(trainer, args.resume_from_checkpoint)
@@ -53,7 +55,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         card()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        push(trainer)
 
 
 def predict(trainer: LNGDSeq2SeqTrainer, dataset: Any, generation: dict[str, Any]) -> Any:

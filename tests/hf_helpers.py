@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -165,19 +164,3 @@ def hf_encoded(tokenizer: Any, pairs: list[dict[str, str]]) -> list[dict[str, An
         }
         for pair in pairs
     ]
-
-
-def hf_fake_hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A Hub that takes what a Trainer pushes: `repo_id`, `folder_path`, … and the text of the `card`."""
-    pushed: dict[str, Any] = {}
-
-    class Api:
-        def create_repo(self, name: str, **kwargs: Any) -> Any:
-            return type("Url", (), {"repo_id": f"someone/{name}"})()
-
-        def upload_folder(self, **kwargs: Any) -> str:
-            pushed.update(kwargs, card=(Path(kwargs["folder_path"]) / "README.md").read_text(encoding="utf-8"))
-            return "done"
-
-    monkeypatch.setattr("transformers.trainer.hf_api", Api)
-    return pushed

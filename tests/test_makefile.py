@@ -32,6 +32,8 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("test-all", "-m pytest"),
         ("lint", "-m ruff check"),
         ("lint", "-m mypy"),
+        ("audit", 'pip install -q "pip-audit>=2.10,<3"'),
+        ("audit", "--vulnerability-service osv --skip-editable"),
     ],
 )
 def test_targets(target: str, needed: str) -> None:
@@ -47,6 +49,12 @@ def test_the_larger_grids_are_left_to_test_all() -> None:
 def test_the_environment_is_made_first(tmp_path: Path) -> None:
     done = dry_run("demo", f"VENV={tmp_path / 'env'}")
     assert done.stdout.index("scripts/make_env.py") < done.stdout.index("scripts/demo.py")
+
+
+def test_the_audit_looks_at_the_environment_and_not_at_its_own(tmp_path: Path) -> None:
+    done = dry_run("audit", f"VENV={tmp_path / 'env'}")
+    assert f"PIPAPI_PYTHON_LOCATION={tmp_path / 'env' / 'bin' / 'python'} " in done.stdout
+    assert f"{tmp_path / 'env' / 'audit' / 'bin' / 'python'} -m pip_audit" in done.stdout
 
 
 def test_a_missing_python_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_lngd import LNGDConfig, LNGDTrainingArguments
-from hf_lngd.integrations.model_card import CardFacts, Score, without_secrets, write_model_card
+from hf_lngd.integrations.card_command import command_of, optimizer_options, without_authors
+from hf_lngd.integrations.model_card import CardFacts, Score, write_model_card
+from hf_lngd.integrations.training_args import lngd_settings
 
 BLEU = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 COMMAND = ["python", "train.py", "--source_prefix", "translate: ", "--hub_token", "hf_abc", "--token=hf_abc"]
@@ -82,16 +84,75 @@ def test_the_optimizers_settings_remake_the_config(tmp_path: Path) -> None:
     settings = settings_in(card_of(tmp_path, given))
     assert (settings.pop("optim"), settings.pop("lr")) == ("lngd", 0.03)
     assert LNGDConfig(**settings) == LNGDConfig(preset="paper", damping_max=0.1, weight_decay=0.2)
-    other = settings_in(card_of(tmp_path, {"optim": "adamw_torch", "learning_rate": 0.01, "adam_beta2": 0.98}))
-    assert (other["optim"], other["lr"], other["adam_beta2"]) == ("adamw_torch", 0.01, 0.98)
 
 
 def test_the_command_can_be_typed_and_tells_no_secret(tmp_path: Path) -> None:
     card = card_of(tmp_path)
-    typed = shlex.split(card.text.split("```bash\n")[1].split("```")[0].replace("\\\n", " "))
-    assert typed == without_secrets(COMMAND)
-    assert typed == ["python", "train.py", "--source_prefix", "translate: ", "--hub_token", "***", "--token=***"]
+    typed = shlex.split(card.text.split("```bash\n")[2].split("```")[0].replace("\\\n", " "))
+    assert typed == ["python", "train.py", "--source_prefix", "translate: "]
     assert "hf_abc" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--push_to_hub"],
+        ["--push_to_hub", "true", "--hub_model_id", "a/b", "--hub_private_repo=true"],
+        ["--hub_tok", "hf_abc"],
+        ["--hub-token", "hf_abc"],
+        ["--tok=hf_abc", "--hub_strategy", "end"],
+        ["--resume_from_checkpoint", "last"],
+    ],
+)
+def test_what_is_the_authors_alone_is_left_out(given: list[str]) -> None:
+    kept = ["--tokenizer_name", "here", "--do_train", "--betas", "1", "2"]
+    assert without_authors([*kept[:2], *given, *kept[2:]]) == kept
+
+
+def test_a_command_from_a_file_and_of_many_processes(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    given = {"do_train": True, "learning_rate": 0.1, "report_to": ["none"], "seed": None, "hub_token": "hf_abc"}
+    file.write_text(json.dumps({**given, "source_prefix": "to German: "}), encoding="utf-8")
+    options = ["--do_train", "true", "--learning_rate", "0.1", "--report_to", "none", "--source_prefix", "to German: "]
+    assert command_of(["train.py", str(file)]) == ["python", "train.py", *options]
+    assert command_of(["train.py"], 2, 2) == ["torchrun", "--nproc_per_node", "2", "train.py"]
+    assert command_of(["train.py"], 8, 4) == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4", "train.py"]
+
+
+@pytest.mark.parametrize("optim_args", ["lr=0.5,exclude=a{1\\,2}=,betas=0.8:0.9", "preset=paper,family=kfac", None])
+def test_the_optimizers_options_give_its_settings_back(optim_args: str | None, tmp_path: Path) -> None:
+    first = LNGDTrainingArguments(str(tmp_path), optim_args=optim_args, weight_decay=0.3, adam_epsilon=1e-7)
+    names = ("optim", "learning_rate", "optim_args")
+    parts = optimizer_options(first)
+    assert parts[::2] == [f"--{name}" for name in names]
+    second = LNGDTrainingArguments(str(tmp_path), optim=parts[1], learning_rate=float(parts[3]), optim_args=parts[5])
+    assert lngd_settings(second) == lngd_settings(first)
+
+
+def test_another_optimizers_options(tmp_path: Path) -> None:
+    args = LNGDTrainingArguments(str(tmp_path), optim="adamw_torch", learning_rate=0.01, adam_beta2=0.98)
+    parts = optimizer_options(args)
+    assert parts[:4] == ["--optim", "adamw_torch", "--learning_rate", "0.01"]
+    assert parts[parts.index("--adam_beta2") + 1] == "0.98"
+
+
+def test_an_evaluation_claims_no_training(tmp_path: Path) -> None:
+    (tmp_path / "loss_curves.png").write_bytes(b"of another run")
+    card = card_of(tmp_path, trained=False)
+    assert "`someone/model`, evaluated." in card.text and "gives these results again" in card.text
+    assert "## Training" not in card.text and "optimizer" not in card.text and "loss_curves" not in card.text
+
+
+def test_curves_and_no_curves(tmp_path: Path) -> None:
+    assert "(loss_curves.png)" in card_of(tmp_path).text
+    assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "loss_curves" not in card_of(tmp_path, log_history=[{"step": 1, "loss": 1.0}]).text
+    assert not (tmp_path / "loss_curves.png").exists()
+
+
+def test_a_data_set_of_the_hub_is_linked(tmp_path: Path) -> None:
+    assert card_of(tmp_path).data.datasets is None
+    assert card_of(tmp_path, dataset_on_hub=True).data.datasets == ["wmt/wmt16"]
 
 
 def test_it_tells_data_and_attribution(tmp_path: Path) -> None:

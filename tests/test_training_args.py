@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import pickle
@@ -110,3 +111,15 @@ def test_fp16_on_the_cpu_is_refused_by_name() -> None:
         LNGDTrainingArguments("out", use_cpu=True, fp16=True)
     assert LNGDTrainingArguments("out", use_cpu=True, fp16=True, optim="adamw_torch").fp16
     assert LNGDTrainingArguments("out", use_cpu=True, bf16=True).bf16
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_pickle_has_no_token_and_a_copy_has(cls: Any) -> None:
+    args = cls("out", hub_token="hf_secret", optim_args=TEXT, label_names=["labels"])
+    data = pickle.dumps(args)
+    assert b"hf_secret" not in data and args.hub_token == "hf_secret"
+    read = pickle.loads(data)
+    assert read.hub_token is None and dataclasses.replace(read, hub_token="hf_secret") == args
+    for made in (copy.copy(args), copy.deepcopy(args), dataclasses.replace(args)):
+        assert made.hub_token == "hf_secret" and made == args
+    assert copy.deepcopy(args).label_names is not args.label_names and copy.copy(args).label_names is args.label_names

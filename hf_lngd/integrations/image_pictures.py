@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .card_pictures import pyplot
 
 # Above, names of classes could not be read beside the matrix: the most confused pairs are listed instead.
 NAMED_CLASSES = 30
@@ -39,18 +38,6 @@ def _short(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:  # pictures are an extra of the package
-        logger.warning_once("no pictures: matplotlib is not installed; pip install 'hf_lngd[plot]'")
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw_confusion(path: Path, labels: Any, predicted: Any, classes: Sequence[str]) -> None:
     """The share of each true class (row) that was taken for each class (column), on a scale that shows few mistakes.
 
@@ -60,7 +47,7 @@ def draw_confusion(path: Path, labels: Any, predicted: Any, classes: Sequence[st
         predicted: class numbers [N].
         classes: names of the K classes.
     """
-    plt = _pyplot()
+    plt = pyplot()
     if plt is None:
         return
     count = len(classes)
@@ -122,7 +109,7 @@ def draw_mistakes(
         labels: [N].
         classes: names of the K classes.
     """
-    plt = _pyplot()
+    plt = pyplot()
     chosen = worst(probabilities, labels)
     if plt is None or not len(chosen):
         path.unlink(missing_ok=True)

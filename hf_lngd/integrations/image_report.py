@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ _USAGE = """
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-processor = AutoImageProcessor.from_pretrained({name!r})
-model = AutoModelForImageClassification.from_pretrained({name!r})
-inputs = processor(Image.open("image.png").convert({mode!r}), return_tensors="pt")
+processor = AutoImageProcessor.from_pretrained({name})
+model = AutoModelForImageClassification.from_pretrained({name})
+inputs = processor(Image.open("image.png").convert({mode}), return_tensors="pt")
 number = model(**inputs).logits.argmax(-1).item()
 print(model.config.id2label[number])
 """
@@ -125,7 +126,7 @@ class ImageCard(CardWriter):
             "dataset_name": dataset,
             "dataset_type": dataset,
             "attribution": read_attribution(self.data.data_attribution, source[1] if source else None),
-            "usage": _USAGE.format(name=name, mode="L" if grey else "RGB"),
+            "usage": _USAGE.format(name=json.dumps(name, ensure_ascii=False), mode='"L"' if grey else '"RGB"'),
             "pictures": [(what, file) for what, file in pictures if validated and (folder / file).is_file()],
             "libraries": ("pillow",),
         }

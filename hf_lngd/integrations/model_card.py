@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -12,10 +11,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .card_command import folded, optimizer_options, without_authors
+from .card_pictures import LOSSES, draw_losses, losses_by_step
 from .training_args import is_lngd, lngd_settings
-
-# Values of these arguments never go into a card.
-SECRETS = ("--token", "--hub_token", "--hub-token", "--push_to_hub_token")
 
 _LIBRARIES = ("hf_lngd", "torch", "transformers", "accelerate", "datasets")
 
@@ -48,10 +46,11 @@ class CardFacts:
         task: the Hub's task, e.g. translation.
         dataset_name: of the training data, as it is shown.
         dataset_type: its name on the Hub, or what it is shown as.
+        dataset_on_hub: the Hub has a data set of that name, which is linked.
         dataset_config: its configuration, if it has several.
         examples: how many were trained on.
         scores: for the `model-index`; may be empty.
-        command: the command line that remakes the model, in parts.
+        command: the command line that remakes the model, in parts; shown :func:`without_authors`.
         languages: codes, source first.
         base_model: what was fine-tuned, if a name on the Hub or a folder.
         license: as the Hub names it.
@@ -63,6 +62,7 @@ class CardFacts:
         libraries: whose versions are told beside those of every model's.
         routing: LNGD's routing table.
         log_history: the Trainer's.
+        trained: the run trained the model; else it evaluated `base_model`.
     """
 
     name: str
@@ -70,6 +70,7 @@ class CardFacts:
     dataset_name: str
     dataset_type: str
     dataset_config: str | None = None
+    dataset_on_hub: bool = False
     examples: int = 0
     scores: Sequence[Score] = ()
     command: Sequence[str] = ()
@@ -84,6 +85,7 @@ class CardFacts:
     libraries: Sequence[str] = ()
     routing: str | None = None
     log_history: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    trained: bool = True
 
 
 def write_model_card(folder: str | Path, facts: CardFacts, args: Any) -> Path:
@@ -97,9 +99,10 @@ def write_model_card(folder: str | Path, facts: CardFacts, args: Any) -> Path:
     Returns:
         The card's path. Its metadata have a valid `model-index` if there are scores.
     """
-    card = ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{_body(facts, args)}")
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
+    curves = facts.trained and draw_losses(folder, facts.log_history)
+    card = ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{_body(facts, args, curves)}")
     card.save(path)
     return path
 
@@ -124,6 +127,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         license=facts.license,
         library_name="transformers",
         base_model=facts.base_model if facts.base_model and not Path(facts.base_model).exists() else None,
+        datasets=[facts.dataset_type] if facts.dataset_on_hub else None,
         tags=[facts.task, "lngd", "hf_lngd"],
         pipeline_tag=facts.task,
         metrics=sorted({score.metric for score in facts.scores}) or None,
@@ -132,32 +136,43 @@ def _metadata(facts: CardFacts) -> ModelCardData:
     )
 
 
-def _body(facts: CardFacts, args: Any) -> str:
+def _body(facts: CardFacts, args: Any, curves: bool) -> str:
     sections = [f"# {facts.name}", _introduction(facts, args)]
     if facts.usage:
         sections += ["## Use", f"```python\n{facts.usage.strip()}\n```"]
     if facts.scores:
         sections += ["## Results", _score_table(facts.scores)]
     sections += [f"![{what}]({file})" for what, file in facts.pictures]
-    sections += ["## Training data", _data(facts)]
-    sections += ["## Training", _settings(args)]
+    if facts.trained:
+        sections += ["## Training data", _data(facts), "## Training", _settings(args)]
+        if curves:
+            sections += [f"![Loss against steps]({LOSSES})"]
+        sections += _folded_away("Losses", _loss_table(facts.log_history))
+        sections += _folded_away("Which parameter is whose", f"```\n{facts.routing}\n```" if facts.routing else "")
     if facts.command:
-        sections += ["The command:", f"```bash\n{_folded(without_secrets(facts.command))}\n```"]
-    losses = _loss_table(facts.log_history)
-    if losses:
-        sections += [losses]
-    if facts.routing:
-        sections += ["Which parameter is whose:", f"```\n{facts.routing}\n```"]
+        what = "makes this model again" if facts.trained else "gives these results again"
+        command = folded(without_authors(facts.command))
+        sections += ["## Command", f"With the versions below, this {what}:", f"```bash\n{command}\n```"]
     sections += ["## Versions", "\n".join(f"- {name} {number}" for name, number in _versions(facts.libraries))]
     return "\n\n".join(sections) + "\n"
 
 
+def _folded_away(title: str, text: str) -> list[str]:
+    """What few readers want: one line until it is opened. Nothing for no text."""
+    return [f"<details><summary>{title}</summary>", text, "</details>"] if text else []
+
+
 def _introduction(facts: CardFacts, args: Any) -> str:
     kind = f"`{facts.architecture}`, {facts.parameters:,} parameters" if facts.architecture else "A model"
-    origin = f"fine-tuned from `{facts.base_model}`" if facts.base_model else "trained from scratch"
     languages = f", {' to '.join(facts.languages)}" if facts.languages else ""
-    optimizer = "LNGD (layer-wise natural gradient descent)" if is_lngd(args) else f"`{_plain(args.optim)}`"
-    return f"{kind}, {origin} for {facts.task.replace('-', ' ')}{languages}, with the optimizer {optimizer}."
+    task = f"for {facts.task.replace('-', ' ')}{languages}"
+    if not facts.trained:
+        return f"{kind}, {task}: `{facts.base_model}`, evaluated." if facts.base_model else f"{kind}, {task}."
+    origin = f"fine-tuned from `{facts.base_model}`" if facts.base_model else "trained from scratch"
+    optimizer = f"`{_plain(args.optim)}`"
+    if is_lngd(args):
+        optimizer = "LNGD (layer-wise natural gradient descent)"
+    return f"{kind}, {origin} {task}, with the optimizer {optimizer}."
 
 
 def _score_table(scores: Sequence[Score]) -> str:
@@ -182,15 +197,12 @@ def _data(facts: CardFacts) -> str:
 
 
 def _settings(args: Any) -> str:
-    """The optimizer's settings, then the run's."""
+    """The optimizer as options, all its settings, then the run's."""
+    parts = ["The optimizer, as options of a command:", f"```bash\n{folded(optimizer_options(args))}\n```"]
     if is_lngd(args):
         config, lr = lngd_settings(args)
-        optimizer = {"optim": "lngd", "lr": lr, **config.to_dict()}
-    else:
-        optimizer = {"optim": _plain(args.optim), "optim_args": args.optim_args, "lr": args.learning_rate}
-        optimizer |= {
-            name: getattr(args, name) for name in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-        }
+        settings = json.dumps({"optim": "lngd", "lr": lr, **config.to_dict()}, indent=2)
+        parts += _folded_away("All its settings", f"```json\n{settings}\n```")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
     run = {
         "batch size": f"{batch} ({args.per_device_train_batch_size} × {args.gradient_accumulation_steps} accumulated)",
@@ -202,52 +214,22 @@ def _settings(args: Any) -> str:
         "max_steps": args.max_steps if args.max_steps > 0 else None,
         "seed": args.seed,
     }
-    shown = {name: value for name, value in run.items() if value is not None}
-    return f"Optimizer:\n\n```json\n{json.dumps(optimizer, indent=2)}\n```\n\n" + "\n".join(
-        f"- {name}: {value}" for name, value in shown.items()
-    )
+    shown = ((name, f"{value:g}" if isinstance(value, float) else value) for name, value in run.items())
+    return "\n\n".join([*parts, "\n".join(f"- {name}: {value}" for name, value in shown if value is not None)])
 
 
 def _loss_table(history: Sequence[Mapping[str, Any]], most: int = 12) -> str:
     """Training and validation loss by step: at most `most` rows, spread evenly, the last among them."""
-    rows: dict[int, dict[str, float]] = {}
-    for entry in history:
-        for key in ("loss", "eval_loss"):
-            if key in entry:
-                rows.setdefault(entry["step"], {})[key] = entry[key]
+    rows = losses_by_step(history)
     if not rows:
         return ""
-    steps = sorted(rows)
+    steps = list(rows)
     kept = {steps[round(i * (len(steps) - 1) / max(1, most - 1))] for i in range(most)}
     lines = ["| step | training loss | validation loss |", "|---|---|---|"]
     for step in sorted(kept):
         cells = (f"{rows[step][key]:.4f}" if key in rows[step] else "" for key in ("loss", "eval_loss"))
         lines.append(f"| {step} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _folded(command: Sequence[str], width: int = 100) -> str:
-    """The command over several lines, broken before options."""
-    lines = [""]
-    for part in (shlex.quote(part) for part in command):
-        if part.startswith("--") and len(lines[-1]) + len(part) > width:
-            lines.append("   ")
-        lines[-1] += f" {part}"
-    return " \\\n".join(lines).strip()
-
-
-def without_secrets(command: Sequence[str]) -> list[str]:
-    """The command with the values of :data:`SECRETS` replaced by ``***``."""
-    shown: list[str] = []
-    for part in command:
-        option, equals, _ = part.partition("=")
-        if shown and shown[-1] in SECRETS:
-            shown.append("***")
-        elif equals and option in SECRETS:
-            shown.append(f"{option}=***")
-        else:
-            shown.append(part)
-    return shown
 
 
 def _versions(more: Sequence[str]) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import last_checkpoint, problem_of
+from .hub import check_hub
 from .usage import UsageError
 
 
@@ -57,6 +58,7 @@ def check_training(training: Any) -> None:
         raise UsageError("label_smoothing_factor", f"got {training.label_smoothing_factor}, accepted: in [0, 1)")
     if training.do_train and training.max_steps <= 0 and not training.num_train_epochs:
         raise UsageError("num_train_epochs", "got 0, accepted: above 0, or --max_steps")
+    check_hub(training)
 
 
 def find_checkpoint(training: Any) -> str | None:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .card_command import command_of
 from .diagnostics import lngd_of
+from .hub import HUB_ERRORS, check_repository, refusal, repository_of
 from .model_card import CardFacts, Score, write_model_card
 from .usage import UsageError
 
@@ -25,7 +27,7 @@ def make_trainer(factory: Callable[..., Any], args: Any, **parts: Any) -> Any:
         **parts: the factory's other arguments.
 
     Raises:
-        UsageError: the output folder cannot be written, the Hub cannot be reached, LNGD cannot run this way.
+        UsageError: the output folder cannot be written, the Hub refuses the repository, LNGD cannot run this way.
     """
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -34,9 +36,13 @@ def make_trainer(factory: Callable[..., Any], args: Any, **parts: Any) -> Any:
     if not os.access(args.output_dir, os.W_OK):
         raise UsageError("output_dir", f"got {args.output_dir!r}, accepted: a folder that can be written")
     try:
-        return factory(args=args, **parts)
+        trainer = factory(args=args, **parts)
+    except HUB_ERRORS as error:
+        raise refusal(error, args) from error
     except (RuntimeError, ValueError, OSError) as error:
         raise UsageError(blame(error, args), error) from error
+    check_repository(trainer)
+    return trainer
 
 
 def blame(error: Exception, args: Any) -> str:
@@ -45,13 +51,13 @@ def blame(error: Exception, args: Any) -> str:
         return "optim"
     if any(name in str(error) for name in args.report_to):
         return "report_to"
-    return "push_to_hub" if args.push_to_hub else "arguments"
+    return "arguments"
 
 
 def train(trainer: Any, checkpoint: str | None) -> None:
     """Train, save the model, its tokenizer or image processor, the metrics, the routing."""
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # else it is pushed now, and a Hub that is down costs the evaluation
     metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
@@ -83,15 +89,18 @@ class CardWriter:
         trainer: after training or evaluation.
         model: arguments of the run.
         data: arguments of the run.
-        command: the command line, in parts.
+        command: the script and its arguments, in parts.
     """
 
     # (the Hub's metric, the name as it is shown) by the key in the Trainer's metrics.
     metrics: dict[str, tuple[str, str]] = {}
 
     def __init__(self, trainer: Any, model: Any, data: Any, command: Sequence[str]) -> None:
-        self.trainer, self.model, self.data, self.command = trainer, model, data, list(command)
+        self.trainer, self.model, self.data = trainer, model, data
+        processes = max(1, trainer.args.world_size)
+        self.command = command_of(command, processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
         self.scores: list[Score] = []
+        self._written = False
 
     def add(self, split: str, metrics: dict[str, Any], prefix: str, signatures: dict[str, str] | None = None) -> None:
         """Take the scores out of the Trainer's metrics."""
@@ -102,11 +111,15 @@ class CardWriter:
                 self.scores.append(Score(metric=metric, name=name, value=value, split=split, signature=signature))
 
     def __call__(self) -> Path:
-        """Write README.md into the output folder."""
+        """Write README.md into the output folder; an evaluation alone leaves one that is there as it is."""
         args, net = self.trainer.args, self.trainer.model
+        path = Path(args.output_dir) / "README.md"
+        if path.is_file() and not args.do_train and not self._written:
+            return path
+        self._written = True
         lngd = lngd_of(self.trainer.optimizer)
         facts: dict[str, Any] = {
-            "name": (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1],
+            "name": repository_of(args).split("/")[-1],
             "dataset_config": self.data.dataset_config_name,
             "examples": len(self.trainer.train_dataset or ()),
             "scores": self.scores,
@@ -117,8 +130,10 @@ class CardWriter:
             "parameters": sum(p.numel() for p in net.parameters()),
             "routing": None if lngd is None else lngd.routing_table(),
             "log_history": self.trainer.state.log_history,
+            "trained": args.do_train,
+            "dataset_on_hub": bool(self.data.dataset_name) and not Path(self.data.dataset_name).exists(),
         }
-        own = self.own_facts(args.hub_model_id or args.output_dir)
+        own = self.own_facts(self.trainer.hub_model_id or args.hub_model_id or args.output_dir)
         return write_model_card(args.output_dir, CardFacts(**{**facts, **own}), args)
 
     def own_facts(self, name: str) -> dict[str, Any]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..checks import fishers_beside
 from ..config import LNGDConfig
 from ..optimizer import LNGD
-from . import fsdp
+from . import fsdp, hub
 from .checkpoints import (
     STATE,
     check_checkpoint,
@@ -27,6 +28,8 @@ from .diagnostics import lngd_of, log_entries
 from .launching import refuse_unsupported
 from .loss import IGNORED_LABEL, SummedCrossEntropy, ignores_num_items, with_decoder_inputs
 from .training_args import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
+
+logger = logging.getLogger(__name__)
 
 
 def create_lngd_optimizer(
@@ -64,6 +67,7 @@ class LNGDTrainerMixin:
     - The loss is normalised exactly under accumulation (see `loss`), whatever the optimizer.
     - Resuming loads every weight (see `checkpoints`).
     - Training logs carry LNGD's diagnostics.
+    - A push that failed in the background is told; no checkpoint is removed while it is pushed.
     """
 
     _default_args: Any = LNGDTrainingArguments
@@ -127,6 +131,27 @@ class LNGDTrainerMixin:
             super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         elif self.is_world_process_zero():  # type: ignore[attr-defined]
             self.card_writer()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the Trainer's, with the card as it is by now; nothing fails or is left out unsaid."""
+        me: Any = self
+        if not me.is_world_process_zero() or me.args.hub_strategy == HubStrategy.END:
+            return
+        if me.args.save_total_limit is not None and me.args.hub_strategy != HubStrategy.EVERY_SAVE:
+            self._finish_current_push()  # else a checkpoint could be removed in the middle of its upload
+        under_way = me.push_in_progress is not None and not me.push_in_progress.is_done()
+        if not under_way:
+            hub.tell_failed(me.push_in_progress)  # the Trainer forgets it now
+            if self.card_writer is not None:
+                self.card_writer()
+        elif not me.args.hub_always_push:
+            logger.warning("%s is not pushed: the push before is under way (hub_always_push)", checkpoint_folder)
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _finish_current_push(self) -> None:
+        """Waits, as the Trainer's, and tells what failed: the Trainer never looks."""
+        super()._finish_current_push()  # type: ignore[misc]
+        hub.tell_failed(getattr(self, "push_in_progress", None))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's; training logs carry LNGD's diagnostics."""

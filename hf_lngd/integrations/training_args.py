@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -116,6 +117,8 @@ def _check_items(text: str | None) -> None:
 class LNGDArgumentsMixin:
     """Adds ``lngd`` to the values of `optim`; goes before a class of training arguments among the bases.
 
+    A pickle of them has no `hub_token`: the Trainer pushes one, ``training_args.bin``, for all to read.
+
     Raises:
         ValueError: on construction, for an unknown optimizer or settings that it does not accept: names the field,
             the value and what is accepted.
@@ -136,6 +139,20 @@ class LNGDArgumentsMixin:
         super().__post_init__()  # type: ignore[misc]
         self.optim = LNGD_NAME
         check_precision(self)  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self) -> Any:
+        """With the token: a copy stays in this process."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
 
     def set_optimizer(self, name: str = LNGD_NAME, *args: Any, **kwargs: Any) -> Any:
         """As `TrainingArguments.set_optimizer`, where ``lngd`` is a name too."""

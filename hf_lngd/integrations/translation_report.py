@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ PREDICTIONS = "generated_predictions.txt"
 _USAGE = """
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained({name!r}{languages})
-model = AutoModelForSeq2SeqLM.from_pretrained({name!r})
-inputs = tokenizer([{prefix!r} + "…"], return_tensors="pt", return_token_type_ids=False)
+tokenizer = AutoTokenizer.from_pretrained({name}{languages})
+model = AutoModelForSeq2SeqLM.from_pretrained({name})
+inputs = tokenizer([{prefix}"…"], return_tensors="pt", return_token_type_ids=False)
 outputs = model.generate(**inputs, num_beams={beams}, max_length={length})
 print(tokenizer.batch_decode(outputs, skip_special_tokens=True))
 """
@@ -86,12 +87,11 @@ class TranslationCard(CardWriter):
         data = self.data
         languages = ""
         if hasattr(self.trainer.processing_class, "src_lang"):
-            languages = f", src_lang={data.source_lang!r}, tgt_lang={data.target_lang!r}"
-        text = _USAGE.format(
-            name=name,
+            languages = f', src_lang="{data.source_lang}", tgt_lang="{data.target_lang}"'
+        return _USAGE.format(
+            name=json.dumps(name, ensure_ascii=False),
             languages=languages,
-            prefix=data.source_prefix or "",
+            prefix=f"{json.dumps(data.source_prefix, ensure_ascii=False)} + " if data.source_prefix else "",
             beams=data.num_beams or 1,
             length=data.eval_target_length,
         )
-        return text.replace("'' + ", "")

@@ -14,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import HfArgumentParser
 
 EXIT_STATUS = 2
+RUN_STATUS = 1
 
 
 class UsageError(ValueError):
@@ -29,6 +30,18 @@ class UsageError(ValueError):
         super().__init__(f"{field}: {one_line(message)}")
 
 
+class RunError(RuntimeError):
+    """What was asked for cannot be finished, through no fault of the arguments: the Hub does not take a model.
+
+    Args:
+        field: the argument that asked for it, without dashes.
+        message: what happened and what to do; put on one line.
+    """
+
+    def __init__(self, field: str, message: object) -> None:
+        super().__init__(f"{field}: {one_line(message)}")
+
+
 def one_line(message: object, limit: int = 1000) -> str:
     """A message without line breaks, cut at `limit` characters."""
     text = " ".join(str(message).split())
@@ -38,14 +51,16 @@ def one_line(message: object, limit: int = 1000) -> str:
 def exit_on_usage_error(main: Callable[[], None]) -> None:
     """Run a script's main function; a :class:`UsageError` ends it as the user should see it, without a traceback.
 
+    So does a :class:`RunError`, with exit status 1.
+
     Whatever else is raised is told to torchrun, too, whose last lines then name rank and exception.
     """
     try:
         record(main)()
-    except UsageError as error:
+    except (UsageError, RunError) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_STATUS)
+        sys.exit(EXIT_STATUS if isinstance(error, UsageError) else RUN_STATUS)
 
 
 class UsageParser(HfArgumentParser):

@@ -1,0 +1,133 @@
+"""The Hub's part of a script: what can be known to be wrong before training, and the push at the end.
+
+The Trainer does the pushing. It makes the repository when it is constructed; what is looked at here is what it would
+find out only after training: no token, one that may not write, a branch that is not there.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from .usage import RunError, UsageError, one_line
+
+logger = logging.getLogger(__name__)
+
+# Also of no answer at all. By its place among the bases: which HTTP library huggingface_hub uses changes.
+HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+HUB_ERRORS: tuple[type[Exception], ...] = (HTTP_ERROR, OfflineModeIsEnabled)
+
+_TOKEN = "a token with write access: hf auth login, HF_TOKEN or --hub_token"
+
+
+def check_hub(args: Any) -> None:
+    """What is wrong with a push and can be told without asking the Hub; nothing without `push_to_hub`.
+
+    Raises:
+        UsageError: names the argument.
+    """
+    if not args.push_to_hub:
+        return
+    name = repository_of(args)
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        given = f"got {name!r}" if args.hub_model_id else f"got none, and the folder's name {name!r} is no repository's"
+        raise UsageError("hub_model_id", f"{given}, accepted: user/name: {error}") from error
+    if constants.is_offline_mode():
+        raise UsageError("push_to_hub", "got true while HF_HUB_OFFLINE is set, accepted: one of the two")
+    if not (args.hub_token or get_token()):
+        raise UsageError("hub_token", f"got none, accepted: {_TOKEN}")
+
+
+def repository_of(args: Any) -> str:
+    """The name that the Trainer makes the repository by."""
+    return str(args.hub_model_id or Path(args.output_dir).absolute().name)
+
+
+def check_repository(trainer: Any) -> None:
+    """Ask the Hub whether the Trainer's repository, which is there by now, may be written, and has the branch.
+
+    Raises:
+        UsageError: names the argument.
+    """
+    args = trainer.args
+    if not args.push_to_hub or not trainer.is_world_process_zero():
+        return
+    api = HfApi(token=args.hub_token)
+    try:
+        api.auth_check(trainer.hub_model_id, write=True)
+        if args.hub_revision is not None:
+            api.repo_info(trainer.hub_model_id, revision=args.hub_revision)
+    except HUB_ERRORS as error:
+        raise refusal(error, args, trainer.hub_model_id) from error
+
+
+def refusal(error: Exception, args: Any, repository: str | None = None) -> UsageError:
+    """What the Hub said, as an error of the argument behind it."""
+    repository = repository or repository_of(args)
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    reason = _reason(error)
+    if isinstance(error, RevisionNotFoundError):
+        return UsageError("hub_revision", f"got {args.hub_revision!r}, accepted: a branch that {repository} has")
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return UsageError("hub_token", f"{constants.ENDPOINT} refuses it ({reason}), accepted: {_TOKEN}")
+    if status in (401, 403, 404):
+        what = f"got {repository!r}, which this token may not write ({reason}), accepted: a repository of yours, and "
+        return UsageError("hub_model_id", what + _TOKEN)
+    return UsageError("push_to_hub", f"got true, but {constants.ENDPOINT} does not answer as it should: {reason}")
+
+
+def push(trainer: Any) -> None:
+    """The Trainer's own push of the output folder, which is whole by now.
+
+    Raises:
+        RunError: the Hub did not take it; says where everything lies, and how to push it without training again.
+    """
+    try:
+        trainer.push_to_hub()
+    except Exception as error:  # whatever it is, nothing is lost, and that has to be said
+        folder, repository = trainer.args.output_dir, trainer.hub_model_id
+        command = ["hf", "upload", repository, folder, ".", "--exclude", "_*", "--exclude", "checkpoint-*"]
+        if trainer.args.hub_revision:
+            command += ["--revision", trainer.args.hub_revision]
+        raise RunError(
+            "push_to_hub",
+            f"{repository} was not pushed ({one_line(_reason(error), 300)}). All is in {folder}; to push it without "
+            f"training again: {shlex.join(command)}",
+        ) from error
+
+
+def tell_failed(pushes: Any) -> None:
+    """A warning for each push of the Trainer's `PushInProgress` that is over and failed, once; None: there was none."""
+    for job in list(pushes.jobs) if pushes is not None else ():
+        if not job.done():
+            continue
+        pushes.jobs.remove(job)
+        error = None if job.cancelled() else job.exception()
+        if error is not None:
+            logger.warning("a push during training failed, training goes on: %s", one_line(_reason(error), 300))
+
+
+def _reason(error: BaseException) -> str:
+    """The status and what the server said of it, or the error's own words; its cause where a library wrapped it."""
+    while error.__cause__ is not None and not isinstance(error, HTTP_ERROR):
+        error = error.__cause__
+    response = getattr(error, "response", None)
+    said = getattr(error, "server_message", None)
+    if response is not None and said:
+        return f"{response.status_code}: {said}"
+    return str(error) or type(error).__name__
