@@ -35,7 +35,7 @@ STEPS, ROWS = 60, 32
 INTERVALS: dict[str, Any] = {"factor_interval": 2, "inverse_interval": 2, "stagger": False, "matrix_dtype": "full"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "fast": {},
-    "fast, damping_rho=0.1": {"damping_rho": 0.1},
+    "fast, damping_rho=0.3": {"damping_rho": 0.3},
     "direction=gram": {"direction": "gram"},
     "direction=natural": {"direction": "natural"},
     "family=kfac": {"family": "kfac"},

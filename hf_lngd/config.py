@@ -144,7 +144,7 @@ class LNGDConfig:
             travel between processes: ``bfloat16`` is half the bytes of both, or ``full``. Sums, averages, damping and
             inverses are made in full precision either way; averages are rounded at random, alike after a resume. A
             checkpoint of the other precision is converted. Ψ and EKFAC's s stay full. Rounding moves eigenvalues, so
-            ``bfloat16`` takes ``damping=relative`` and a `damping_rho` of at least 0.1 only.
+            ``bfloat16`` takes ``damping=relative`` and a `damping_rho` of at least 0.3 only.
         bf16_update: how bfloat16 weights (not autocast's float32 ones) take updates that are less than the gap between
             their numbers. ``kahan``: what rounding took off is kept, two bytes a weight; ``stochastic``: rounded at
             random, the same in every process; ``nearest``: lost, as in torch's optimizers. Fallback and embeddings too.
