@@ -77,7 +77,7 @@ def directions(model: Any, optimizer: LNGD, batch: dict[str, Tensor]) -> tuple[d
         grad = torch.cat([layer.gradient(bank.momentum.dtype) for layer in bank.layers])
         moved = bank.direction(grad, everyone, slice(None), STEPS).detach()
         found |= {layer.name: d for layer, d in zip(bank.layers, moved.split(bank.units), strict=True)}
-    factors = {}
+    factors: dict[str, Tensor] = {}
     for name in found:
         own = optimizer.factors(name)
         factors |= {f"{name}.{kind}": value for kind, value in own.items() if value.dim() > 1}
