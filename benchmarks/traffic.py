@@ -24,6 +24,8 @@ from transformers import MarianConfig, MarianMTModel
 
 from benchmarks.tables import table
 from hf_lngd import LNGD
+from hf_lngd.checks import FACTOR_DTYPES
+from hf_lngd.curvature.factor_bank import kept_dtype
 from hf_lngd.curvature.inverses import packed_shape
 from hf_lngd.curvature.layers import factor_blocks
 
@@ -37,18 +39,20 @@ def traffic(optimizer: LNGD) -> dict[str, int]:
     made, config = optimizer._preconditioner, optimizer.config
     assert made is not None
     layers, groups = optimizer._capture.layers, optimizer._capture.topology.groups
-    numbers = 2.0  # terms, and drawn terms
+    matrices, numbers = 0, 2.0  # terms, and drawn terms
     for group in groups:
         members = [layers[name] for name in group.members]
         first, (k, b) = members[0], factor_blocks(members, config.max_factor_dim)
         estimated = bool(group.links) or config.fisher != "expected"
-        numbers += first.units * (k * math.prod(packed_shape(b)) + first.out_features * estimated) + 1 + 2
-    size = torch.promote_types(next(iter(layers.values())).weight.dtype, torch.float32).itemsize
+        matrices += first.units * k * math.prod(packed_shape(b))
+        numbers += first.units * first.out_features * estimated + 1 + 2
+    dtype = torch.promote_types(next(iter(layers.values())).weight.dtype, torch.float32)
+    size = dtype.itemsize
     adaptive = sum(4 * len(bank.layers) + 1 for bank in made.layer_banks) if config.rate == "adaptive" else 0
     tables = [modules[0] for _, modules in optimizer._routing.embeddings] if config.embedding == "exact" else []
     return {
         "gradients": sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"]),
-        "factors": int(numbers) * size,
+        "factors": matrices * kept_dtype(config, dtype).itemsize + int(numbers) * size,
         "counts": sum(4 * module.num_embeddings for module in tables),
         "rates": adaptive * size,
         "inverses": sum(t.numel() * t.element_size() for bank in made.factor_banks for t in bank.results().values()),
@@ -103,12 +107,14 @@ def main() -> None:
     from tests.dist_pool import DistPool
 
     torch.set_num_threads(1)
-    model = marian()
-    optimizer = LNGD(model)
-    ids = torch.randint(2, 4000, (2, TOKENS))
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    found = traffic(optimizer)
+    found, state = {}, {}
+    for kept in FACTOR_DTYPES:
+        model = marian()
+        optimizer = LNGD(model, factor_dtype=kept)
+        ids = torch.randint(2, 4000, (2, TOKENS))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        found[kept], state[kept] = traffic(optimizer), optimizer.memory_usage()
     times = {"1": measure(1)}
     with tempfile.TemporaryDirectory() as folder:
         pool = DistPool(2, Path(folder), "benchmarks.traffic")
@@ -116,10 +122,13 @@ def main() -> None:
         times["2"] = {name: max(one[name] for one in both) for name in both[0]}
         pool.close()
     cores = len(os.sched_getaffinity(0))
-    result = {"bytes": found, "factor_interval": optimizer.config.factor_interval, "seconds": times, "cores": cores}
+    result = {"bytes": found, "state": state, "factor_interval": optimizer.config.factor_interval}
+    result |= {"seconds": times, "cores": cores}
     path = HERE / "results" / "traffic.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(table(["what", "bytes"], [[name, str(n)] for name, n in found.items()]))
+    rows = [[name, *(str(sizes[name]) for sizes in found.values())] for name in found["full"]]
+    rows += [[f"state: {name}", *(str(sizes[name]) for sizes in state.values())] for name in state["full"]]
+    print(table(["what, bytes", *(f"factor_dtype={kept}" for kept in found)], rows))
     head = ["processes", "step, s", "optimizer.step(), s", "its collectives, s"]
     print(table(head, [[w, *(f"{v:.4f}" for v in t.values())] for w, t in times.items()]))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import CHECKS, FAMILIES, check_family, invalid, one_of
+from .checks import CHECKS, FAMILIES, check_factor_dtype, check_family, invalid, one_of
 
 # A factor this wide is never cut: the paper works with whole factors.
 _UNCUT = 1 << 20
@@ -36,6 +36,7 @@ _FAST: dict[str, Any] = {
     "polar_interval": "auto",
     "gram_decay": 0.9,
     "matrix_dtype": "bfloat16",
+    "factor_dtype": "full",
     "bf16_update": "kahan",
     "row_decay": 0.95,
     "inverse_root": "auto",
@@ -141,8 +142,13 @@ class LNGDConfig:
             of 128, 8 above, since a root costs as the cube of it.
         gram_decay: weight of the old Gram matrix, a step; its power after an interval of several (``gram``).
         matrix_dtype: of the products of each step (``polar``, ``gram``, rotated embeddings): ``bfloat16``, as in
-            torch.optim.Muon, or ``full``. Factors are never halved, and roots only where they are kept for such
-            products; float64 models are always ``full``.
+            torch.optim.Muon, or ``full``. Roots are halved only where they are kept for such products; float64 models
+            are always ``full``.
+        factor_dtype: in which running Φ (A and B, P and Q, C) are kept, in memory and in checkpoints, and their sums
+            travel between processes: ``bfloat16`` is half the bytes of both, or ``full``. Sums, averages, damping and
+            inverses are made in full precision either way; averages are rounded at random, alike after a resume. A
+            checkpoint of the other precision is converted. Ψ and EKFAC's s stay full. Rounding moves eigenvalues, so
+            ``bfloat16`` takes ``damping=relative`` and a `damping_rho` of at least 0.3 only.
         bf16_update: how bfloat16 weights (not autocast's float32 ones) take updates that are less than the gap between
             their numbers. ``kahan``: what rounding took off is kept, two bytes a weight; ``stochastic``: rounded at
             random, the same in every process; ``nearest``: lost, as in torch's optimizers. Fallback and embeddings too.
@@ -164,7 +170,8 @@ class LNGDConfig:
             rate, with AdamW, too.
         betas: AdamW's, for what no layer owns.
         eps: AdamW's, for what no layer owns.
-        seed: of the draws of ``sampled`` and ``true``; the user's random state is never touched.
+        seed: of the draws of ``sampled`` and ``true``, and of rounding at random; the user's random state is never
+            touched.
         chain: which functions after a layer φ is made of. ``activation``: one that follows at once; ``full``: also
             norms (their statistics held fixed), sums, gates and layout changes up to the activation and its gate.
             Dropout counts as identity.
@@ -203,6 +210,7 @@ class LNGDConfig:
     polar_interval: int | str = _FROM_PRESET
     gram_decay: float = _FROM_PRESET
     matrix_dtype: str = _FROM_PRESET
+    factor_dtype: str = _FROM_PRESET
     bf16_update: str = _FROM_PRESET
     row_decay: float = _FROM_PRESET
     inverse_root: str = _FROM_PRESET
@@ -234,6 +242,7 @@ class LNGDConfig:
         for name, check in CHECKS.items():
             check(name, getattr(self, name))
         check_family(self.family, self.to_dict())
+        check_factor_dtype(self.factor_dtype, self.damping, self.damping_rho)
         if self.damping_min > self.damping_max:
             raise invalid("damping_min", self.damping_min, f"at most damping_max = {self.damping_max}")
 

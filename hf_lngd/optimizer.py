@@ -240,11 +240,12 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
                 groups, scalars = capture.topology.groups, [terms, drawn]
                 owners = self._preconditioner.owners
                 to_owners = None if owners is None else owners.sum
+                halved = self.config.factor_dtype == "bfloat16"
                 sums, (terms, drawn) = pool_sums(
-                    sums, groups, capture.empty_sums, self._like_of, scalars, self._ranks, to_owners
+                    sums, groups, capture.empty_sums, self._like_of, scalars, self._ranks, to_owners, halved
                 )
             scale = capture.source.scale(terms, drawn, self._ranks.size, self._loss_scale) if sums else None
-            self._preconditioner.update_factors(sums, scale)
+            self._preconditioner.update_factors(sums, scale, self._steps)
         assert self._preconditioner is not None
         self._preconditioner.refresh(self._steps)
 

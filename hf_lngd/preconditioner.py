@@ -16,6 +16,7 @@ from .curvature.layer_bank import LayerBank, gram_side
 from .curvature.layers import Layer, factor_blocks, sides_of
 from .curvature.owners import Owners
 from .curvature.pooling import Pool
+from .curvature.rounding import Draws
 from .curvature.spreading import SpreadInverses
 from .curvature.sums import GroupSums
 from .curvature.topology import Group, Topology
@@ -52,6 +53,7 @@ class Preconditioner:
         self._make_factor_banks(topology.groups)
         self._make_layer_banks(topology)
         self._spread = SpreadInverses(config.placement, pool)
+        self._draws = Draws(config.seed, "factors")
         self.bank_of_layer = {layer.name: (bank, i) for bank in self.layer_banks for i, layer in enumerate(bank.layers)}
 
     def _make_factor_banks(self, groups: list[Group]) -> None:
@@ -122,8 +124,11 @@ class Preconditioner:
                     return True
         return False
 
-    def update_factors(self, sums: Mapping[str, GroupSums | FamilySums], scale: Tensor | float | None) -> None:
+    def update_factors(
+        self, sums: Mapping[str, GroupSums | FamilySums], scale: Tensor | float | None, step: int
+    ) -> None:
         """Take one step's sums, of all processes, into the running averages (Eq. 4, 5, 14)."""
+        self._draws.begin(step)
         phi: dict[str, Tensor] = {}
         psi: dict[str, Tensor] = {}
         statistics: dict[str, dict[str, Tensor]] = {}
@@ -139,7 +144,7 @@ class Preconditioner:
             if own is not None:
                 psi[name] = own
         for factor_bank in self.factor_banks:
-            factor_bank.update(statistics if isinstance(factor_bank, FamilyBank) else phi, seen)
+            factor_bank.update(statistics if isinstance(factor_bank, FamilyBank) else phi, seen, self._draws)
         for layer_bank in self.layer_banks:
             layer_bank.update_psi(psi)
 

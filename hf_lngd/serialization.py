@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .optimizer import LNGD
 
 VERSION = 5
-# Fields that change no result.
-_FREE = ("conv_memory", "placement")
+# Fields that may differ: those that change no result, and the one in whose precision factors are taken over.
+_FREE = ("conv_memory", "placement", "factor_dtype")
 _KINDS = {"steps": int, "topology": list} | dict.fromkeys(
     ("config", "parameters", "groups", "layers", "flags", "fallback", "embeddings", "random", "rounding"), dict
 )

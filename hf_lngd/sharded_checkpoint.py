@@ -7,6 +7,7 @@ one rank owns is written by this rank. So it fits any number of ranks, DDP and o
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # `torch.distributed.checkpoint` writes it last.
 METADATA = ".metadata"
+# Where a checkpoint is written, within its folder, until it is whole.
+PARTIAL = ".partial"
 _KINDS = ("groups", "layers", "fallback", "embeddings", "rounding")
 _PLAIN = "optimizer.plain"
 
@@ -35,14 +38,15 @@ _PLAIN = "optimizer.plain"
 def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> None:
     """Write a model's weights and LNGD's state. Every rank has to call it, with a folder that all of them see.
 
-    A folder that was written to before is no checkpoint until all is written again.
+    What was saved there before stays until the new one is whole, whenever a process dies.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+    folder = Path(folder)
     if optimizer._ranks.rank == 0:
-        (Path(folder) / METADATA).unlink(missing_ok=True)
-    optimizer._ranks.everyone(None)
+        _take_over(folder)
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
     meet_shards(optimizer)
     own = serialization.share_of(optimizer)
     plain = {name: value for name, value in own.items() if name not in _KINDS}
@@ -56,7 +60,26 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
     whole = optimizer._ranks.share(buffer.getvalue(), 0)
     tensors = {kind: own[kind] for kind in _KINDS}
     state = {"plain": torch.frombuffer(bytearray(whole), dtype=torch.uint8), **_as_sharded(optimizer, tensors)}
-    _call(dcp.save, {"model": get_model_state_dict(model), "optimizer": _without_empty(state)}, folder, optimizer)
+    weights = get_model_state_dict(model)
+    optimizer._ranks.everyone(None)  # what was left there is gone
+    _call(dcp.save, {"model": weights, "optimizer": _without_empty(state)}, folder / PARTIAL, optimizer)
+    optimizer._ranks.everyone(None)  # all is written
+    if optimizer._ranks.rank == 0:
+        _take_over(folder)
+    optimizer._ranks.everyone(None)
+
+
+def _take_over(folder: Path) -> None:
+    """Put what was saved in the place of what was there, if it is whole. Begun again where a process was killed in it,
+    it ends as it would have."""
+    partial = folder / PARTIAL
+    if not (partial / METADATA).is_file():
+        return
+    (folder / METADATA).unlink(missing_ok=True)
+    for path in partial.glob("*.distcp"):
+        path.replace(folder / path.name)
+    (partial / METADATA).replace(folder / METADATA)
+    partial.rmdir()
 
 
 def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> None:
@@ -71,7 +94,11 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-    sizes = _sizes(Path(folder))
+    folder = Path(folder)
+    if optimizer._ranks.rank == 0:
+        _take_over(folder)
+    optimizer._ranks.everyone(None)
+    sizes = _sizes(folder)
     meet_shards(optimizer)
     if _PLAIN not in sizes:
         raise ValueError(f"checkpoint {folder}: got one without LNGD's state, accepted: one of save_checkpoint's")

@@ -138,3 +138,39 @@ def train_skipping(ranks: int, skips: str, odd: bool = False, **fields: Any) -> 
         optimizer.zero_grad()
     topology = [(g["members"], g["links"]) for g in optimizer._capture.topology.state()]
     return report(model, optimizer, start, None) | {"topology": topology}
+
+
+class Experts(nn.Module):
+    """A call takes one of two experts, which reads rows of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)) for _ in range(2))
+
+    def forward(self, x: Tensor, taken: int) -> Tensor:
+        h = torch.tanh(self.first(x))
+        rows = h[h[:, 0] > 0]
+        return self.last(torch.cat([h[h[:, 0] <= 0], rows + self.experts[taken](rows)]))
+
+
+def train_experts(ranks: int, taken: list[str], **fields: Any) -> dict[str, Any]:
+    """Two halves of a batch, on two ranks or one after the other.
+
+    Args:
+        taken: of each step the expert of the first half and of the second, as in ``01``.
+    """
+    halves = [dist.get_rank()] if ranks > 1 else [0, 1]
+    model = Experts().double()
+    optimizer = LNGD(model, **{**EXACT, **fields})
+    wrapped: Any = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for step, experts in enumerate(taken):
+        x = torch.randn(2 * ROWS, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for half in halves:
+            (wrapped(x[half::2], int(experts[half])).square().sum() / len(x) * ranks).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    topology = [(g["members"], g["links"]) for g in optimizer._capture.topology.state()]
+    return report(model, optimizer, start, None) | {"topology": topology}

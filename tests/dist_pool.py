@@ -61,10 +61,17 @@ class DistPool:
         return [self._value(rank, *answer) for rank, answer in enumerate(self.outcomes(function, **arguments))]
 
     def outcomes(self, function: Callable[..., Any], **arguments: Any) -> list[tuple[bool, Any]]:
-        """Of every rank: whether it returned, and the value or the error's text."""
+        """Of every rank: whether it returned, and the value, the error's text or (its process died) the exit code."""
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__name__, arguments))
-        return [pipe.recv() if pipe.poll(2 * TIMEOUT) else (False, "no answer") for pipe in self._pipes]
+        return [self._answer(rank) for rank in range(self.size)]
+
+    def _answer(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return self._pipes[rank].recv() if self._pipes[rank].poll(2 * TIMEOUT) else (False, "no answer")
+        except EOFError:
+            self._processes[rank].join()
+            return False, self._processes[rank].exitcode
 
     def _value(self, rank: int, returned: bool, value: Any) -> Any:
         assert returned, f"rank {rank}: {value}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 from transformers import DataCollatorForSeq2Seq, TrainerState
 
 from hf_lngd import LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
@@ -18,6 +21,7 @@ from tests.hf_helpers import hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, 
 # No multiple of a step's rows, so that the last window of accumulation is a short one; a multiple of a round of
 # micro-batches, which accelerate would otherwise fill up with rows that were seen already.
 ROWS = 40
+FSDP2 = "examples/accelerate/fsdp2.yaml"
 SETTINGS: dict[str, Any] = {
     "use_cpu": True,
     "report_to": "none",
@@ -80,22 +84,43 @@ def train(
     }
 
 
-def train_sharded(folder: str, resume: str | None = None, **values: Any) -> dict[str, Any]:
-    """As `train`, of images, with accelerate's FSDP2, whose branch is entered here though there is no GPU."""
+def fsdp2_environment() -> dict[str, str]:
+    """What `accelerate launch` with the committed file for FSDP2 tells its processes of FSDP."""
+    path = str(Path(__file__).resolve().parent.parent / FSDP2)
+    args = launch_command_parser().parse_args(["--config_file", path, "--num_processes", "2", "script.py"])
+    args, _, _ = _validate_launch_command(args)
+    assert args.use_fsdp and args.fsdp_version == 2 and args.num_processes == 2
+    told = prepare_multi_gpu_env(args)
+    return {name: value for name, value in told.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+
+
+def train_sharded(
+    folder: str, resume: str | bool | None = None, committed: bool = False, **values: Any
+) -> dict[str, Any]:
+    """As `train`, of images, with accelerate's FSDP2, whose branch is entered here though there is no GPU.
+
+    Args:
+        committed: with the settings of the committed file, else with each layer wrapped.
+    """
     trainer = make_trainer("images", folder, 2, 4, 1, **values)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="TRANSFORMER_BASED_WRAP",
-        transformer_cls_names_to_wrap=["ViTLayer"],
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-        state_dict_type="SHARDED_STATE_DICT",
-    )
+    if committed:
+        with patch.dict(os.environ, fsdp2_environment()):
+            plugin = FullyShardedDataParallelPlugin()
+    else:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+            transformer_cls_names_to_wrap=["ViTLayer"],
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+            state_dict_type="SHARDED_STATE_DICT",
+        )
     state = trainer.accelerator.state
     kind = state.distributed_type
     state.distributed_type, state.fsdp_plugin, trainer.is_fsdp_enabled = DistributedType.FSDP, plugin, True
     try:
         trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
     finally:  # it is shared by all accelerators of the process
         state.distributed_type, state.fsdp_plugin = kind, None
     trained = {n: p.detach().full_tensor().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}

@@ -35,6 +35,7 @@ BAD = {
     "polar_interval": [0, "often", 1.5],
     "gram_decay": [1],
     "matrix_dtype": ["float16"],
+    "factor_dtype": ["float16", "float32", None],
     "row_decay": [1],
     "bf16_update": ["float32", 1],
     "inverse_root": ["svd"],

@@ -185,9 +185,33 @@ def test_traffic_is_what_the_cost_model_says(pools: Pools) -> None:
     sent, model = pools[2].run(dist_cases.counted_traffic, fields={**fields, **more}, steps=4)[0]
     each = model["counts"] + model["rates"]
     assert sent == [model["factors"] + each, each, each, model["factors"] + each] and each > 0
+    halved, model = pools[2].run(dist_cases.counted_traffic, fields={**fields, "factor_dtype": "bfloat16"}, steps=4)[0]
+    assert halved == [model["factors"], 0, 0, model["factors"]] and halved[0] < 0.3 * sent[0]  # the model is float64
     sent, model = pools[2].run(dist_cases.counted_traffic, fields={**fields, "placement": "spread"}, steps=2)[0]
     # each rank sends its half of the inverses, more or less
     assert 0.4 < (sent[0] - model["factors"]) / model["inverses"] < 0.9 and sent[1] == 0
+
+
+# The greatest ‖θ − θ₁‖ / ‖θ₁ − θ₀‖ where factors are kept and summed in bfloat16.
+HALVED_TOLERANCE = 0.05
+
+
+@pytest.mark.parametrize("family", ["lngd", "kfac", "ekfac", "ng+"])
+def test_factors_in_bfloat16_leave_the_ranks_alike_and_near_one_process(family: str, pools: Pools) -> None:
+    fields = {**EXACT, "family": family, "factor_dtype": "bfloat16", "factor_interval": 2, "inverse_interval": 2}
+    case = {"kind": "marian", "fields": fields, "dtype": "float32", "steps": 8}
+    one = dist_cases.train(**case)
+    for ranks in (2, 4) if family == "lngd" else (2,):
+        found = pools[ranks].run(dist_cases.train, ranks=ranks, **case)
+        assert dist_cases.distance(found[0], one) <= HALVED_TOLERANCE
+        for other in found[1:]:
+            assert all(torch.equal(w, found[0]["weights"][name]) for name, w in other["weights"].items())
+        for name, factors in one["factors"].items():
+            for kind in factors.keys() - {"basis_a", "basis_b", "moments"}:
+                gap = found[0]["factors"][name][kind] - factors[kind]
+                assert gap.norm() <= 0.02 * factors[kind].norm(), (ranks, name, kind)
+        assert found[0]["numbers"]["failed_inverses"] == found[0]["numbers"]["skipped_factors"] == 0
+        assert found[0]["memory"]["factors"] == one["memory"]["factors"]
 
 
 @pytest.mark.parametrize("mode", ["kahan", "stochastic"])

@@ -95,3 +95,12 @@ def test_ranks_that_disagree_say_so_where_one_of_them_did_not_call_a_layer(skips
     for returned, message in pool.outcomes(dist_faults.train_skipping, ranks=2, skips=skips, odd=True):
         assert not returned
         assert message.startswith("RuntimeError: LNGD: the ranks disagree about what follows the layers"), message
+
+
+@pytest.mark.parametrize("taken", [["01", "10", "01"], ["10", "00", "11"], ["00", "01", "11"]], ids="-".join)
+@pytest.mark.parametrize("fields", [{}, {"family": "kfac"}, {"rate": "adaptive"}], ids=str)
+def test_each_rank_calls_another_expert_at_first(fields: dict[str, Any], taken: list[str], pool: DistPool) -> None:
+    two = pool.run(dist_faults.train_experts, ranks=2, taken=taken, **fields)
+    one = dist_faults.train_experts(1, taken, **fields)
+    assert sorted(two[0]["topology"]) == sorted(two[1]["topology"]) == sorted(one["topology"])
+    check_same(two, one)

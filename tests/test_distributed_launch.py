@@ -14,12 +14,12 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 from transformers import ResNetConfig
 
 from scripts import run_translation
+from tests.dist_trainers import FSDP2, fsdp2_environment
 from tests.hf_helpers import hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_write_pairs
 from tests.test_run_image_classification import write_folder
 
@@ -122,18 +122,13 @@ def test_the_yaml_is_what_accelerate_reads() -> None:
 
 
 def test_the_yaml_for_fsdp2_is_what_accelerate_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = str(ROOT / "examples/accelerate/fsdp2.yaml")
-    config = load_config_from_file(path)
+    config = load_config_from_file(str(ROOT / FSDP2))
     assert config.distributed_type == "FSDP" and config.num_processes == 4
-    args = launch_command_parser().parse_args(["--config_file", path, "--num_processes", "2", "script.py"])
-    args, _, _ = _validate_launch_command(args)
-    assert args.use_fsdp and args.fsdp_version == 2 and args.num_processes == 2
-    for name, value in prepare_multi_gpu_env(args).items():
-        if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
-            monkeypatch.setenv(name, value)
+    for name, value in fsdp2_environment().items():
+        monkeypatch.setenv(name, value)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT and not plugin.cpu_ram_efficient_loading
+    assert plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT and not plugin.cpu_ram_efficient_loading
 
 
 FAULTY = """

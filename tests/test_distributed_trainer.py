@@ -12,6 +12,7 @@ import torch
 from tests import dist_trainers
 from tests.dist_cases import distance
 from tests.dist_pool import Pools, open_pools
+from tests.hf_helpers import hf_vit
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +70,25 @@ def test_draws_of_each_rank_leave_the_ranks_alike(kind: str, settings: str, pool
     assert all(w.isfinite().all() for w in found[0]["weights"].values())
 
 
-def test_fsdp2_of_accelerate_trains_and_resumes(pools: Pools, tmp_path: Path) -> None:
+@pytest.mark.parametrize("committed", [False, True], ids=["layers wrapped", "examples/accelerate/fsdp2.yaml"])
+def test_fsdp2_of_accelerate_trains_and_resumes(committed: bool, pools: Pools, tmp_path: Path) -> None:
     """Checkpoints hold all of LNGD's state, in the file that DDP writes: resume there and back."""
     optim_args = "conv_rows=1,matrix_dtype=full,factor_interval=4,inverse_interval=4"
     values = {"optim_args": optim_args, "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    how = {"committed": committed}
     layout = {"kind": "images", "ranks": 2, "size": 4, "accumulation": 1}
     ddp = pools[2].run(dist_trainers.train, folder=str(tmp_path / "ddp"), **layout, **values)
-    sharded = pools[2].run(dist_trainers.train_sharded, folder=str(tmp_path / "sharded"), **values)
+    sharded = pools[2].run(dist_trainers.train_sharded, folder=str(tmp_path / "sharded"), **how, **values)
     assert distance(sharded[0], ddp[0]) <= 1e-10
     stop = tmp_path / "sharded" / "checkpoint-3"
-    again = pools[2].run(dist_trainers.train_sharded, folder=str(tmp_path / "again"), resume=str(stop), **values)
+    case = {"folder": str(tmp_path / "again"), "resume": str(stop), **how, **values}
+    again = pools[2].run(dist_trainers.train_sharded, **case)
     for mine, theirs in zip(again, sharded, strict=True):
         assert all(torch.equal(w, theirs["weights"][name]) for name, w in mine["weights"].items())
         assert mine["memory"] == theirs["memory"]
+    model = type(hf_vit()).from_pretrained(tmp_path / "sharded")  # what `save_model` wrote is whole
+    for name, weight in sharded[0]["weights"].items():
+        assert torch.equal(model.get_parameter(name).to(weight.dtype), weight), name
     states = [torch.load(tmp_path / name / "checkpoint-3" / "optimizer.pt") for name in ("sharded", "ddp")]
     assert states[0].keys() == states[1].keys()
     assert states[0]["lngd"]["layers"].keys() == states[1]["lngd"]["layers"].keys()

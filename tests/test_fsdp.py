@@ -260,6 +260,33 @@ def test_a_distributed_checkpoint_goes_on_anywhere(kind: str, pools: Pools, tmp_
     assert dist_cases.distance(pools[4].run(dist_shards.load, folder=folders["one"], **case)[0], alone) <= 1e-10
 
 
+@pytest.mark.parametrize("family", ["lngd", "kfac"])
+def test_factors_in_bfloat16(family: str, pools: Pools, tmp_path: Path) -> None:
+    """Dealt out, saved and taken over as full ones are, by checkpoints of either kind, into the other precision too."""
+    fields = {**RESUMED, "family": family, "factor_dtype": "bfloat16", "factor_interval": 2}
+    case = {"kind": "marian", "fields": fields, "dtype": "float32"}
+    sharded = pools[2].run(dist_shards.save, folder=str(tmp_path), steps=3, **case)
+    again = pools[2].run(dist_shards.load, folder=str(tmp_path), steps=3, **case)
+    for mine, theirs in zip(again, sharded, strict=True):
+        assert all(torch.equal(w, theirs["weights"][name]) for name, w in mine["weights"].items())
+    full = {**case, "fields": {**fields, "factor_dtype": "full"}}
+    one, halved = (dist_shards.load(str(tmp_path), steps=3, **own) for own in (full, case))
+    for found in (one, halved):
+        assert 0 < dist_cases.distance(found, sharded[0]) <= 0.05
+    numbers = one["memory"]["factors"] - halved["memory"]["factors"]
+    assert sum(own["memory"]["factors"] for own in sharded) == halved["memory"]["factors"] and numbers > 0
+    whole = pools[2].run(dist_shards.train, stop=3, steps=6, trim=False, **case)
+    state = whole[0]["optimizer"]["lngd"]["groups"].values()
+    assert {t.dtype for own in state for t in own.values()} == {torch.float32, torch.bfloat16}
+    found = dist_cases.train(**full, resume=whole[0], steps=6, trim=False)
+    assert found["numbers"]["failed_inverses"] == 0
+    sent = {}
+    for kind in ("full", "bfloat16"):
+        (first,), _ = pools[2].run(dist_shards.counted, steps=1, fields={"factor_dtype": kind})[0]
+        sent[kind] = first["reduce_scatter_single"]
+    assert sent["bfloat16"] < 0.35 * sent["full"]  # of float64
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "here"

@@ -25,6 +25,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"preset": "lngd_sample", "factor_interval": 2},
     {"preset": "lngd_lr", "factor_interval": 3},
     {"family": "kfac", "factor_interval": 2, "inverse_interval": 3},
+    {"factor_dtype": "bfloat16", "factor_interval": 2},
+    {"factor_dtype": "bfloat16", "factor_interval": 2, "family": "tkfac"},
     {"family": "ekfac", "factor_interval": 2, "inverse_interval": 3},
     {"family": "tkfac", "factor_interval": 2, "inverse_interval": 3, "fisher": "true", "preset": "paper"},
     {"family": "ng+", "factor_interval": 2, "inverse_interval": 3, "bias": "factor", "max_factor_dim": 10},

@@ -18,6 +18,7 @@ from ..config import LNGDConfig, is_due
 from ..placement import Speed
 from .factors import add_damping, apply_right, damping, running_average, trace
 from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack, uses_newton, whitener
+from .rounding import Draws, round_at_random
 
 
 @lru_cache(maxsize=4096)
@@ -29,6 +30,11 @@ def index_tensor(rows: tuple[int, ...], device: torch.device) -> Tensor:
 def product_dtype(config: LNGDConfig, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a step's matrix products where the state has this one."""
     return torch.bfloat16 if config.matrix_dtype == "bfloat16" and dtype == torch.float32 else dtype
+
+
+def kept_dtype(config: LNGDConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of running matrices, and of their sums on the way between processes, where the state has this one."""
+    return torch.bfloat16 if config.factor_dtype == "bfloat16" else dtype
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Bank:
         starts = [0, *accumulate(spec.units for spec in specs)]
         self.rows = {spec.name: range(starts[i], starts[i + 1]) for i, spec in enumerate(specs)}
         self.count = starts[-1]
+        self.weight = like.new_zeros(self.count)  # of the averages, see `running_average`
         self.damping = like.new_zeros(self.count)
         self.condition = like.new_ones(self.count)
         self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
@@ -78,14 +85,33 @@ class Bank:
         """The rows of these groups, one after the other."""
         return tuple(row for name in names for row in self.rows[name])
 
-    def update(self, new: Mapping[str, Any], seen: Mapping[str, Tensor]) -> None:
+    def update(self, new: Mapping[str, Any], seen: Mapping[str, Tensor], draws: Draws) -> None:
         """Eq. 14 with the factors of one step: group → what the family makes of its sums.
 
         Args:
             seen: group → a truth value: whether any process saw it; no entry: it was seen. What nobody saw is left
                 out, but does not count as skipped.
+            draws: for averages that are kept in bfloat16.
         """
         raise NotImplementedError
+
+    def _new_average(self, k: int, b: int) -> Tensor:
+        """Where running matrices of k blocks of size b are kept: packed, for each row."""
+        shape = (self.count, k, *packed_shape(b))
+        return self.weight.new_zeros(shape, dtype=kept_dtype(self.config, self.weight.dtype))
+
+    def _average(self, store: Tensor, rows: Tensor, packed: Tensor, old_weight: Tensor, draws: Draws) -> Tensor:
+        """Eq. 14 of some rows of what :meth:`_new_average` made; returns their weights. Rows that are not finite stay.
+
+        In bfloat16 an average moves by less than the gap between its numbers as soon as a factor is within 8 % of it:
+        rounded to the nearest it would stand still there, so it is rounded at random.
+        """
+        old = store[rows]
+        average, weight = running_average(old.to(packed.dtype), packed, old_weight, self.config.ema_decay)
+        if store.dtype != packed.dtype and not store.is_meta:  # which has no generators
+            average = round_at_random(average.float(), draws.on(store.device))
+        store[rows] = average.to(store.dtype)
+        return weight
 
     def _count_skipped(self, valid: Tensor, names: list[str], seen: Mapping[str, Tensor]) -> None:
         """Count the rows of these groups that were seen and are of no use: valid [rows]."""
@@ -126,9 +152,10 @@ class Bank:
 
 
 def averaged(packed: Tensor, weight: Tensor, b: int) -> Tensor:
-    """Running averages as kept, packed, and their weights [n] → bias-corrected, [n, k, b, b]; the identity for 0."""
+    """Running averages as kept, packed, and their weights [n] → bias-corrected, [n, k, b, b], in the weights' dtype;
+    the identity for 0."""
     seen = (weight > 0)[:, None, None, None]
-    average = unpack(packed, b) / weight.clamp_min(torch.finfo(weight.dtype).tiny)[:, None, None, None]
+    average = unpack(packed.to(weight.dtype), b) / weight.clamp_min(torch.finfo(weight.dtype).tiny)[:, None, None, None]
     return torch.where(seen, average, torch.eye(b, dtype=average.dtype, device=average.device))
 
 
@@ -156,8 +183,7 @@ class FactorBank(Bank):
     ) -> None:
         super().__init__(specs, offsets, config, like)
         self.k, self.b = blocks
-        self.phi = like.new_zeros(self.count, self.k, *packed_shape(self.b))
-        self.weight = like.new_zeros(self.count)
+        self.phi = self._new_average(self.k, self.b)
         # what every step multiplies with in half precision is kept ready for that, in as much memory
         self.ready = config.direction == "polar" and product_dtype(config, like.dtype) != like.dtype
         eye = self._stored(torch.eye(self.b, dtype=like.dtype, device=like.device))
@@ -165,16 +191,14 @@ class FactorBank(Bank):
         self._columns = like.new_tensor([float(spec.columns) for spec in specs for _ in range(spec.units)])
         self._scale = like.new_tensor([spec.scale for spec in specs for _ in range(spec.units)])
 
-    def update(self, new: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> None:
+    def update(self, new: Mapping[str, Tensor], seen: Mapping[str, Tensor], draws: Draws) -> None:
         """Eq. 14 with the factors of one step: name → Φ [u, k, b, b], undamped. Non-finite ones are left out."""
         names = [name for name in new if name in self.rows]
         if not names:
             return
         rows = index_tensor(self.rows_of(names), self.phi.device)
-        packed = pack(torch.cat([new[name].to(self.phi.dtype) for name in names]))
-        old_weight = self.weight[rows]
-        average, weight = running_average(self.phi[rows], packed, old_weight, self.config.ema_decay)
-        self.phi[rows], self.weight[rows] = average, weight
+        packed = pack(torch.cat([new[name].to(self.weight.dtype) for name in names]))
+        self.weight[rows] = self._average(self.phi, rows, packed, self.weight[rows], draws)
         self._count_skipped(torch.isfinite(packed.flatten(1)).all(1), names, seen)
 
     def _refresh(self, rows: Tensor) -> None:

@@ -22,9 +22,10 @@ from ..placement import Speed
 from .factor_bank import Bank, FactorSpec, averaged, index_tensor
 from .factors import add_damping, apply_left, apply_right, damping, running_average, trace
 from .family_sums import Basis, EKFACSums, FamilySums, KFACSums, NGPlusSums, TKFACSums, rotate
-from .inverses import eigenbasis, inverse, pack, packed_shape, unpack
+from .inverses import eigenbasis, inverse, pack, unpack
 from .layers import LEFT, RIGHT, Layer, Sides, factor_blocks, sides_of
 from .patches import MIB_OF_FLOATS
+from .rounding import Draws
 from .sums import GroupSums
 
 
@@ -51,17 +52,12 @@ class FamilyBank(Bank):
     ) -> None:
         super().__init__(specs, offsets, config, like)
         self.sides, self.like = sides, like
-        self.averages = {side: self._symmetric(side) for side in self.kept_sides()}
-        self.weight = like.new_zeros(self.count)
+        self.averages = {side: self._new_average(*sides.blocks(side)) for side in self.kept_sides()}
         self.derived = self._start()
 
     def kept_sides(self) -> tuple[str, ...]:
         """The sides that there is a factor of."""
         return (LEFT, RIGHT)
-
-    def _symmetric(self, side: str) -> Tensor:
-        k, b = self.sides.blocks(side)
-        return self.like.new_zeros(self.count, k, *packed_shape(b))
 
     def _eye(self, side: str) -> Tensor:
         k, b = self.sides.blocks(side)
@@ -73,7 +69,7 @@ class FamilyBank(Bank):
 
     # Update
 
-    def update(self, new: Mapping[str, dict[str, Tensor]], seen: Mapping[str, Tensor]) -> None:
+    def update(self, new: Mapping[str, dict[str, Tensor]], seen: Mapping[str, Tensor], draws: Draws) -> None:
         """Eq. 14 with the statistics of one step: layer → statistic → [u, ...]. If one of a row is not finite, none
         of the row's is used."""
         names = [name for name in new if name in self.rows]
@@ -84,10 +80,9 @@ class FamilyBank(Bank):
         fresh = {key: torch.where(_along(valid, value), value, torch.nan) for key, value in fresh.items()}
         self._count_skipped(valid, names, seen)
         rows = index_tensor(self.rows_of(names), self.weight.device)
-        old_weight, e = self.weight[rows], self.config.ema_decay
+        old_weight = self.weight[rows]
         for side in self.kept_sides():
-            average, weight = running_average(self.averages[side][rows], pack(fresh[side]), old_weight, e)
-            self.averages[side][rows], self.weight[rows] = average, weight
+            self.weight[rows] = self._average(self.averages[side], rows, pack(fresh[side]), old_weight, draws)
         self._take(rows, fresh)
 
     def _take(self, rows: Tensor, fresh: dict[str, Tensor]) -> None:

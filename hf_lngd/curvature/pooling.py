@@ -53,6 +53,7 @@ def pool_sums(
     scalars: list[Tensor | int],
     pool: Pool,
     to_owners: Callable[[list[Tensor], list[str]], list[Tensor | None]] | None = None,
+    halved: bool = False,
 ) -> tuple[dict[str, Sums], list[Tensor]]:
     """The sums and the rows of every group over all ranks, symmetric ones packed, in one collective.
 
@@ -66,6 +67,7 @@ def pool_sums(
         scalars: more numbers to sum.
         to_owners: sums tensors, each of the group named beside it, where a group's sums are one rank's alone (None
             elsewhere), see `Owners.sum`.
+        halved: symmetric sums travel, and are added up, in bfloat16; all else stays exact, in a collective of its own.
 
     Returns:
         The sums of each group (with `to_owners` of this rank's), with ``seen`` and ``kept`` as tensors; the sums of the
@@ -75,7 +77,10 @@ def pool_sums(
     plain = [one.plain(like(group)) for one, group in zip(own, groups, strict=True)]
     parts = [pack(t) if name in SYMMETRIC else t for named in plain for name, t in named.items()]
     sizes = [t.shape[-1] if name in SYMMETRIC else 0 for named in plain for name, t in named.items()]
-    first = parts[0]
+    dtypes = [t.dtype for t in parts]
+    if halved:
+        parts = [t.to(torch.bfloat16) if size else t for t, size in zip(parts, sizes, strict=True)]
+    first = plain[0]["n"]
     numbers = [_numbers([float(n) for one in own for n in (one.seen, one.kept)], first)]
     numbers += [torch.as_tensor(n).to(first.device, first.dtype, non_blocking=True) for n in scalars]
     found: list[Tensor | None] = []
@@ -87,6 +92,7 @@ def pool_sums(
         numbers = pool.sum(numbers)
     # as numbers seen and kept would be waited for
     counts = numbers[0].view(-1, 2)
+    found = [t if t is None else t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)]
     whole = iter([unpack(t, size) if size and t is not None else t for t, size in zip(found, sizes, strict=True)])
     pooled = {}
     for i, (group, one, named) in enumerate(zip(groups, own, plain, strict=True)):

@@ -1,6 +1,6 @@
-"""Updates of bfloat16 weights: their numbers lie 0.4 to 0.8 % apart, and what is less than half of that is lost.
+"""bfloat16 weights and running factors: their numbers lie 0.4 to 0.8 % apart, and a smaller change is lost.
 
-Whatever changes a weight changes it in float32, and hands it back here.
+Whatever changes one changes it in float32, and hands it back here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,30 @@ from .fisher import seed_of
 _DROPPED = 16
 
 
+class Draws:
+    """Generators for rounding at random, one for each device: a stream for each step, the same in every process.
+
+    Args:
+        seed: of the draws.
+        what: is rounded; each kind has streams of its own.
+    """
+
+    def __init__(self, seed: int, what: str) -> None:
+        self.seed, self.what = seed, what
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Draw from the stream of this step from now on: a resumed run needs to know the step, and nothing else."""
+        self._step = step
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        """The generator of a device."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(seed_of(self.seed, self.what, self._step))
+        return self._generators[device]
+
+
 class Rounding:
     """Writes float32 values into bfloat16 weights. Weights of float32 or float64 are left as they are.
 
@@ -31,14 +55,12 @@ class Rounding:
     """
 
     def __init__(self, mode: str, seed: int) -> None:
-        self.mode, self.seed = mode, seed
+        self.mode, self._draws = mode, Draws(seed, "rounding")
         self.lost: dict[Tensor, Tensor] = {}
-        self.begin(0)
 
     def begin(self, step: int) -> None:
-        """Draw from the stream of this step from now on: a resumed run needs to know the step, and nothing else."""
-        self._step = step
-        self._generators: dict[torch.device, torch.Generator] = {}
+        """Draw from the stream of this step from now on."""
+        self._draws.begin(step)
 
     @contextmanager
     def full(self, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -61,7 +83,7 @@ class Rounding:
 
     def _close(self, weight: Tensor, value: Tensor) -> None:
         if self.mode == "stochastic":
-            value = round_at_random(value, self._generator(value.device))
+            value = round_at_random(value, self._draws.on(value.device))
         here = local(weight)
         here.copy_(value)
         if self.mode == "kahan":
@@ -70,11 +92,6 @@ class Rounding:
                 self.lost[weight].copy_(lost)
             else:
                 self.lost[weight] = lost
-
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(seed_of(self.seed, "rounding", self._step))
-        return self._generators[device]
 
 
 def round_at_random(value: Tensor, generator: torch.Generator) -> Tensor:

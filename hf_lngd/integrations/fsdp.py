@@ -12,6 +12,7 @@ import torch
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..optimizer import LNGD
+from ..sharding import is_sharded
 
 
 def save(trainer: Any, optimizer: LNGD, folder: str | Path) -> None:
@@ -30,6 +31,23 @@ def save_weights(trainer: Any, folder: str | Path) -> None:
 
     accelerator = trainer.accelerator
     save_fsdp_model(accelerator.state.fsdp_plugin, accelerator, trainer.model, str(folder), **get_fsdp_ckpt_kwargs())
+
+
+def save_model(trainer: Any, folder: str | Path) -> None:
+    """The whole model, for `from_pretrained`. Every rank has to call it; tensor by tensor, to rank 0's CPU.
+
+    The Trainer writes nothing of sharded state dicts here, and takes full ones from accelerate, whose tensors
+    safetensors cannot write where nothing copied them to the CPU (gloo).
+    """
+    writes = trainer.args.should_save
+    state: dict[str, Any] = {}
+    for name, value in trainer.model.state_dict().items():
+        whole = value.full_tensor() if is_sharded(value) else value
+        if writes:
+            state[name] = whole.cpu()
+    if writes:
+        trainer._save(str(folder), state_dict=state)
+    trainer.accelerator.wait_for_everyone()
 
 
 def load(trainer: Any, optimizer: LNGD, folder: str | Path) -> None:

@@ -198,6 +198,16 @@ class LNGDTrainerMixin:
             (folder / STATE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; under FSDP2 the whole model, too. Checkpoints with sharded state dicts need none."""
+        me: Any = self
+        if not me.is_fsdp_enabled or lngd_of(me.optimizer) is None:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        elif not _internal_call or "FULL_STATE_DICT" in str(me.accelerator.state.fsdp_plugin.state_dict_type):
+            fsdp.save_model(me, me.args.output_dir if output_dir is None else output_dir)
+            if me.args.push_to_hub and not _internal_call:
+                me.push_to_hub(commit_message="Model save", revision=me.args.hub_revision)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         lngd = lngd_of(self.optimizer) if self.is_fsdp_enabled else None  # type: ignore[attr-defined]
         if lngd is None:
