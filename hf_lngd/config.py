@@ -41,7 +41,7 @@ _FAST: dict[str, Any] = {
     "row_decay": 0.95,
     "inverse_root": "auto",
     "weight_decay": 0.1,
-    "weight_decay_scale": 5.0,
+    "weight_decay_scale": 15.0,
     "bias": "fallback",
     "max_factor_dim": "auto",
     "embedding": "rotated",
@@ -157,8 +157,8 @@ class LNGDConfig:
         inverse_root: how the (·)^(-1/2) of ``gram`` are computed: ``eigh`` (exact), ``newton`` (matrix products only,
             no host synchronisation), ``auto``: eigh on the CPU, newton on accelerators.
         weight_decay: decoupled, never on norms and biases.
-        weight_decay_scale: layers of LNGD take this multiple of `weight_decay`: a step of κ = 1 is five times AdamW's
-            settled size, and so is the decay beside it.
+        weight_decay_scale: layers of LNGD take this multiple of `weight_decay`. Weights settle where steps and decay
+            balance, at κ · sqrt(lr / 2 decay): at AdamW's size with (κ / 0.2)² = 25 times its decay.
         bias: ``factor``: a last column of the layer's factor; ``fallback``: AdamW.
         max_factor_dim: a wider Φ (A and B, P and Q) is cut into equal diagonal blocks no wider than this; ``auto``:
             min(fan-in, fan-out) of the layer, but 64 at the least.
