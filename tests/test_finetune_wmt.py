@@ -60,7 +60,8 @@ def test_local_files_end_to_end(files: dict[str, str], tmp_path: Path) -> None:
     assert (output / "routing.json").is_file() and (output / "model.safetensors").is_file()
 
 
-def test_the_hubs_data_set_and_the_push(tmp_path: Path) -> None:
+def test_the_hubs_data_set_and_the_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # a push without any is refused
     model, data, training = planned(cwd=tmp_path)
     assert model.model_name_or_path == "Helsinki-NLP/opus-mt-en-de"
     assert (data.dataset_name, data.dataset_config_name) == ("wmt/wmt16", "de-en")
