@@ -25,7 +25,7 @@ FAMILIES = {"lngd": {"phi"}, "kfac": BOTH, "ekfac": BOTH, "tkfac": BOTH, "ng+": 
 
 def trained(dtype: torch.dtype = torch.float32, steps: int = 4, **fields: Any) -> tuple[nn.Module, LNGD]:
     model = core_marian().to(dtype)
-    optimizer = LNGD(model, lr=1e-2, factor_interval=1, **fields)
+    optimizer = LNGD(model, lr=2e-3, factor_interval=1, **fields)
     for seed in range(steps):
         core_step(model, optimizer, core_batch(seed))
     return model, optimizer
@@ -67,8 +67,7 @@ def test_factors_and_steps_are_near_those_in_full(fields: dict[str, Any]) -> Non
         for kind, expected in full.factors(name).items():
             found = half.factors(name)[kind]
             assert found.dtype == torch.float32
-            if kind != "b":  # B is of gradients, and so of weights, which went another way
-                assert (found - expected).norm() <= 0.02 * expected.norm(), (name, kind)
+            assert (found - expected).norm() <= 0.02 * expected.norm(), (name, kind)
             assert found.dim() == 1 or torch.equal(found, found.mT)
     weights = dict(second.named_parameters())
     gap = sum(float((weights[n].detach() - p.detach()).square().sum()) for n, p in first.named_parameters())
