@@ -62,6 +62,7 @@ def test_local_files_end_to_end(files: dict[str, str], tmp_path: Path) -> None:
 
 def test_the_hubs_data_set_and_the_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")  # a push without any is refused
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # so is one offline, as some machines are
     model, data, training = planned(cwd=tmp_path)
     assert model.model_name_or_path == "Helsinki-NLP/opus-mt-en-de"
     assert (data.dataset_name, data.dataset_config_name) == ("wmt/wmt16", "de-en")
