@@ -243,14 +243,15 @@ def lngd(model: nn.Module, settings: Settings) -> Together:
     With two rates, `lr` is on the scale of Muon's (updates of AdamW's settled size). With one it is what users give:
     LNGD's own scale, and its own rule for what is no matrix.
     """
-    one = settings.other_lr is None
-    muons: dict[str, Any] = {"rate_scale": MUON_SCALE, "weight_decay_scale": 1.0, "fallback_lr": settings.rest}
+    scale: dict[str, Any] = {}
+    if settings.other_lr is not None:
+        scale = {"rate_scale": MUON_SCALE, "weight_decay_scale": 1.0, "fallback_lr": settings.other_lr}
     config = LNGDConfig.from_optim_args(
         settings.fields,
         weight_decay=settings.weight_decay,
         momentum=1 - settings.fresh,
         betas=(0.9, BETA2),
-        **({} if one else muons),
+        **scale,
     )
     return Together([LNGD(model, config, lr=settings.lr)])
 

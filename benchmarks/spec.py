@@ -47,6 +47,7 @@ class Spec:
         warmup: steps of rising rates.
         threads: of torch.
         trials: tuning runs of every rival and tuning seed.
+        tuned: what the searches move, of `RATES`; a rival may have a `tuned` of its own.
         tuning_seeds, seeds: of tuning and of the reported runs; none is both.
         fractions: lengths of shorter runs, each with its schedule to its own end, as parts of `steps`.
         fraction_seeds: which of `seeds` those are run on.
@@ -60,6 +61,7 @@ class Spec:
     rivals: dict[str, Entrant]
     threads: int = 1
     trials: int = 6
+    tuned: tuple[str, ...] = RATES
     tuning_seeds: tuple[int, ...] = (101,)
     seeds: tuple[int, ...] = (1, 2, 3)
     fractions: tuple[float, ...] = ()
@@ -94,7 +96,10 @@ def read(path: Path) -> Spec:
     missing = [name for name in ("task", "title", "steps", "warmup", "rivals") if name not in content]
     if missing:
         raise ValueError(f"{path}: got no {', '.join(missing)}, accepted: all of task, title, steps, warmup, rivals")
-    rivals = {name: _entrant(f"{path}: rivals.{name}", name, value) for name, value in content.pop("rivals").items()}
+    tuned = tuple(content.get("tuned", RATES))
+    _check_tuned(str(path), tuned)
+    entrants = content.pop("rivals").items()
+    rivals = {name: _entrant(f"{path}: rivals.{name}", name, value, tuned) for name, value in entrants}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     spec = Spec(rivals=rivals, **values)
     _check(path, spec)
@@ -112,7 +117,12 @@ def _known(where: str, found: dict[str, Any], accepted: set[str]) -> None:
             raise ValueError(f"{where}: got an unknown field {key!r}, accepted: {', '.join(sorted(accepted))}")
 
 
-def _entrant(where: str, name: str, content: dict[str, Any]) -> Entrant:
+def _check_tuned(where: str, tuned: tuple[str, ...]) -> None:
+    if strange := [rate for rate in tuned if rate not in RATES]:
+        raise ValueError(f"{where}: tuned: got {', '.join(strange)}, accepted: {', '.join(RATES)}")
+
+
+def _entrant(where: str, name: str, content: dict[str, Any], tuned: tuple[str, ...]) -> Entrant:
     rates = {field.name for field in fields(Settings)}
     _known(where, content, rates | {field.name for field in fields(Entrant)} - {"name", "start"})
     settings = {key: content.pop(key) for key in list(content) if key in rates}
@@ -124,10 +134,10 @@ def _entrant(where: str, name: str, content: dict[str, Any]) -> Entrant:
         raise ValueError(f"{where}: rival: got {rival!r}, accepted: {', '.join(RIVALS)}")
     if "other_lr" not in settings:  # tied to lr
         settings["other_lr"] = None
-        values.setdefault("tuned", tuple(rate for rate in RATES if rate != "other_lr"))
+        tuned = tuple(rate for rate in tuned if rate != "other_lr")
+    values.setdefault("tuned", tuned)
     entrant = Entrant(name, rival, Settings(**settings), **values)
-    if strange := [rate for rate in entrant.tuned if rate not in RATES]:
-        raise ValueError(f"{where}: tuned: got {', '.join(strange)}, accepted: {', '.join(RATES)}")
+    _check_tuned(where, entrant.tuned)
     if entrant.start.fields:
         if rival != "lngd":
             raise ValueError(f"{where}: fields: got {entrant.start.fields!r} for {rival}, accepted: for lngd only")

@@ -94,7 +94,7 @@ def test_the_sweep_reads_one_task_and_names_bad_rates(folder: Path, tmp_path: Pa
         sweep_lr.main([*arguments, "--rates", "1e-3"])
     torch.set_num_threads(threads)
     results = runs.Results(tmp_path / "sweep.json")
-    assert len(results.rows) == len(sweep_lr.RIVALS)
+    assert len(results.rows) == len(sweep_lr.FRESH)
     assert "0.001" in sweep_lr.sweep_table(results, "multi30k", 8, 101)
     assert "0.001" not in sweep_lr.sweep_table(results, "cifar10-vit", 8, 101)
 
@@ -112,6 +112,15 @@ def test_option_effects_run_what_is_missing(folder: Path, tmp_path: Path, capsys
     chosen = list(option_effects.TRANSLATION)[:: len(option_effects.TRANSLATION) // 2]
     assert [row["settings"]["fields"] for row in rows] == chosen and chosen[0] == ""
     assert "| nothing (the default) |" in capsys.readouterr().out
+
+
+def test_option_effects_go_on_at_the_settings_of_their_first_row(tmp_path: Path) -> None:
+    tuned, results = runs.Results(tmp_path / "tuned.json"), runs.Results(tmp_path / "options.json")
+    tuned.add(row_of("lngd", 101, [(10, 1.0, 3.0)], "tune"))
+    assert option_effects.base_of(results, tuned.path) == Settings(**tuned.rows[0]["settings"])
+    first = Settings(7e-3, 1e-2, 0.4)
+    results.add({**row_of("lngd", 11, [(10, 1.0, 3.0)], "option"), "settings": first.to_dict()})
+    assert option_effects.base_of(results, tuned.path) == first  # whatever the study has found since
 
 
 @pytest.mark.parametrize("fields", sorted(option_effects.VARIANTS))

@@ -186,6 +186,20 @@ def test_every_spec_is_a_study_of_its_task() -> None:
         assert {"adamw", "lngd"} <= set(found.rivals)
 
 
+def test_a_study_says_what_is_tuned_and_a_rival_may_differ(tmp_path: Path) -> None:
+    rivals = {
+        "adamw": "lr = 1.0\nother_lr = 1.0",
+        "muon": "lr = 1.0",  # one rate: there is no other one to tune
+        "lngd": 'lr = 1.0\nother_lr = 1.0\ntuned = ["weight_decay"]',
+    }
+    found = spec.read(study(tmp_path / "s.toml", tuned=["lr", "other_lr"], rivals=rivals)).rivals
+    assert {name: entrant.tuned for name, entrant in found.items()} == {
+        "adamw": ("lr", "other_lr"),
+        "muon": ("lr",),
+        "lngd": ("weight_decay",),
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -205,6 +219,7 @@ def test_every_spec_is_a_study_of_its_task() -> None:
         ({"rivals": {"adamw": "rate = 1.0"}}, "rivals.adamw: got an unknown field 'rate'"),
         ({"rivals": {"adamw": "lr = 0.0"}}, "rivals.adamw: lr: got 0.0"),
         ({"rivals": {"adamw": 'lr = 1.0\ntuned = ["decay"]'}}, "rivals.adamw: tuned: got decay"),
+        ({"tuned": ["lr", "decay"]}, "s.toml: tuned: got decay, accepted: weight_decay, lr, other_lr, fresh"),
         ({"rivals": {"muon": 'lr = 1.0\nfields = "chain=full"'}}, "rivals.muon: fields: got 'chain=full'"),
         ({"rivals": {"lngd": 'lr = 1.0\nfields = "chain=half"'}}, "chain: got 'half'"),
     ],
