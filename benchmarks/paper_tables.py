@@ -2,7 +2,8 @@
 
     python -m benchmarks.paper_tables
 
-Reads `benchmarks/results/TASK.json`, runs nothing. The tasks are smaller than the paper's by orders of magnitude, so
+Reads `benchmarks/results/TASK.json`, runs nothing. Writes the tables to `paper.md` there, and draws the ablation. The
+tasks are smaller than the paper's by orders of magnitude, so
 only places can be compared: a row says whether the optimizer's place among the compared ones is the published one.
 """
 
@@ -17,7 +18,7 @@ from statistics import mean
 
 from benchmarks.runs import Results
 from benchmarks.spec import named
-from benchmarks.tables import metric_of, quality, reported, table, time_to_quality
+from benchmarks.tables import draw, metric_of, quality, reported, table, time_to_quality
 
 HERE = Path(__file__).resolve().parent
 
@@ -41,6 +42,15 @@ class Study:
     kind: str
 
 
+HEAD = """# The paper's tables beside ours
+
+Written by `python -m benchmarks.paper_tables` from the files of results in this folder. Published numbers: Liu et al.,
+NeurIPS 2024. Our tasks are smaller by orders of magnitude and other ones, so only places are compared, among those run
+here.
+"LNGD" is the paper's own (`preset=paper`), each rival tuned alike; "never": AdamW's final quality is not reached.
+"""
+# What figure 7 compares, beside AdamW.
+ABLATION = ("adamw", "lngd-lr", "lngd-sample", "lngd-paper")
 # The paper's names → our rivals.
 OURS = {
     "SGD": "sgd",
@@ -149,13 +159,30 @@ def study_table(study: Study, results: Results, name_of: Callable[[str], str]) -
     return f"**{study.title}**\n\n{table(head, body)}"
 
 
+def draw_ablation(results: Results, name_of: Callable[[str], str], folder: Path) -> list[Path]:
+    """The paper's figure 7, on what is here: one picture a task that has the three variants; returns their paths."""
+    shown = [name for name in ABLATION if reported(results, name)]
+    if len(shown) < len(ABLATION):
+        return []
+    path = folder / f"ablation-{results.path.stem}.png"
+    draw(results, shown, name_of, path, "Ablation of the paper's LNGD")
+    return [path]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints every table."""
+    """Prints and writes every table, draws what there are runs of."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
     args = parser.parse_args(arguments)
+    tables = []
     for study in STUDIES:
-        print(study_table(study, Results(args.results / f"{study.task}.json"), named(study.task).label))
+        tables.append(study_table(study, Results(args.results / f"{study.task}.json"), named(study.task).label))
+    text = "\n".join(tables)
+    print(text)
+    (args.results / "paper.md").write_text(f"{HEAD}\n{text}", encoding="utf-8")
+    for task in dict.fromkeys(study.task for study in STUDIES):
+        for path in draw_ablation(Results(args.results / f"{task}.json"), named(task).label, args.results):
+            print(f"drawn: {path}")
 
 
 if __name__ == "__main__":

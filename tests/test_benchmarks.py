@@ -180,6 +180,16 @@ def test_the_papers_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     best = {row[0]: row[2:] for row in found["Table 6, CIFAR-10, ResNet-18: best accuracy"]}
     assert best["SGD"] == ["3", "SGD + AdamW: 60.0", "1", "no"]
     assert len(found) == len(paper_tables.STUDIES)
+    written = (tmp_path / "paper.md").read_text(encoding="utf-8")
+    assert (
+        all(f"**{title}**" in written for title in found)
+        and "| SGD | 268.7 s | 3 | SGD + AdamW: 7.5 | 1 | no |" in written
+    )
+    assert not list(tmp_path.glob("*.png"))  # two of the ablation's variants are missing
+    for name in ("lngd-lr", "lngd-sample"):
+        results.add({**results.rows[-1], "optimizer": name})
+    paper_tables.main(["--results", str(tmp_path)])
+    assert [path.name for path in tmp_path.glob("*.png")] == ["ablation-cifar10-resnet.png"]
 
 
 def test_compiled_and_other_steps_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
