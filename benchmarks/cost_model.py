@@ -229,7 +229,7 @@ def bank_ops(bank: Bank, config: LNGDConfig) -> list[Op]:
     if config.direction not in CALLS:
         raise ValueError(f"direction: got {config.direction!r}, accepted: natural, polar")
     n, blocks = (bank.elements,), (bank.count * bank.k * bank.b**2,)
-    low = "bfloat16" if config.matrix_dtype == "bfloat16" else "float32"
+    low = "float32" if config.matrix_dtype == "full" else "bfloat16"
     right = (bank.count * bank.k, bank.m, bank.b, bank.b)
     a_bank, a_layer = CALLS[config.direction if config.rate != "adaptive" else "adaptive"]
     ops = [Op("stream", n), Op("call", (1,), a_bank + a_layer * bank.layers)]  # gradients side by side
@@ -261,7 +261,7 @@ def bank_ops(bank: Bank, config: LNGDConfig) -> list[Op]:
 def table_ops(rows: int, d: int, config: LNGDConfig) -> list[Op]:
     """A rotated embedding's step: AdamW between two products with its basis (`RotatedTable.step`)."""
     n = (rows * d,)
-    low = "bfloat16" if config.matrix_dtype == "bfloat16" else "float32"
+    low = "float32" if config.matrix_dtype == "full" else "bfloat16"
     ops = [Op("cast", n, 4), Op(low, (1, rows, d, d), 2), Op("stream", n, 5), Op("inplace", n, 3), Op("alloc", n, 3)]
     turn = 1 / config.factor_interval
     return ops + [
@@ -330,7 +330,7 @@ def lngd_state(inventory: Inventory) -> int:
         total += FLOAT * (bank.elements + bank.count * bank.m * vectors + bank.layers + bank.count * bank.estimated)
     for factor in inventory.factors:
         packed = FLOAT * math.prod(packed_shape(factor.b))
-        ready = c.direction == "polar" and c.matrix_dtype == "bfloat16"
+        ready = c.direction == "polar" and c.matrix_dtype != "full"
         total += factor.units * (factor.k * (packed + (2 * factor.b**2 if ready else packed)) + 3 * FLOAT)
     for rows, d in inventory.tables:
         total += FLOAT * (2 * rows * d + math.prod(packed_shape(d)) + d * d + 1)

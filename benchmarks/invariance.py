@@ -31,7 +31,7 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     for name, fields in (("fast", {}), ("paper, expected", PAPER))
     for dtype in ("float64", "float32")
 ]
-HALF: dict[str, Any] = {"conv_rows": 1, "rate_rows": 1}
+HALF: dict[str, Any] = {"conv_rows": 1, "rate_rows": 1, "matrix_dtype": "bfloat16"}
 HALVES = [(kind, "fast, bfloat16", HALF, "float32") for kind in ("marian", "images")]
 
 

@@ -34,15 +34,37 @@ VARIANTS = (
 
 
 def reported(results: Results, name: str) -> list[Row]:
-    """The reported runs of a rival that are of full length and did not diverge."""
+    """The reported runs of a rival that are of full length and did not diverge, on one clock."""
     rows = results.find("report", name)
     longest = max((row["steps"] for row in rows), default=0)
-    return [row for row in rows if row["steps"] == longest and not row["diverged"]]
+    return on_one_clock(results, [row for row in rows if row["steps"] == longest and not row["diverged"]])
+
+
+def on_one_clock(results: Results, rows: Sequence[Row]) -> list[Row]:
+    """The rows with all seconds in those of the kind of hardware on which AdamW was reported most: rows of another kind
+    are scaled by what AdamW took here and there. Where AdamW was not reported, seconds are left as they are."""
+    seconds: dict[str, list[float]] = {}
+    references = [row for row in results.find("report", REFERENCE) if not row["diverged"]]
+    longest = max((row["steps"] for row in references), default=0)
+    for row in references:
+        if row["steps"] == longest:
+            seconds.setdefault(row.get("hardware", ""), []).append(row["seconds"])
+    if len(seconds) < 2:
+        return list(rows)
+    most = max(seconds, key=lambda kind: len(seconds[kind]))
+    scales = {kind: mean(seconds[most]) / mean(found) for kind, found in seconds.items()}
+    return [_scaled(row, scales.get(row.get("hardware", ""), 1.0)) for row in rows]
+
+
+def _scaled(row: Row, scale: float) -> Row:
+    curves = [key for key in (*CURVES.values(), "train_curve") if key in row]
+    changed = {key: [(step, seconds * scale, value) for step, seconds, value in row[key]] for key in curves}
+    return {**row, "seconds": row["seconds"] * scale, **changed}
 
 
 def end_points(results: Results, name: str, metric: str) -> Curve:
     """(mean seconds, quality) of the runs of each length, each on a schedule to its own end."""
-    rows = [row for row in results.find("report", name) if not row["diverged"]]
+    rows = on_one_clock(results, [row for row in results.find("report", name) if not row["diverged"]])
     lengths = sorted({row["steps"] for row in rows})
     groups = [[row for row in rows if row["steps"] == length] for length in lengths]
     return [(mean(r["seconds"] for r in group), quality(group, metric)) for group in groups]

@@ -25,9 +25,9 @@ from transformers import MarianConfig, MarianMTModel
 from benchmarks.tables import table
 from hf_lngd import LNGD
 from hf_lngd.checks import FACTOR_DTYPES
-from hf_lngd.curvature.factor_bank import kept_dtype
 from hf_lngd.curvature.inverses import packed_shape
 from hf_lngd.curvature.layers import factor_blocks
+from hf_lngd.curvature.precision import kept_dtype
 
 HERE = Path(__file__).resolve().parent
 ROWS, TOKENS, STEPS = 16, 32, 40

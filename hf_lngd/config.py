@@ -35,7 +35,7 @@ _FAST: dict[str, Any] = {
     "early_factors": True,
     "polar_interval": "auto",
     "gram_decay": 0.9,
-    "matrix_dtype": "bfloat16",
+    "matrix_dtype": "auto",
     "factor_dtype": "full",
     "bf16_update": "kahan",
     "row_decay": 0.95,
@@ -142,8 +142,9 @@ class LNGDConfig:
             of 128, 8 above, since a root costs as the cube of it.
         gram_decay: weight of the old Gram matrix, a step; its power after an interval of several (``gram``).
         matrix_dtype: of the products of each step (``polar``, ``gram``, rotated embeddings): ``bfloat16``, as in
-            torch.optim.Muon, or ``full``. Roots are halved only where they are kept for such products; float64 models
-            are always ``full``.
+            torch.optim.Muon, ``full``, or ``auto``: bfloat16 where the device has instructions for it, else full, since
+            emulating it takes four times as long. Roots are halved only where they are kept for such products (so in
+            ``auto`` everywhere: a checkpoint goes from one machine to another); float64 models are always ``full``.
         factor_dtype: in which running Φ (A and B, P and Q, C) are kept, in memory and in checkpoints, and their sums
             travel between processes: ``bfloat16`` is half the bytes of both, or ``full``. Sums, averages, damping and
             inverses are made in full precision either way; averages are rounded at random, alike after a resume. A

@@ -390,6 +390,24 @@ def test_tables(tmp_path: Path) -> None:
     assert lngd[1:] == ["0.90", "0.70"]
 
 
+def test_rows_of_two_kinds_of_hardware_are_on_one_clock(tmp_path: Path) -> None:
+    """Seconds are those of the hardware with most of AdamW's rows: a rival's elsewhere are scaled as AdamW's are."""
+    results = runs.Results(tmp_path / "r.json")
+    slow = {"hardware": "CPU, 1 threads, bfloat16 emulated"}
+    for seed in (1, 2):
+        results.add({**row_of("adamw", seed, [(50, 10.0, 5.0), (100, 20.0, 4.0)]), "hardware": "CPU, 1 threads"})
+    results.add({**row_of("adamw", 3, [(50, 20.0, 5.0), (100, 40.0, 4.0)]), **slow})
+    results.add({**row_of("lngd", 1, [(50, 30.0, 4.0), (100, 60.0, 3.0)]), **slow})
+    results.add({**row_of("muon", 1, [(50, 7.0, 4.0), (100, 14.0, 3.0)]), "hardware": "another"})
+    assert [row["seconds"] for row in tables.reported(results, "adamw")] == [20.0, 20.0, 20.0]
+    (lngd,) = tables.reported(results, "lngd")
+    assert (lngd["seconds"], lngd["validation_curve"]) == (30.0, [(50, 15.0, 4.0), (100, 30.0, 3.0)])
+    assert tables.reported(results, "muon")[0]["seconds"] == 14.0  # AdamW was not run there
+    assert results.find("report", "lngd")[0]["seconds"] == 60.0  # the file keeps what was measured
+    body = tables.ratio_table(results, ["adamw", "lngd"], label).splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in body if line] == ["1.00", "0.75"]
+
+
 def test_the_best_settings_are_the_best_over_tuning_seeds(tmp_path: Path) -> None:
     results = runs.Results(tmp_path / "r.json")
     for rate, values in ((1e-3, (3.0, 3.6)), (2e-3, (3.2, 3.2)), (4e-3, (2.9, None))):

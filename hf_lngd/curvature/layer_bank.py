@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import LNGDConfig
-from .factor_bank import Bank, FactorBank, index_tensor, product_dtype
+from .factor_bank import Bank, FactorBank, index_tensor
 from .factors import (
     adaptive_rate,
     apply_right,
@@ -29,6 +29,7 @@ from .inverses import inverse_sqrt, pack, packed_shape, unpack, uses_newton
 from .layers import Layer
 from .owners import Owners
 from .pooling import Pool, pool_curvature, usable
+from .precision import factors_dtype, product_dtype
 from .sums import RowSamples
 
 # Added to the Gram matrix of mean eigenvalue 1 before its root is taken: what the polar factor does to directions
@@ -97,7 +98,7 @@ class LayerBank:
         self.row_square = like.new_zeros(count, self.m) if config.row_decay and config.direction != "natural" else None
         self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=like.device)  # gradients that were not finite
-        self._product_dtype = product_dtype(config, like.dtype)
+        self._product_dtype = product_dtype(config, like.dtype, like.device)
         self.side = gram_side(self.m, self.columns)
         self.gram: Tensor | None = None
         self.polar: Tensor | None = None
@@ -105,7 +106,7 @@ class LayerBank:
         if config.direction == "gram":
             n = self.columns if self.side == "right" else self.m
             self.gram = like.new_zeros(count, *packed_shape(n))
-            self.polar = torch.eye(n, dtype=self._product_dtype, device=like.device).repeat(count, 1, 1)
+            self.polar = torch.eye(n, dtype=factors_dtype(config, like.dtype), device=like.device).repeat(count, 1, 1)
             self._n = n
 
     @property
@@ -202,7 +203,7 @@ class LayerBank:
             return apply_right(orthogonalize(white), whitener).to(grad.dtype)
         self._refresh_polar(grad, present, step)
         assert self.polar is not None
-        polar = self.polar[index]
+        polar = self.polar[index].to(self._product_dtype)
         grad = grad.to(polar.dtype)
         if self.side == "left":
             grad = apply_right(grad, self._phi.get("inverse", rows).to(polar.dtype))
@@ -228,7 +229,7 @@ class LayerBank:
         chosen = self.rows_of([present[row] for row in turn])
         # eigh passes over the small negative eigenvalues that half precision brings, Newton's iteration does not
         full = self.gram.dtype
-        low = full if uses_newton(self.config.inverse_root, grad.device) else self.polar.dtype
+        low = full if uses_newton(self.config.inverse_root, grad.device) else self._product_dtype
         x, rows = grad[due].to(low), self.rows[chosen]
         whitener = self._phi.get("root" if self.side == "right" else "inverse", rows).to(low)
         white = apply_right(x, whitener)
@@ -240,13 +241,13 @@ class LayerBank:
         gram = old * decay + fresh / size[:, None, None] * (1 - decay)
         polar, ok, _ = inverse_sqrt(normalized(gram), GRAM_SHIFT, self.config.inverse_root)
         ok = ok & torch.isfinite(size) & (size > 0)
-        low = self.polar.dtype
+        low = self._product_dtype
         polar, whitener = polar.to(low), whitener.to(low)
         if self.side == "right":
             polar = apply_right(apply_right(polar, whitener).mT, whitener)
         keep = ok[:, None, None]
         self.gram[chosen] = torch.where(keep, pack(gram), self.gram[chosen])
-        self.polar[chosen] = torch.where(keep, polar, self.polar[chosen])
+        self.polar[chosen] = torch.where(keep, polar.to(self.polar.dtype), self.polar[chosen])
         self.failures += (~ok).sum()
 
     # Its parts

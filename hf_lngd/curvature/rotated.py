@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..config import LNGDConfig
 from ..sharding import local
-from .factor_bank import product_dtype
 from .inverses import pack, packed_shape, unpack
 from .pooling import Pool, usable
+from .precision import product_dtype
 from .rounding import Rounding
 
 
@@ -110,7 +110,7 @@ class RotatedTable:
         self.skipped = self.skipped + bad
         if turn:
             self._turn(grad)
-        low = product_dtype(c, grad.dtype)
+        low = product_dtype(c, grad.dtype, grad.device)
         basis = s["basis"].to(low)
         rotated = (grad.to(low) @ basis).to(grad.dtype)
         s["step"] += 1
