@@ -218,7 +218,7 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     colours = {name: COLOURS.get(name) or next(extra, "#000000") for name in shown}
     metric = metric_of(results, shown)
     sign = -100 if metric == "accuracy" else 1
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained", sharey=True)
     finals: dict[str, float] = {}
     for name in sorted(shown, key=lambda name: name in COLOURS):  # those that matter most on top
         rows = reported(results, name)
@@ -253,7 +253,10 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     entries = {f"{label(name)}: {finals[name]:.{digits}f}": handles[label(name)] for name in order}
     shorter = any(len(end_points(results, name, metric)) > 1 for name in shown)
     title_of = "final (rings: ends of shorter runs)" if shorter else "final"
-    axes[1].legend(entries.values(), entries.keys(), frameon=False, fontsize=8, title=title_of, title_fontsize=8)
+    figure.legend(  # beside the panels: with every rival in it, it would cover the curves
+        entries.values(), entries.keys(), loc="outside right upper", frameon=False, fontsize=8.5, title=title_of,
+        title_fontsize=8.5, alignment="left",
+    )  # fmt: skip
     rows = reported(results, shown[0])
     seeds = sorted({len(reported(results, name)) for name in shown})
     of_seeds = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
