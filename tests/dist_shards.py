@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import shutil
 from typing import Any
 from unittest.mock import patch
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -357,3 +359,30 @@ def save_foreign(folder: Any) -> None:
     """A checkpoint of something else in place of one."""
     shutil.rmtree(folder)
     dcp.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=folder, no_dist=True)
+
+
+def change_metadata(folder: Any, change: Any) -> None:
+    """Write a checkpoint's metadata anew."""
+    file = folder / ".metadata"
+    found = pickle.loads(file.read_bytes())
+    change(found)
+    file.write_bytes(pickle.dumps(found))
+
+
+def point_elsewhere(found: Any) -> None:
+    """Files of another folder."""
+    for info in found.storage_data.values():
+        info.relative_path = f"../here/{info.relative_path}"
+
+
+def hide_tensors(found: Any) -> None:
+    """Entries that torch would unpickle, with the shapes of the tensors that they were."""
+    for name, entry in found.state_dict_metadata.items():
+        found.state_dict_metadata[name] = hidden = BytesStorageMetadata()
+        hidden.size = entry.size  # type: ignore[attr-defined]
+
+
+def spoil_entries(found: Any) -> None:
+    """Entries of no kind."""
+    for name in found.state_dict_metadata:
+        found.state_dict_metadata[name] = "nothing"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from transformers import modeling_utils, trainer_callback, trainer_utils
 
 from hf_lngd.integrations.checkpoints import check_checkpoint, last_checkpoint, problem_of
@@ -144,7 +145,9 @@ def test_optimizers_that_fsdp_and_deepspeed_keep_elsewhere(kept: str | None, tmp
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")
     torch.save({}, folder / "scheduler.pt")
-    if kept is not None:
+    if kept is not None and kept.endswith(".distcp"):
+        dcp.save({"step": torch.ones(1)}, checkpoint_id=(folder / kept).parent, no_dist=True)
+    elif kept is not None:
         (folder / kept).parent.mkdir(exist_ok=True)
         torch.save({}, folder / kept)
     assert problem_of(folder) == (None if kept else "has no optimizer.pt")

@@ -305,6 +305,9 @@ DAMAGES = {
     "unfinished": (lambda f: (f / ".metadata").unlink(), r"got no \.metadata, which is written last"),
     "garbled": (lambda f: (f / ".metadata").write_bytes(b"no"), r"got a damaged \.metadata \("),
     "foreign": (dist_shards.save_foreign, r"got one without LNGD's state"),
+    "elsewhere": (lambda f: dist_shards.change_metadata(f, dist_shards.point_elsewhere), r"a place in a file of this"),
+    "no tensors": (lambda f: dist_shards.change_metadata(f, dist_shards.hide_tensors), r"got one without LNGD's state"),
+    "odd entries": (lambda f: dist_shards.change_metadata(f, dist_shards.spoil_entries), r"got an entry of str"),
 }
 
 

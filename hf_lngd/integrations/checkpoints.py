@@ -26,9 +26,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import LNGDConfig
 from ..serialization import check_origin
+from ..sharded_checkpoint import METADATA
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
+# Accelerate's folder of weights under FSDP: this, and a number.
+SHARDED = "pytorch_model_fsdp_"
 _ZIPPED = (".pt", ".pth")  # as torch.save writes them
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -69,7 +72,7 @@ def load_weights(model: Any, folder: str) -> None:
 def problem_of(folder: str | Path) -> str | None:
     """Why training cannot go on from a checkpoint, naming the file; None: it can, as far as files tell.
 
-    Looks at the ends of files, so it is quick: a file that was cut off anywhere is found.
+    Looks at the ends of files, so it is quick: a file that was cut off anywhere is found. Nothing that is read is run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -89,6 +92,13 @@ def problem_of(folder: str | Path) -> str | None:
         missing = [part for part in parts if not (folder / part).is_file()]
         if missing:
             return f"has no {missing[0]}, which {index.name} names"
+    for part in sorted(path for path in folder.iterdir() if _is_sharded(path)):
+        from ..sharded_files import ShardedFiles  # takes a second
+
+        try:
+            ShardedFiles(part)
+        except ValueError as error:
+            return f"has a damaged {part.name}: {str(error).removeprefix(f'checkpoint {part}: ')}"
     names = {path.name for path in folder.iterdir()}
     if "optimizer.pt" in names and "scheduler.pt" not in names:
         return "has no scheduler.pt"
@@ -148,6 +158,11 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
             return str(path)
         logger.warning("checkpoint %s %s. It is passed over.", path, problem)
     return None
+
+
+def _is_sharded(path: Path) -> bool:
+    """A folder that `torch.distributed.checkpoint` wrote, or began to (accelerate's under FSDP)."""
+    return path.is_dir() and (path.name.startswith(SHARDED) or any(path.glob("*.distcp")) or (path / METADATA).exists())
 
 
 def _is_json(path: Path) -> bool:
