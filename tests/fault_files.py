@@ -81,6 +81,9 @@ def file_rows() -> None:
         "an optimizer.pt of other settings": (
             "optimizer.pt: state_dict: the config differs: seed: checkpoint 5, here 0",
             lambda f: write(f, lambda s: s["lngd"]["config"].update(seed=5))),
+        "an optimizer.pt of another model": (
+            "optimizer.pt: state_dict: the model differs: vit.layernorm.weight: checkpoint none, here [16]",
+            lambda f: write(f, lambda s: s["lngd"]["parameters"].pop("vit.layernorm.weight"))),
         "an optimizer.pt of which a part is gone": (
             "optimizer.pt: state_dict: got a state without layers",
             lambda f: write(f, lambda s: s["lngd"].pop("layers"))),

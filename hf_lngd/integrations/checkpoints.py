@@ -16,6 +16,7 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import LNGDConfig
-from ..serialization import check_origin
+from ..serialization import check_origin, check_parameters
 from ..sharded_checkpoint import METADATA
 
 logger = logging.getLogger(__name__)
@@ -58,14 +59,17 @@ def load_weights(model: Any, folder: str) -> None:
     """Copy the weights of a checkpoint into a model, bit for bit.
 
     Raises:
-        RuntimeError: a parameter that one of the two has and the other has not, or of another shape.
+        RuntimeError: a parameter that one of the two has and the other has not, or of another shape. Nothing is
+            changed then.
     """
     config = copy.deepcopy(model.config)
     with torch.random.fork_rng():  # weights are drawn before they are loaded; training's random state stays as it is
         loaded, report = type(model).from_pretrained(folder, config=config, dtype=model.dtype, output_loading_info=True)
-    missing = sorted(report["missing_keys"])
+    missing, foreign = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
         raise RuntimeError(f"checkpoint {folder}: no weights for {', '.join(missing[:5])}")
+    if foreign:
+        raise RuntimeError(f"checkpoint {folder}: weights of another model: {', '.join(foreign[:5])}")
     model.load_state_dict(loaded.state_dict(), strict=True)
 
 
@@ -116,14 +120,16 @@ def check_checkpoint(folder: str | Path) -> None:
         raise ValueError(f"checkpoint {folder}: {problem}. Accepted: a whole checkpoint-N of a Trainer")
 
 
-def check_optimizer(folder: str | Path, config: LNGDConfig | None) -> None:
+def check_optimizer(folder: str | Path, config: LNGDConfig | None, parameters: Mapping[str, list[int]]) -> None:
     """Look into ``optimizer.pt``, if there is one, before anything is loaded.
 
     Args:
         config: the settings of LNGD here; None: another optimizer is used.
+        parameters: shapes of those that LNGD trains here, by name.
 
     Raises:
-        ValueError: it is another optimizer's than the one used here, another version's or of other settings.
+        ValueError: it is another optimizer's than the one used here, another version's, of other settings or of another
+            model.
     """
     path = Path(folder) / "optimizer.pt"
     if not path.is_file():
@@ -140,6 +146,7 @@ def check_optimizer(folder: str | Path, config: LNGDConfig | None) -> None:
     if config is not None:
         try:
             check_origin(config, own)
+            check_parameters(parameters, own)
         except ValueError as error:
             raise ValueError(f"checkpoint {folder}: optimizer.pt: {error}") from error
 

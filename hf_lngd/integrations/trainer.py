@@ -13,7 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..checks import fishers_beside
 from ..config import LNGDConfig
+from ..curvature.compiled import plain_name
 from ..optimizer import LNGD
+from ..serialization import parameters_of
 from . import fsdp, hub
 from .checkpoints import (
     STATE,
@@ -175,7 +177,7 @@ class LNGDTrainerMixin:
         elif folder:
             check_checkpoint(folder)
         if folder:
-            check_optimizer(folder, self._lngd_config())
+            check_optimizer(folder, self._lngd_config(), self._trained_parameters())
         result = super().train(folder, *args, **kwargs)  # type: ignore[misc]
         lngd = lngd_of(self.optimizer)  # type: ignore[attr-defined]
         if lngd is not None:
@@ -189,6 +191,14 @@ class LNGDTrainerMixin:
         if made is not None:
             return made.config
         return lngd_settings(me.args)[0] if me.optimizer is None and is_lngd(me.args) else None
+
+    def _trained_parameters(self) -> dict[str, list[int]]:
+        """Shapes of what LNGD trains, or will train, by name."""
+        me: Any = self
+        made = lngd_of(me.optimizer)
+        if made is not None:
+            return parameters_of(made)
+        return {plain_name(n): list(p.shape) for n, p in me.model.named_parameters() if p.requires_grad}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is written over is none until its last file is there."""
