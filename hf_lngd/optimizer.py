@@ -66,7 +66,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         process_group: the processes that train this model together, if these are not all of the job: the group that
             DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients. Make LNGD after
             ``init_process_group``: else the first factor step of ``sampled`` and ``true`` draws alike on all ranks.
-            Under FSDP2 (`fully_shard` before LNGD is made, or after) it is that of the parameters' mesh.
+            Under FSDP2 (`fully_shard`, best before LNGD is made) it is that of the parameters' mesh.
         **fields: fields of `LNGDConfig`, on top of `config`.
 
     The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and
@@ -128,6 +128,9 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         meet_shards(self)
         self._check_ranks()
         self._arm()
+
+    def _meet_parameters(self) -> bool:
+        return meet_shards(self)
 
     def _check_ranks(self) -> None:
         """Once, as soon as there are several: do they train the same model in the same way?"""
