@@ -7,6 +7,7 @@ one rank owns is written by this rank. So it fits any number of ranks, DDP and o
 from __future__ import annotations
 
 import io
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from .sharding import local
 
 if TYPE_CHECKING:
     from .optimizer import LNGD
+    from .sharded_files import ShardedFiles
 
 # `torch.distributed.checkpoint` writes it last.
 METADATA = ".metadata"
@@ -102,11 +104,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
     optimizer._ranks.everyone(None)
     files, group = ShardedFiles(folder), optimizer._ranks.group
     meet_shards(optimizer)
-    if _PLAIN not in files.shapes:
-        raise ValueError(f"checkpoint {folder}: got one without LNGD's state, accepted: one of save_checkpoint's")
-    coded = torch.empty(files.shapes[_PLAIN], dtype=torch.uint8)
-    files.read_into({"optimizer": {"plain": coded}}, group)
-    plain = torch.load(io.BytesIO(coded.numpy().tobytes()), weights_only=True)
+    plain = _read_plain(files, group)
     serialization.check_plain(optimizer, plain)
     made = serialization.preconditioner_of(optimizer, plain)
     plain_names = {**plain, "embeddings": {e.name: e.name in plain["embeddings"] for e in optimizer._embeddings}}
@@ -128,6 +126,18 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
     torch.optim.Optimizer.load_state_dict(optimizer, plain["torch"])
     serialization.attach(optimizer, plain, made, empty)
     optimizer._arm()
+
+
+def _read_plain(files: ShardedFiles, group: Any) -> dict[str, Any]:
+    """What of LNGD's state is no tensor."""
+    if _PLAIN not in files.shapes:
+        raise ValueError(f"checkpoint {files.folder}: got one without LNGD's state, accepted: one of save_checkpoint's")
+    coded = torch.empty(files.shapes[_PLAIN], dtype=torch.uint8)
+    files.read_into({"optimizer": {"plain": coded}}, group)
+    try:
+        return torch.load(io.BytesIO(coded.numpy().tobytes()), weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint {files.folder}: LNGD's state cannot be read ({error})") from error
 
 
 def refuse_torchs_own() -> None:

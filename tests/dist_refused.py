@@ -96,3 +96,19 @@ def spoil_entries(found: Any) -> None:
     """Entries of no kind."""
     for name in found.state_dict_metadata:
         found.state_dict_metadata[name] = "nothing"
+
+
+def spoil(change: Any, folder: Any) -> None:
+    """Other bytes in the middle of the largest file."""
+    file = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    found = bytearray(file.read_bytes())
+    middle = slice(len(found) // 2, len(found) // 2 + 2000)
+    found[middle] = change(found[middle])
+    file.write_bytes(found)
+
+
+def spoil_plain(folder: Any) -> None:
+    """What is coded in a tensor is none of torch's files."""
+    size = pickle.loads((folder / ".metadata").read_bytes()).state_dict_metadata["optimizer.plain"].size
+    shutil.rmtree(folder)
+    dcp.save({"optimizer": {"plain": torch.zeros(size, dtype=torch.uint8)}}, checkpoint_id=folder, no_dist=True)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from transformers import modeling_utils, trainer_callback, trainer_utils
 
 from hf_lngd.integrations.checkpoints import check_checkpoint, last_checkpoint, problem_of
@@ -105,6 +106,15 @@ def test_killed_while_saving(event: str, whole: dict[str, Any], tmp_path: Path) 
     assert problem_of(half) is None or not Path(half).exists()  # written anew, or rotated away
 
 
+def cut_shards(folder: Path) -> None:
+    """Sharded weights in the place of whole ones, as under FSDP2; a file of them was cut off."""
+    inner = folder / "pytorch_model_fsdp_0"
+    dcp.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=inner, no_dist=True)
+    (folder / "model.safetensors").unlink()
+    check_checkpoint(folder)
+    os.truncate(inner / "__0_0.distcp", 500)
+
+
 DAMAGES: dict[str, tuple[Any, str]] = {
     "cut weights": (lambda f: os.truncate(f / "model.safetensors", 2000), "damaged model.safetensors"),
     "empty weights": (lambda f: os.truncate(f / "model.safetensors", 0), "damaged model.safetensors"),
@@ -114,6 +124,9 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no state": (lambda f: (f / "trainer_state.json").unlink(), "no trainer_state.json"),
     "no scheduler": (lambda f: (f / "scheduler.pt").unlink(), "no scheduler.pt"),
     "no optimizer": (lambda f: (f / "optimizer.pt").unlink(), "no optimizer.pt"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    "cut shards": (lambda f: cut_shards(f), "damaged pytorch_model_fsdp_0: __0_0.distcp: got 500 bytes, accepted: at"),
+    "no shards": (lambda f: (f / "pytorch_model_fsdp_0").mkdir(), "damaged pytorch_model_fsdp_0: got no .metadata"),
     "no part": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors"}}'),
         "no model-1-of-2.safetensors",
@@ -144,6 +157,7 @@ def test_optimizers_that_fsdp_and_deepspeed_keep_elsewhere(kept: str | None, tmp
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")
+    torch.save({}, folder / "pytorch_model.bin")
     torch.save({}, folder / "scheduler.pt")
     if kept is not None and kept.endswith(".distcp"):
         dcp.save({"step": torch.ones(1)}, checkpoint_id=(folder / kept).parent, no_dist=True)
@@ -152,6 +166,24 @@ def test_optimizers_that_fsdp_and_deepspeed_keep_elsewhere(kept: str | None, tmp
         torch.save({}, folder / kept)
     assert problem_of(folder) == (None if kept else "has no optimizer.pt")
     assert last_checkpoint(tmp_path) == (str(folder) if kept else None)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    ["model.safetensors", "adapter_model.bin", "model-1-of-2.safetensors", "second/adapter_model.safetensors"]
+    + ["pytorch_model_fsdp.bin", "global_step5/mp_rank_00_model_states.pt", "optimizer.bin", "rng_state.pth", "a/b.md"],
+)
+def test_what_counts_as_weights(kept: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-5"
+    (folder / kept).parent.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    torch.save({}, folder / "training_args.bin")
+    if kept.endswith(".safetensors"):
+        save_file({"weight": torch.ones(1)}, folder / kept)
+    else:
+        torch.save({}, folder / kept)
+    weights = kept not in ("optimizer.bin", "rng_state.pth", "a/b.md")
+    assert problem_of(folder) == (None if weights else "has no weights")
 
 
 def test_a_foreign_checkpoint_is_named(whole: dict[str, Any], tmp_path: Path) -> None:

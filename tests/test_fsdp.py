@@ -324,6 +324,12 @@ def cut(folder: Path) -> None:
 
 DAMAGES = {
     "cut": (cut, r"\.distcp: got \d+ bytes, accepted: at least \d+ bytes: it was cut off"),
+    "zeroed": (partial(dist_refused.spoil, lambda b: bytes(len(b))), r"its files cannot be read \(rank 0"),
+    "flipped": (
+        partial(dist_refused.spoil, lambda b: bytes(c ^ 1 for c in b)),
+        r"its files cannot be read \(rank 0",
+    ),
+    "coded": (dist_refused.spoil_plain, r"LNGD's state cannot be read \("),
     "missing": (lambda f: [p.unlink() for p in f.glob("*.distcp")], r"\.distcp: got no file"),
     "unfinished": (lambda f: (f / ".metadata").unlink(), r"got no \.metadata, which is written last"),
     "garbled": (lambda f: (f / ".metadata").write_bytes(b"no"), r"got a damaged \.metadata \("),

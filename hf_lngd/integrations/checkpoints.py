@@ -104,6 +104,8 @@ def problem_of(folder: str | Path) -> str | None:
         except ValueError as error:
             return f"has a damaged {part.name}: {str(error).removeprefix(f'checkpoint {part}: ')}"
     names = {path.name for path in folder.iterdir()}
+    if not _has_weights(folder):
+        return "has no weights"
     if "optimizer.pt" in names and "scheduler.pt" not in names:
         return "has no scheduler.pt"
     # FSDP and DeepSpeed keep the optimizer in files and folders of their own
@@ -170,6 +172,18 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 def _is_sharded(path: Path) -> bool:
     """A folder that `torch.distributed.checkpoint` wrote, or began to (accelerate's under FSDP)."""
     return path.is_dir() and (path.name.startswith(SHARDED) or any(path.glob("*.distcp")) or (path / METADATA).exists())
+
+
+def _has_weights(folder: Path) -> bool:
+    """Files or folders in it that may be weights: whole, sharded (FSDP, DeepSpeed), or those of adapters, one folder
+    each."""
+    paths = [*folder.iterdir(), *(path for inner in folder.iterdir() if inner.is_dir() for path in inner.iterdir())]
+    others = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
+    return any(
+        path.name.startswith((SHARDED.rstrip("_"), "global_step"))
+        or (path.suffix in (".safetensors", ".bin", *_ZIPPED) and not path.name.startswith(others))
+        for path in paths
+    )
 
 
 def _is_json(path: Path) -> bool:
