@@ -125,6 +125,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
     set_model_state_dict(model, weights)
     torch.optim.Optimizer.load_state_dict(optimizer, plain["torch"])
     serialization.attach(optimizer, plain, made, empty)
+    optimizer._ranks_agree = False
     optimizer._arm()
 
 
