@@ -55,8 +55,8 @@ def create_lngd_optimizer(
         ValueError: a bad setting; names field, value and what is accepted.
         RuntimeError: a way of running that LNGD does not support; names the command to use.
     """
+    refuse_unsupported(args, model)
     if args is not None:
-        refuse_unsupported(args, model)
         from_args, from_lr = lngd_settings(args)
         config, lr = config or from_args, from_lr if lr is None else lr
     return LNGD(model, config, lr=1e-3 if lr is None else lr, **fields)
