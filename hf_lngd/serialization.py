@@ -56,8 +56,8 @@ def share_of(optimizer: LNGD) -> dict[str, Any]:
     }
 
 
-def check_origin(config: LNGDConfig, state: Any, parts: Iterable[str] = _KINDS) -> None:
-    """Raise ValueError unless LNGD wrote this state, in this version, under these settings, with these parts."""
+def check_origin(config: LNGDConfig, state: Any, parts: Iterable[str] = _KINDS) -> Mapping[str, Any]:
+    """The state, if LNGD wrote it, in this version, under these settings, with these parts; else raise ValueError."""
     if not isinstance(state, Mapping) or "version" not in state:
         raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote (key 'lngd')")
     if state["version"] != VERSION:
@@ -73,6 +73,7 @@ def check_origin(config: LNGDConfig, state: Any, parts: Iterable[str] = _KINDS) 
     if differing:
         what = "; ".join(f"{name}: checkpoint {there.get(name)!r}, here {here[name]!r}" for name in differing)
         raise ValueError(f"state_dict: the config differs: {what}")
+    return state
 
 
 def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:

@@ -32,6 +32,11 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return any(hasattr(module, "set_requires_gradient_sync") for module in model.modules())
 
 
+def plain_class(model: nn.Module) -> Any:
+    """A model's class without what `fully_shard` has put before it."""
+    return next(kind for kind in type(model).__mro__ if not hasattr(kind, "set_requires_gradient_sync"))
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of what FSDP2 has gathered."""
     for module in model.modules():

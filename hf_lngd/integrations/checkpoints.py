@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import LNGDConfig
+from ..distributed import Ranks
 from ..serialization import check_origin, check_parameters
 from ..sharded_checkpoint import METADATA
+from ..sharding import is_fully_sharded, plain_class
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
@@ -56,21 +58,40 @@ def freeze_fixed_positions(model: nn.Module) -> None:
 
 
 def load_weights(model: Any, folder: str) -> None:
-    """Copy the weights of a checkpoint into a model, bit for bit.
+    """Copy the weights of a checkpoint into a model, bit for bit. Of one that FSDP2 has sharded, on every rank.
 
     Raises:
         RuntimeError: a parameter that one of the two has and the other has not, or of another shape. Nothing is
             changed then.
     """
-    config = copy.deepcopy(model.config)
+    if not is_fully_sharded(model):
+        model.load_state_dict(_read_weights(model, folder), strict=True)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    ranks, problem = Ranks(), None
+    state: dict[str, Any] = {}
+    if ranks.rank == 0:
+        try:
+            state = _read_weights(model, folder)
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = str(error)
+    problem = ranks.share(problem, 0)  # else the others would wait for weights
+    if problem is not None:
+        raise RuntimeError(problem)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def _read_weights(model: Any, folder: str) -> dict[str, Tensor]:
+    config, kind = copy.deepcopy(model.config), plain_class(model)
     with torch.random.fork_rng():  # weights are drawn before they are loaded; training's random state stays as it is
-        loaded, report = type(model).from_pretrained(folder, config=config, dtype=model.dtype, output_loading_info=True)
+        loaded, report = kind.from_pretrained(folder, config=config, dtype=model.dtype, output_loading_info=True)
     missing, foreign = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
         raise RuntimeError(f"checkpoint {folder}: no weights for {', '.join(missing[:5])}")
     if foreign:
         raise RuntimeError(f"checkpoint {folder}: weights of another model: {', '.join(foreign[:5])}")
-    model.load_state_dict(loaded.state_dict(), strict=True)
+    return loaded.state_dict()
 
 
 def problem_of(folder: str | Path) -> str | None:
@@ -147,8 +168,7 @@ def check_optimizer(folder: str | Path, config: LNGDConfig | None, parameters: M
         )
     if config is not None:
         try:
-            check_origin(config, own)
-            check_parameters(parameters, own)
+            check_parameters(parameters, check_origin(config, own))
         except ValueError as error:
             raise ValueError(f"checkpoint {folder}: optimizer.pt: {error}") from error
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..checks import fishers_beside
 from ..config import LNGDConfig
-from ..curvature.compiled import plain_name
+from ..curvature.compiled import plain_name, uncompiled
 from ..optimizer import LNGD
 from ..serialization import parameters_of
 from . import fsdp, hub
@@ -23,8 +23,6 @@ from .checkpoints import (
     check_optimizer,
     freeze_fixed_positions,
     last_checkpoint,
-    load_weights,
-    restores_by_name,
 )
 from .diagnostics import lngd_of, log_entries
 from .launching import refuse_unsupported
@@ -206,6 +204,7 @@ class LNGDTrainerMixin:
         if me.args.should_save:
             folder = Path(me._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{me.state.global_step}"
             (folder / STATE).unlink(missing_ok=True)
+            fsdp.clear_other_kind(me, folder)
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -240,19 +239,20 @@ class LNGDTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         me: Any = self
-        target = me.model if model is None else model
-        if me.is_fsdp_enabled or me.is_deepspeed_enabled or not restores_by_name(target, resume_from_checkpoint):
+        if not self._load_weights(me.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        else:
-            load_weights(target, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         me: Any = self
-        folder = me.state.best_model_checkpoint
-        if me.is_fsdp_enabled or me.is_deepspeed_enabled or not restores_by_name(me.model, folder):
+        if not self._load_weights(me.model, me.state.best_model_checkpoint):
             super()._load_best_model()  # type: ignore[misc]
-        else:
-            load_weights(me.model, folder)
+
+    def _load_weights(self, model: Any, folder: str) -> bool:
+        """All of a checkpoint's weights, unless that is the Trainer's business."""
+        me: Any = self
+        if me.is_deepspeed_enabled:
+            return False
+        return fsdp.load_weights(uncompiled(model), folder, me.is_fsdp_enabled, self._lngd_config() is not None)
 
 
 class LNGDTrainer(LNGDTrainerMixin, Trainer):
