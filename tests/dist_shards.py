@@ -323,7 +323,8 @@ def topology(how: str | None) -> list[dict[str, Any]]:
 
 
 def counted(fields: dict[str, Any], steps: int) -> tuple[list[dict[str, int]], int]:
-    """Bytes that this rank hands to each kind of collective, step by step, and of its rows of the layers."""
+    """Bytes that this rank hands to each kind of collective, step by step, and of its rows of the layers; under
+    ``all_reduce calls`` and so on how often it did."""
     model = make("marian", torch.float64)
     optimizer = LNGD(model, lr=LR, early_factors=False, **fields)
     shard(model, "blocks")
@@ -333,6 +334,7 @@ def counted(fields: dict[str, Any], steps: int) -> tuple[list[dict[str, int]], i
     def counting(name: str, function: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             sent[-1][name] = sent[-1].get(name, 0) + args[names[name]].numel() * args[names[name]].element_size()
+            sent[-1][f"{name} calls"] = sent[-1].get(f"{name} calls", 0) + 1
             return function(*args, **kwargs)
 
         return run

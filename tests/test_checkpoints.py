@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 from transformers import modeling_utils, trainer_callback, trainer_utils
 
 from hf_lngd.integrations.checkpoints import check_checkpoint, last_checkpoint, problem_of
+from hf_lngd.integrations.script_args import find_checkpoint
+from hf_lngd.integrations.usage import UsageError
 from tests import dist_trainers
 
 # The step whose checkpoint is being written.
@@ -192,6 +195,27 @@ def test_a_foreign_checkpoint_is_named(whole: dict[str, Any], tmp_path: Path) ->
     lngd = dist_trainers.make_trainer("images", str(tmp_path), 1, 4, 1, double=False, **{**VALUES, "max_steps": 7})
     with pytest.raises(ValueError, match="state of another optimizer"):
         lngd.train(resume_from_checkpoint=True)
+
+
+def test_killed_in_the_very_first_save(whole: dict[str, Any], tmp_path: Path, caplog: Any) -> None:
+    """`--resume_from_checkpoint last` starts anew, as long as no checkpoint was ever finished."""
+    given = SimpleNamespace(resume_from_checkpoint="last", output_dir=str(tmp_path))
+    assert find_checkpoint(given) is None
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(whole["folder"] / "checkpoint-5", folder)
+    (folder / "trainer_state.json").rename(tmp_path / "kept")
+    caplog.clear()
+    assert find_checkpoint(given) is None
+    said = [record.getMessage() for record in caplog.records]
+    assert "has no trainer_state.json" in said[0] and "It is passed over." in said[0]
+    assert said[1] == f"{tmp_path} has no checkpoint yet: training starts at the beginning (resume_from_checkpoint)"
+    with pytest.raises(UsageError, match="got 'true', but .* has no checkpoint"):
+        find_checkpoint(SimpleNamespace(resume_from_checkpoint="true", output_dir=str(tmp_path)))
+    (tmp_path / "kept").rename(folder / "trainer_state.json")
+    assert find_checkpoint(given) == str(folder)
+    (folder / "optimizer.pt").unlink()  # it was whole once, and to start anew would be to lose it
+    with pytest.raises(UsageError, match=f"got 'last', but {folder} has no optimizer.pt, accepted: a whole checkpoint"):
+        find_checkpoint(given)
 
 
 def test_without_any_checkpoint(tmp_path: Path) -> None:

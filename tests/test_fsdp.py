@@ -110,7 +110,10 @@ def test_traffic(pools: Pools) -> None:
     total = sum(rows for _, rows in pools[2].run(dist_shards.counted, fields=fields, steps=1))
     factor, plain = sent[0], sent[1]
     # the rows of all layers leave once; the updates of those that this rank owns come back as rows
-    assert sent[2] == plain and set(plain) == {"all_to_all_single", "all_reduce"}
+    assert sent[2] == plain
+    counts = [{name: value for name, value in step.items() if name.endswith("calls")} for step in (plain, factor)]
+    assert counts[0] == {"all_to_all_single calls": 2, "all_reduce calls": 2}
+    assert counts[1] == {"all_to_all_single calls": 2, "all_reduce calls": 4, "reduce_scatter_single calls": 1}
     assert plain["all_reduce"] < 300  # whether gradients of AdamW's parameters are finite
     assert rows < plain["all_to_all_single"] <= rows + 0.7 * total
     assert factor["reduce_scatter_single"] > 0 and factor["all_reduce"] < 3000
@@ -307,6 +310,7 @@ def test_factors_in_bfloat16(family: str, pools: Pools, tmp_path: Path) -> None:
     for kind in ("full", "bfloat16"):
         (first,), _ = pools[2].run(dist_shards.counted, steps=1, fields={"factor_dtype": kind})[0]
         sent[kind] = first["reduce_scatter_single"]
+        assert first["reduce_scatter_single calls"] == (1 if kind == "full" else 2)  # one of each dtype
     assert sent["bfloat16"] < 0.35 * sent["full"]  # of float64
 
 

@@ -175,18 +175,28 @@ def check_optimizer(folder: str | Path, config: LNGDConfig | None, parameters: M
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The last checkpoint in a folder that can be used; None: there is none. Warns of each that is passed over."""
+    for path in _numbered(output_dir):
+        problem = problem_of(path)
+        if problem is None:
+            return str(path)
+        logger.warning("checkpoint %s %s. It is passed over.", path, problem)
+    return None
+
+
+def last_finished(output_dir: str | Path) -> Path | None:
+    """The last checkpoint in a folder that was once written to its end, damaged or not; None: there is none."""
+    return next((path for path in _numbered(output_dir) if (path / STATE).is_file()), None)
+
+
+def _numbered(output_dir: str | Path) -> list[Path]:
+    """Folders that are named as checkpoints, the last one first."""
     output_dir = Path(output_dir)
     numbered = []
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
         prefix, _, number = path.name.rpartition("-")
         if prefix == PREFIX_CHECKPOINT_DIR and number.isdigit() and path.is_dir():
             numbered.append((int(number), path))
-    for _, path in sorted(numbered, reverse=True):
-        problem = problem_of(path)
-        if problem is None:
-            return str(path)
-        logger.warning("checkpoint %s %s. It is passed over.", path, problem)
-    return None
+    return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def _is_sharded(path: Path) -> bool:
