@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from torch import nn
 
 from . import serialization
 from .curvature.embeddings import EmbeddingLayer
 from .routing import FROZEN_OWNER
-from .sharding import Shards, is_fully_sharded, is_sharded, refuse_flat_parameters
+from .sharding import Shards, is_fully_sharded, is_sharded, refuse_flat_parameters, reshard
 
 if TYPE_CHECKING:
     from .optimizer import LNGD
 
 
-def meet_shards(optimizer: LNGD) -> None:
-    """Take over the model's parameters if they have been sharded since; costs a look at one of them if not.
+def meet_shards(optimizer: LNGD) -> bool:
+    """Take over the model's parameters if they have been sharded since; a look at each that is trained, until then.
+
+    Returns:
+        Whether that was done now.
 
     Raises:
-        RuntimeError: they were replaced by something else: FSDP1, another sharding, FSDP2's gathered ones.
+        RuntimeError: they were replaced by something else: FSDP1, another sharding, FSDP2's gathered ones; or some of
+            them only.
     """
-    if optimizer._shards is not None:
-        return
-    name = next(r.parameter for r in optimizer._routing.routes if r.owner != FROZEN_OWNER)
-    module, attribute = optimizer._routing.homes[name]
-    parameter = module._parameters.get(attribute)
-    if parameter is None or not is_sharded(parameter):
-        if parameter is not optimizer._parameters[name]:
+    if optimizer._shards is not None or not (dist.is_available() and dist.is_initialized()):
+        return False
+    current = _current(optimizer)
+    sharded = any(p is not None and is_sharded(p) for p in current.values())
+    for name, parameter in current.items():
+        if parameter is not optimizer._parameters[name] and not (parameter is not None and is_sharded(parameter)):
             _refuse_replaced(optimizer, name)
-        return
-    _adopt(optimizer, [r.parameter for r in optimizer._routing.routes if r.owner != FROZEN_OWNER])
+    if sharded:
+        _adopt(optimizer, current)
+    return sharded
+
+
+def _current(optimizer: LNGD) -> dict[str, nn.Parameter | None]:
+    """What is now in the place of each parameter that is trained."""
+    trained = [r.parameter for r in optimizer._routing.routes if r.owner != FROZEN_OWNER]
+    places = ((name, *optimizer._routing.homes[name]) for name in trained)
+    return {name: module._parameters.get(attribute) for name, module, attribute in places}
 
 
 def _refuse_replaced(optimizer: LNGD, name: str) -> None:
@@ -45,7 +58,7 @@ def _refuse_replaced(optimizer: LNGD, name: str) -> None:
         )
 
 
-def _adopt(optimizer: LNGD, trained: list[str]) -> None:
+def _adopt(optimizer: LNGD, current: Mapping[str, nn.Parameter | None]) -> None:
     if optimizer.config.family == "ekfac":
         raise RuntimeError(
             "LNGD: family: 'ekfac' needs each layer's eigenvectors on every rank, got parameters sharded by FSDP2, "
@@ -53,9 +66,11 @@ def _adopt(optimizer: LNGD, trained: list[str]) -> None:
         )
     model = optimizer._capture.model
     assert model is not None
+    if not all(p is not None and is_sharded(p) for p in current.values()):
+        reshard(model)  # a forward pass before LNGD was made leaves the outermost ones gathered
     parameters = {name: module._parameters[attribute] for name, (module, attribute) in optimizer._routing.homes.items()}
     named: dict[str, nn.Parameter] = {name: p for name, p in parameters.items() if p is not None}
-    shards = Shards(model, {name: named[name] for name in trained}, optimizer._ranks.group)
+    shards = Shards(model, {name: named[name] for name in current}, optimizer._ranks.group)
     carried = serialization.state_of(optimizer) if optimizer._steps else None
     optimizer._parameters, optimizer._shards = named, shards
     optimizer._ranks.group = shards.group

@@ -66,7 +66,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         process_group: the processes that train this model together, if these are not all of the job: the group that
             DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients. Make LNGD after
             ``init_process_group``: else the first factor step of ``sampled`` and ``true`` draws alike on all ranks.
-            Under FSDP2 (`fully_shard` before LNGD is made, or after) it is that of the parameters' mesh.
+            Under FSDP2 (`fully_shard`, best before LNGD is made) it is that of the parameters' mesh.
         **fields: fields of `LNGDConfig`, on top of `config`.
 
     The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and
@@ -120,7 +120,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         self._preconditioner: Preconditioner | None = None
         self._steps = 0
         self._factor_seconds = 0.0
-        self._ranks_agree = False
+        self._ranks_agree = False  # looked at in the next step
         self._gatherers = [self._capture, *self._embeddings]
         for watcher in self._gatherers:  # an optimizer that is dropped takes its hooks along
             weakref.finalize(self, watcher.close).atexit = False
@@ -129,14 +129,18 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         self._check_ranks()
         self._arm()
 
+    def _meet_parameters(self) -> bool:
+        return meet_shards(self)
+
     def _check_ranks(self) -> None:
-        """Once, as soon as there are several: do they train the same model in the same way?"""
-        if self._ranks_agree or self._ranks.size == 1:
-            return
-        parameters = {r.parameter: f"{list(r.shape)}, {r.owner} ({r.reason})" for r in self._routing.routes}
+        """Do all ranks train the same model in the same way, from the same step on?"""
+        parameters = {
+            r.parameter: f"{list(r.shape)} {self._parameters[r.parameter].dtype}, {r.owner} ({r.reason}), number {i}"
+            for i, r in enumerate(self._routing.routes)
+        }
         settings = {f"{group['name']}.lr": float(group["lr"]) for group in self.param_groups}
-        self._ranks.check_same("the model or its settings", self.config.to_dict() | settings | parameters)
-        self._ranks_agree = True
+        settings["steps made"] = self._steps
+        self._ranks.check_same("the model, its settings or steps", self.config.to_dict() | settings | parameters)
 
     def _make_groups(self, lr: float | Tensor) -> list[dict[str, Any]]:
         c = self.config
@@ -175,7 +179,9 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
             raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
         refuse_torchs_own()
         meet_shards(self)
-        self._check_ranks()
+        if not self._ranks_agree:
+            self._check_ranks()
+            self._ranks_agree = True
         self._rounding.begin(self._steps)
         self._read_scaler(self.param_groups[0]["params"][0].device)
         loss = None
@@ -379,6 +385,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         own = serialization.check(self, state.pop("lngd", None))
         super().load_state_dict(state)  # type: ignore[arg-type]
         serialization.load(self, own)
+        self._ranks_agree = False
         self._arm()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -71,6 +71,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
 
     Raises:
         ValueError: a parameter that cannot be trained here: complex, float16, not initialized, of sparse gradients.
+        RuntimeError: one that DeepSpeed has partitioned.
     """
     homes = _homes(model)
     around = {plain_name(name): module for name, module in model.named_modules()}
@@ -109,6 +110,11 @@ def _homes(model: nn.Module) -> dict[int, Homes]:
 
 
 def _check(name: str, parameter: nn.Parameter, modules: Homes) -> None:
+    if hasattr(parameter, "ds_id"):
+        raise RuntimeError(
+            f"LNGD: parameter '{name}' is one that DeepSpeed (ZeRO-3) has split, accepted: whole parameters (DDP), "
+            "or those of FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
     if is_lazy(parameter):
         raise ValueError(f"{name}: got a parameter without a shape yet, accepted: a model that was called once")
     if parameter.requires_grad and parameter.is_complex():

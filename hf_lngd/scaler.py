@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 from .curvature.context import stepping_scaler
 
@@ -46,8 +47,19 @@ class UnderScaler:
 
         It asks every optimizer this when its step begins, and then says no more if it leaves the step out.
         """
-        if stepping_scaler() is not None:
+        scaler = stepping_scaler()
+        if scaler is not None:
+            if self._meet_parameters() and scaler._per_optimizer_states[id(self)]["stage"] is OptState.UNSCALED:
+                raise RuntimeError(
+                    "LNGD: got GradScaler.unscale_ before the first step with parameters that fully_shard has put in "
+                    "the place of LNGD's, whose gradients it did not see, accepted: fully_shard before LNGD is made"
+                )
             self._doubt(True)
+        return False
+
+    def _meet_parameters(self) -> bool:
+        """Take over parameters that have replaced the optimizer's, as the scaler unscales what is in its groups; were
+        there any?"""
         return False
 
     def _doubt(self, doubtful: bool) -> None:

@@ -44,7 +44,7 @@ def share_of(optimizer: LNGD) -> dict[str, Any]:
     return {
         "version": VERSION,
         "config": optimizer.config.to_dict(),
-        "parameters": {r.parameter: list(r.shape) for r in optimizer.routing() if r.owner != "frozen"},
+        "parameters": parameters_of(optimizer),
         "steps": optimizer._steps,
         "topology": [] if made is None else optimizer._capture.topology.state(),
         **bank_states(made),
@@ -56,8 +56,8 @@ def share_of(optimizer: LNGD) -> dict[str, Any]:
     }
 
 
-def check_origin(config: LNGDConfig, state: Any, parts: Iterable[str] = _KINDS) -> None:
-    """Raise ValueError unless LNGD wrote this state, in this version, under these settings, with these parts."""
+def check_origin(config: LNGDConfig, state: Any, parts: Iterable[str] = _KINDS) -> Mapping[str, Any]:
+    """The state, if LNGD wrote it, in this version, under these settings, with these parts; else raise ValueError."""
     if not isinstance(state, Mapping) or "version" not in state:
         raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote (key 'lngd')")
     if state["version"] != VERSION:
@@ -73,6 +73,7 @@ def check_origin(config: LNGDConfig, state: Any, parts: Iterable[str] = _KINDS) 
     if differing:
         what = "; ".join(f"{name}: checkpoint {there.get(name)!r}, here {here[name]!r}" for name in differing)
         raise ValueError(f"state_dict: the config differs: {what}")
+    return state
 
 
 def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:
@@ -85,7 +86,7 @@ def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:
         raise ValueError("state_dict: got what a rank other than 0 has under FSDP2, accepted: rank 0's, which is whole")
     check_origin(optimizer.config, state)
     try:
-        _check_parameters(optimizer, state)
+        check_parameters(parameters_of(optimizer), state)
         _check_banks(optimizer, state)
         _check_rest(optimizer, state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
@@ -96,11 +97,16 @@ def check(optimizer: LNGD, state: Any) -> Mapping[str, Any]:
 def check_plain(optimizer: LNGD, state: Any) -> None:
     """As :func:`check`, of what tells whose state it is: nothing else is looked at."""
     check_origin(optimizer.config, state, ("config", "parameters"))
-    _check_parameters(optimizer, state)
+    check_parameters(parameters_of(optimizer), state)
 
 
-def _check_parameters(optimizer: LNGD, state: Mapping[str, Any]) -> None:
-    here = {r.parameter: list(r.shape) for r in optimizer.routing() if r.owner != "frozen"}
+def parameters_of(optimizer: LNGD) -> dict[str, list[int]]:
+    """Shapes of the parameters that it trains, by name."""
+    return {r.parameter: list(r.shape) for r in optimizer.routing() if r.owner != "frozen"}
+
+
+def check_parameters(here: Mapping[str, list[int]], state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a state's ``parameters`` are these; names those that differ."""
     there = {name: list(shape) for name, shape in state["parameters"].items()}
     if here == there:
         return

@@ -7,9 +7,9 @@ one rank owns is written by this rank. So it fits any number of ranks, DDP and o
 from __future__ import annotations
 
 import io
+import pickle
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from .sharding import local
 
 if TYPE_CHECKING:
     from .optimizer import LNGD
+    from .sharded_files import ShardedFiles
 
 # `torch.distributed.checkpoint` writes it last.
 METADATA = ".metadata"
@@ -62,7 +63,9 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
     state = {"plain": torch.frombuffer(bytearray(whole), dtype=torch.uint8), **_as_sharded(optimizer, tensors)}
     weights = get_model_state_dict(model)
     optimizer._ranks.everyone(None)  # what was left there is gone
-    _call(dcp.save, {"model": weights, "optimizer": _without_empty(state)}, folder / PARTIAL, optimizer)
+    alone = not (dist.is_available() and dist.is_initialized())
+    everything = {"model": weights, "optimizer": _without_empty(state)}
+    dcp.save(everything, checkpoint_id=folder / PARTIAL, process_group=optimizer._ranks.group, no_dist=alone)
     optimizer._ranks.everyone(None)  # all is written
     if optimizer._ranks.rank == 0:
         _take_over(folder)
@@ -89,22 +92,19 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
 
     Raises:
         ValueError: a folder that is no checkpoint, or not a whole one, or another model's or optimizer's; says what is
-            wrong with it.
+            wrong with it. Nothing in it is run.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    from .sharded_files import ShardedFiles, tensors_of
 
     folder = Path(folder)
     if optimizer._ranks.rank == 0:
         _take_over(folder)
     optimizer._ranks.everyone(None)
-    sizes = _sizes(folder)
+    files, group = ShardedFiles(folder), optimizer._ranks.group
     meet_shards(optimizer)
-    if _PLAIN not in sizes:
-        raise ValueError(f"checkpoint {folder}: got one without LNGD's state, accepted: one of save_checkpoint's")
-    coded = torch.empty(sizes[_PLAIN], dtype=torch.uint8)
-    _call(dcp.load, {"optimizer": {"plain": coded}}, folder, optimizer)
-    plain = torch.load(io.BytesIO(coded.numpy().tobytes()), weights_only=True)
+    plain = _read_plain(files, group)
     serialization.check_plain(optimizer, plain)
     made = serialization.preconditioner_of(optimizer, plain)
     plain_names = {**plain, "embeddings": {e.name: e.name in plain["embeddings"] for e in optimizer._embeddings}}
@@ -117,19 +117,28 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
         "embeddings": {e.name: e.new_state() if e.name in plain["embeddings"] else {} for e in optimizer._embeddings},
     }
     weights = {k: torch.empty_like(v) if isinstance(v, Tensor) else v for k, v in get_model_state_dict(model).items()}
-    wanted = {f"model.{name}": value.shape for name, value in weights.items() if isinstance(value, Tensor)}
+    wanted = tensors_of(weights, "model")
     for kind, states in expected.items():
         wanted |= {f"optimizer.{kind}.{n}.{key}": shape for n, own in states.items() for key, shape in own.items()}
-    for name, shape in wanted.items():
-        if sizes.get(name) != shape:
-            found = list(sizes[name]) if name in sizes else "none"
-            raise ValueError(f"checkpoint {folder}: {name}: got {found}, accepted: a tensor {list(shape)}")
-    state = _without_empty(_as_sharded(optimizer, empty))
-    _call(dcp.load, {"model": weights, "optimizer": state}, folder, optimizer)
+    files.check_shapes(wanted)
+    files.read_into({"model": weights, "optimizer": _without_empty(_as_sharded(optimizer, empty))}, group)
     set_model_state_dict(model, weights)
     torch.optim.Optimizer.load_state_dict(optimizer, plain["torch"])
     serialization.attach(optimizer, plain, made, empty)
+    optimizer._ranks_agree = False
     optimizer._arm()
+
+
+def _read_plain(files: ShardedFiles, group: Any) -> dict[str, Any]:
+    """What of LNGD's state is no tensor."""
+    if _PLAIN not in files.shapes:
+        raise ValueError(f"checkpoint {files.folder}: got one without LNGD's state, accepted: one of save_checkpoint's")
+    coded = torch.empty(files.shapes[_PLAIN], dtype=torch.uint8)
+    files.read_into({"optimizer": {"plain": coded}}, group)
+    try:
+        return torch.load(io.BytesIO(coded.numpy().tobytes()), weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint {files.folder}: LNGD's state cannot be read ({error})") from error
 
 
 def refuse_torchs_own() -> None:
@@ -145,35 +154,6 @@ def refuse_torchs_own() -> None:
             "save_state under FSDP), which loses LNGD's state, accepted: hf_lngd.save_checkpoint and load_checkpoint, "
             "or optimizer.state_dict() on all ranks"
         )
-
-
-def _call(function: Any, state: dict[str, Any], folder: str | Path, optimizer: LNGD) -> None:
-    alone = not (dist.is_available() and dist.is_initialized())
-    function(state, checkpoint_id=folder, process_group=optimizer._ranks.group, no_dist=alone)
-
-
-def _sizes(folder: Path) -> dict[str, torch.Size]:
-    """The shape of every tensor of a checkpoint. ValueError: it has none, or a file is shorter than it should be."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    if not (folder / METADATA).is_file():
-        raise ValueError(
-            f"checkpoint {folder}: got no {METADATA}, which is written last: it was not finished, or is none"
-        )
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-        entries: Mapping[Any, Any] = metadata.storage_data
-        ends = [(info.relative_path, info.offset + info.length) for info in entries.values()]
-        sizes = {name: getattr(entry, "size", None) for name, entry in metadata.state_dict_metadata.items()}
-    except Exception as error:  # a pickle, in which anything can be wrong
-        raise ValueError(f"checkpoint {folder}: got a damaged {METADATA} ({type(error).__name__}: {error})") from error
-    for name, end in ends:
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
-        if size is None or size < end:
-            what = "no file" if size is None else f"{size} bytes"
-            raise ValueError(f"checkpoint {folder}: {name}: got {what}, accepted: at least {end} bytes: it was cut off")
-    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def _without_empty(state: dict[str, Any]) -> dict[str, Any]:

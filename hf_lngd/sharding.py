@@ -32,6 +32,18 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return any(hasattr(module, "set_requires_gradient_sync") for module in model.modules())
 
 
+def plain_class(model: nn.Module) -> Any:
+    """A model's class without what `fully_shard` has put before it."""
+    return next(kind for kind in type(model).__mro__ if not hasattr(kind, "set_requires_gradient_sync"))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what FSDP2 has gathered."""
+    for module in model.modules():
+        if hasattr(module, "set_requires_gradient_sync"):
+            module.reshard()  # type: ignore[operator]
+
+
 def refuse_flat_parameters(model: nn.Module) -> None:
     """Raise RuntimeError for a model that FSDP1 wraps, from without or within: layers have no matrices any more."""
     managed = not is_fully_sharded(model)  # what torch marks so is FSDP1's then

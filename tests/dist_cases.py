@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from typing import Any
 from unittest.mock import patch
 
@@ -193,16 +194,25 @@ def train_branches(ranks: int, unseen_at: tuple[int, ...], steps: int = 6, **fie
 
 
 def make_differently(what: str) -> None:
-    """Rank 1 makes another optimizer, or meets another model in its first step."""
+    """Rank 1 makes another optimizer, loads another state, or meets another model in its first step."""
     odd = what if dist.get_rank() == 1 else ""
     torch.manual_seed(0)
     width = 5 if odd == "shape" else 6
     between = nn.ReLU() if odd == "topology" else nn.Identity()
-    model = nn.Sequential(nn.Linear(4, width), between, nn.Linear(width, 2))
+    first, last = nn.Linear(4, width), nn.Linear(width, 2)
+    named = {"0": first, "1": between, "2": last}
+    model = nn.Sequential(OrderedDict(sorted(named.items(), reverse=odd == "order")))
     rho = 0.5 if odd == "config" else 1.0
+    model = model.double() if odd == "dtype" else model
     optimizer = LNGD(model, lr=2e-3 if odd == "lr" else 1e-3, damping_rho=rho)
-    model(torch.ones(3, 4)).sum().backward()
-    optimizer.step()
+    x = torch.ones(3, 4, dtype=first.weight.dtype)
+    for step in range(3):
+        if (what, step) == ("load later", 2) or (odd, step) == ("load", 0):  # there all ranks do, here one alone
+            state = optimizer.state_dict()
+            state["lngd"]["steps"] += bool(odd)
+            optimizer.load_state_dict(state)
+        model(x).sum().backward()
+        optimizer.step()
 
 
 def factors_by_draw(fisher: str, steps: int, ranks: int = 2) -> dict[str, Tensor]:

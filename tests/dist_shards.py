@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from hf_lngd import LNGD, load_checkpoint, save_checkpoint
 from tests.core_helpers import IGNORED, core_batch, core_marian
@@ -275,32 +270,33 @@ def shard_later(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return found[0], found[1]
 
 
-def refused(what: str) -> None:
-    """Ways of sharding, and of saving, that are not LNGD's."""
-    torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    if what == "tensor parallelism":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    elif what == "FSDP1":
-        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
-    elif what == "dimension":
-        fully_shard(model, shard_placement_fn=lambda p: Shard(p.dim() - 1))
-    elif what == "part":
-        fully_shard(model[0])
-    optimizer = LNGD(model, family="ekfac" if what == "ekfac" else "lngd")
-    if what == "FSDP1 later":
-        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
-    else:
-        fully_shard(model)
-    model.set_reshard_after_backward(what != "gathered") if hasattr(model, "set_reshard_after_backward") else None
-    model(torch.ones(3, 4)).sum().backward()
-    if what == "set":
-        set_optimizer_state_dict(model, optimizer, {"state": {}, "param_groups": []})
-    optimizer.step()
-    optimizer.zero_grad()
-    if what == "get":
-        get_optimizer_state_dict(model, optimizer)
+def train_scaled(first: str, spoil: int | None = None, looked: bool = False) -> tuple[dict[str, Any], float]:
+    """Four steps with a gradient scaler, and its scale after them.
+
+    Args:
+        first: what comes first, the ``optimizer`` or the ``shards``.
+        spoil: the step in which the last rank's rows of a gradient hold an infinity.
+        looked: a forward pass comes before LNGD is made, which leaves parameters gathered.
+    """
+    model = make("marian", torch.float32)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    if first == "shards":
+        shard(model, "blocks")
+    if looked:
+        model(**batch_of("marian", 0, 4, torch.float32))
+    optimizer = LNGD(model, lr=LR, matrix_dtype="full", factor_interval=2)
+    if first == "optimizer":
+        shard(model, "blocks")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        part = micro_batches(batch_of("marian", step, 16, torch.float32), [8, 8], False)[dist.get_rank()]
+        scaler.scale(model(**part).loss).backward()
+        if step == spoil and dist.get_rank() == dist.get_world_size() - 1:
+            model.get_parameter("model.encoder.layers.0.fc1.weight").grad.to_local().view(-1)[-1] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return report(model, optimizer, start, None), scaler.get_scale()
 
 
 def gradient_of_true(fisher: str) -> Tensor:
@@ -327,7 +323,8 @@ def topology(how: str | None) -> list[dict[str, Any]]:
 
 
 def counted(fields: dict[str, Any], steps: int) -> tuple[list[dict[str, int]], int]:
-    """Bytes that this rank hands to each kind of collective, step by step, and of its rows of the layers."""
+    """Bytes that this rank hands to each kind of collective, step by step, and of its rows of the layers; under
+    ``all_reduce calls`` and so on how often it did."""
     model = make("marian", torch.float64)
     optimizer = LNGD(model, lr=LR, early_factors=False, **fields)
     shard(model, "blocks")
@@ -337,6 +334,7 @@ def counted(fields: dict[str, Any], steps: int) -> tuple[list[dict[str, int]], i
     def counting(name: str, function: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             sent[-1][name] = sent[-1].get(name, 0) + args[names[name]].numel() * args[names[name]].element_size()
+            sent[-1][f"{name} calls"] = sent[-1].get(f"{name} calls", 0) + 1
             return function(*args, **kwargs)
 
         return run
@@ -351,9 +349,3 @@ def counted(fields: dict[str, Any], steps: int) -> tuple[list[dict[str, int]], i
         optimizer.zero_grad()
     rows = sum(layer.weight.to_local().nbytes for layer in optimizer._routing.layers)
     return sent, rows
-
-
-def save_foreign(folder: Any) -> None:
-    """A checkpoint of something else in place of one."""
-    shutil.rmtree(folder)
-    dcp.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=folder, no_dist=True)

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorForSeq2Seq, TrainerState
 
 from hf_lngd import LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
+from hf_lngd.integrations import fsdp
 from tests.hf_helpers import hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
 
 # No multiple of a step's rows, so that the last window of accumulation is a short one; a multiple of a round of
@@ -95,14 +97,16 @@ def fsdp2_environment() -> dict[str, str]:
 
 
 def train_sharded(
-    folder: str, resume: str | bool | None = None, committed: bool = False, **values: Any
-) -> dict[str, Any]:
+    folder: str, resume: str | bool | None = None, committed: bool = False, size: int = 4, accumulation: int = 1,
+    **values: Any,
+) -> dict[str, Any]:  # fmt: skip
     """As `train`, of images, with accelerate's FSDP2, whose branch is entered here though there is no GPU.
 
     Args:
         committed: with the settings of the committed file, else with each layer wrapped.
     """
-    trainer = make_trainer("images", folder, 2, 4, 1, **values)
+    trainer = make_trainer("images", folder, 2, size, accumulation, **values)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     if committed:
         with patch.dict(os.environ, fsdp2_environment()):
             plugin = FullyShardedDataParallelPlugin()
@@ -124,7 +128,23 @@ def train_sharded(
     finally:  # it is shared by all accelerators of the process
         state.distributed_type, state.fsdp_plugin = kind, None
     trained = {n: p.detach().full_tensor().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return {"weights": trained, "memory": trainer.optimizer.optimizer.memory_usage()["total"]}
+    optimizer = trainer.optimizer.optimizer
+    result = {"weights": trained, "start": start, "memory": optimizer.memory_usage()["total"]}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result |= {"losses": losses, "steps": trainer.state.global_step, "state": optimizer.state_dict()["lngd"]}
+    return result | {"rate": trainer.lr_scheduler.get_last_lr()}
+
+
+def load_sharded(folder: str) -> tuple[str, bool]:
+    """What loading a checkpoint into a ViT of FSDP2 raises, and whether weights are as before."""
+    model: Any = hf_vit()
+    fully_shard(model)
+    before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
+    try:
+        fsdp.load_weights(model, folder, under_fsdp=True, crossing=True)
+    except RuntimeError as error:
+        return str(error), all(torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
+    return "", False
 
 
 def slow_to_save(folder: str) -> bool:

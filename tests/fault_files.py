@@ -1,4 +1,4 @@
-"""Rows: checkpoints on a disk, through the Trainer."""
+"""Rows: checkpoints on a disk, through the Trainer, and sharded ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from tempfile import mkdtemp
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
+from hf_lngd import load_checkpoint, save_checkpoint
 from hf_lngd.integrations.checkpoints import last_checkpoint
 from tests.dist_trainers import make_trainer
 from tests.fault_table import Scene, fault
 
 FILES = "Checkpoints (the Trainer)"
+SHARDED = "Sharded checkpoints (`load_checkpoint`)"
 BEFORE = "named before any weight is loaded; nothing is changed"
 VALUES: dict[str, Any] = {
     "save_strategy": "steps",
@@ -78,6 +81,9 @@ def file_rows() -> None:
         "an optimizer.pt of other settings": (
             "optimizer.pt: state_dict: the config differs: seed: checkpoint 5, here 0",
             lambda f: write(f, lambda s: s["lngd"]["config"].update(seed=5))),
+        "an optimizer.pt of another model": (
+            "optimizer.pt: state_dict: the model differs: vit.layernorm.weight: checkpoint none, here [16]",
+            lambda f: write(f, lambda s: s["lngd"]["parameters"].pop("vit.layernorm.weight"))),
         "an optimizer.pt of which a part is gone": (
             "optimizer.pt: state_dict: got a state without layers",
             lambda f: write(f, lambda s: s["lngd"].pop("layers"))),
@@ -114,6 +120,61 @@ def bomb(scene: Scene) -> None:
     assert not ran.exists()
     pickle.loads(pickle.dumps(Bomb(ran)))
     assert ran.exists()  # it would have
+
+
+def plant(folder: Path, file: Path) -> None:
+    """Put code in the metadata of a sharded checkpoint."""
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    found.planner_data = Bomb(file)
+    (folder / ".metadata").write_bytes(pickle.dumps(found))
+
+
+@fault(
+    FILES,
+    "sharded weights (FSDP2) with code in the pickle of their `.metadata`",
+    f"the code does not run; {BEFORE}",
+    error="has a damaged pytorch_model_fsdp_0: got a damaged .metadata (UnpicklingError: got posix.mkdir, which …",
+)
+def bomb_of_fsdp(scene: Scene) -> None:
+    ran = scene.folder / "ran"
+
+    def spoil(folder: Path) -> None:
+        dcp.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+        plant(folder / "pytorch_model_fsdp_0", ran)
+
+    resume_refused(scene, spoil)
+    assert not ran.exists()
+
+
+def load_refused(scene: Scene, spoil: Callable[[Path], Any]) -> None:
+    """Loading raises before anything is changed; the checkpoint as it was is loaded."""
+    model, optimizer = scene.make()
+    folder, copied = scene.folder / "saved", scene.folder / "spoiled"
+    save_checkpoint(folder, model, optimizer)
+    shutil.copytree(folder, copied)
+    spoil(copied)
+    before = scene.weights()
+    with scene.refused():
+        load_checkpoint(copied, model, optimizer)
+    assert all(torch.equal(before[name], value) for name, value in scene.weights().items())
+    load_checkpoint(folder, model, optimizer)
+
+
+@fault(
+    SHARDED,
+    "code in the pickle of `.metadata`",
+    f"the code does not run; {BEFORE}",
+    error="got a damaged .metadata (UnpicklingError: got posix.mkdir, which is no part of such a file)",
+)
+def bomb_of_sharded(scene: Scene) -> None:
+    ran = scene.folder / "ran"
+    load_refused(scene, lambda folder: plant(folder, ran))
+    assert not ran.exists()
+
+
+@fault(SHARDED, "a file that was cut off", BEFORE, error=".distcp: got … bytes, accepted: at least …: it was cut off")
+def cut_sharded(scene: Scene) -> None:
+    load_refused(scene, lambda folder: os.truncate(next(folder.glob("*.distcp")), 2000))
 
 
 @fault(

@@ -8,13 +8,18 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from transformers import modeling_utils, trainer_callback, trainer_utils
 
 from hf_lngd.integrations.checkpoints import check_checkpoint, last_checkpoint, problem_of
+from hf_lngd.integrations.script_args import find_checkpoint
+from hf_lngd.integrations.usage import UsageError
 from tests import dist_trainers
 
 # The step whose checkpoint is being written.
@@ -104,6 +109,15 @@ def test_killed_while_saving(event: str, whole: dict[str, Any], tmp_path: Path) 
     assert problem_of(half) is None or not Path(half).exists()  # written anew, or rotated away
 
 
+def cut_shards(folder: Path) -> None:
+    """Sharded weights in the place of whole ones, as under FSDP2; a file of them was cut off."""
+    inner = folder / "pytorch_model_fsdp_0"
+    dcp.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=inner, no_dist=True)
+    (folder / "model.safetensors").unlink()
+    check_checkpoint(folder)
+    os.truncate(inner / "__0_0.distcp", 500)
+
+
 DAMAGES: dict[str, tuple[Any, str]] = {
     "cut weights": (lambda f: os.truncate(f / "model.safetensors", 2000), "damaged model.safetensors"),
     "empty weights": (lambda f: os.truncate(f / "model.safetensors", 0), "damaged model.safetensors"),
@@ -113,6 +127,9 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no state": (lambda f: (f / "trainer_state.json").unlink(), "no trainer_state.json"),
     "no scheduler": (lambda f: (f / "scheduler.pt").unlink(), "no scheduler.pt"),
     "no optimizer": (lambda f: (f / "optimizer.pt").unlink(), "no optimizer.pt"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    "cut shards": (lambda f: cut_shards(f), "damaged pytorch_model_fsdp_0: __0_0.distcp: got 500 bytes, accepted: at"),
+    "no shards": (lambda f: (f / "pytorch_model_fsdp_0").mkdir(), "damaged pytorch_model_fsdp_0: got no .metadata"),
     "no part": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors"}}'),
         "no model-1-of-2.safetensors",
@@ -143,12 +160,33 @@ def test_optimizers_that_fsdp_and_deepspeed_keep_elsewhere(kept: str | None, tmp
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")
+    torch.save({}, folder / "pytorch_model.bin")
     torch.save({}, folder / "scheduler.pt")
-    if kept is not None:
+    if kept is not None and kept.endswith(".distcp"):
+        dcp.save({"step": torch.ones(1)}, checkpoint_id=(folder / kept).parent, no_dist=True)
+    elif kept is not None:
         (folder / kept).parent.mkdir(exist_ok=True)
         torch.save({}, folder / kept)
     assert problem_of(folder) == (None if kept else "has no optimizer.pt")
     assert last_checkpoint(tmp_path) == (str(folder) if kept else None)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    ["model.safetensors", "adapter_model.bin", "model-1-of-2.safetensors", "second/adapter_model.safetensors"]
+    + ["pytorch_model_fsdp.bin", "global_step5/mp_rank_00_model_states.pt", "optimizer.bin", "rng_state.pth", "a/b.md"],
+)
+def test_what_counts_as_weights(kept: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-5"
+    (folder / kept).parent.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    torch.save({}, folder / "training_args.bin")
+    if kept.endswith(".safetensors"):
+        save_file({"weight": torch.ones(1)}, folder / kept)
+    else:
+        torch.save({}, folder / kept)
+    weights = kept not in ("optimizer.bin", "rng_state.pth", "a/b.md")
+    assert problem_of(folder) == (None if weights else "has no weights")
 
 
 def test_a_foreign_checkpoint_is_named(whole: dict[str, Any], tmp_path: Path) -> None:
@@ -157,6 +195,27 @@ def test_a_foreign_checkpoint_is_named(whole: dict[str, Any], tmp_path: Path) ->
     lngd = dist_trainers.make_trainer("images", str(tmp_path), 1, 4, 1, double=False, **{**VALUES, "max_steps": 7})
     with pytest.raises(ValueError, match="state of another optimizer"):
         lngd.train(resume_from_checkpoint=True)
+
+
+def test_killed_in_the_very_first_save(whole: dict[str, Any], tmp_path: Path, caplog: Any) -> None:
+    """`--resume_from_checkpoint last` starts anew, as long as no checkpoint was ever finished."""
+    given = SimpleNamespace(resume_from_checkpoint="last", output_dir=str(tmp_path))
+    assert find_checkpoint(given) is None
+    folder = tmp_path / "checkpoint-1"
+    shutil.copytree(whole["folder"] / "checkpoint-5", folder)
+    (folder / "trainer_state.json").rename(tmp_path / "kept")
+    caplog.clear()
+    assert find_checkpoint(given) is None
+    said = [record.getMessage() for record in caplog.records]
+    assert "has no trainer_state.json" in said[0] and "It is passed over." in said[0]
+    assert said[1] == f"{tmp_path} has no checkpoint yet: training starts at the beginning (resume_from_checkpoint)"
+    with pytest.raises(UsageError, match="got 'true', but .* has no checkpoint"):
+        find_checkpoint(SimpleNamespace(resume_from_checkpoint="true", output_dir=str(tmp_path)))
+    (tmp_path / "kept").rename(folder / "trainer_state.json")
+    assert find_checkpoint(given) == str(folder)
+    (folder / "optimizer.pt").unlink()  # it was whole once, and to start anew would be to lose it
+    with pytest.raises(UsageError, match=f"got 'last', but {folder} has no optimizer.pt, accepted: a whole checkpoint"):
+        find_checkpoint(given)
 
 
 def test_without_any_checkpoint(tmp_path: Path) -> None:

@@ -147,9 +147,13 @@ def test_a_non_finite_factor_of_one_rank_is_skipped_by_all(pools: Pools) -> None
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("shape", r"0\.weight: rank 0 has '\[6, 4\], .*rank 1 has '\[5, 4\]"),
+        ("shape", r"0\.weight: rank 0 has '\[6, 4\] .*rank 1 has '\[5, 4\] "),
         ("config", r"damping_rho: rank 0 has 1\.0, rank 1 has 0\.5"),
         ("lr", r"lngd\.lr: rank 0 has 0\.001, rank 1 has 0\.002"),
+        ("dtype", r"0\.weight: rank 0 has '.* torch\.float32, .*rank 1 has '.* torch\.float64, "),
+        ("order", r"0\.weight: rank 0 has '.*number 0', rank 1 has '.*number 2'"),
+        ("load", r"steps made: rank 0 has 0, rank 1 has 1"),
+        ("load later", r"steps made: rank 0 has 2, rank 1 has 3"),
         ("topology", r"what follows the layers.*0: rank 0 has .*rank 1 has .*relu|ReLU"),
     ],
 )

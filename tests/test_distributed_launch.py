@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -21,6 +23,7 @@ from transformers import ResNetConfig
 from scripts import run_translation
 from tests.dist_trainers import FSDP2, fsdp2_environment
 from tests.hf_helpers import hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_write_pairs
+from tests.test_command import STOCK_SCRIPT
 from tests.test_run_image_classification import write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,15 +31,15 @@ DDP = "examples/accelerate/ddp.yaml"
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def launch(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the README with the launchers of this environment."""
+def launch(command: list[str], folder: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the README in a folder, with the launchers of this environment."""
     launchers = {
         "torchrun": ["-m", "torch.distributed.run"],
         "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
     }
     return subprocess.run(
         [sys.executable, *launchers[command[0]], *command[1:]],
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, **ENVIRONMENT, **more},
         capture_output=True,
         text=True,
@@ -44,18 +47,32 @@ def launch(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def commands() -> dict[str, list[str]]:
-    """The README's commands for several processes, by launcher."""
+def commands() -> list[list[str]]:
+    """The README's commands for several processes."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    part = text[text.index("## Many processes") :]
-    part = part[: part.index("\n## ", 1)]
-    lines = [
+    return [
         shlex.split(line)
-        for block in re.findall(r"```bash\n(.*?)```", part, re.DOTALL)
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
         for line in block.replace("\\\n", " ").splitlines()
-        if line and not line.startswith("#")
+        if line.startswith(("torchrun ", "accelerate "))
     ]
-    return {line[0]: line for line in lines}
+
+
+def printed(launcher: str, script: str) -> list[str]:
+    """The README's one command with this launcher and script."""
+    (found,) = (command for command in commands() if command[0] == launcher and script in command)
+    return found
+
+
+RUN = [
+    ("torchrun", "scripts/run_translation.py"),
+    ("torchrun", "run_translation.py"),
+    ("accelerate", "scripts/run_image_classification.py"),
+]
+
+
+def test_every_printed_command_is_run_here() -> None:
+    assert sorted(commands()) == sorted(printed(*which) for which in RUN)
 
 
 def option(command: list[str], name: str) -> str:
@@ -71,7 +88,7 @@ def test_the_printed_torchrun_trains_a_translator_as_one_process_does(
     data = hf_write_pairs(tmp_path / "train.json.gz", hf_pairs(40))
     small = ["--model_name_or_path", str(tmp_path / "model"), "--train_file", str(data), "--max_steps", "4"]
     small += ["--optim_args", "matrix_dtype=full,factor_interval=2,bias=factor", "--report_to", "none"]
-    command = commands()["torchrun"]
+    command = printed(*RUN[0])
     assert option(command, "--nproc_per_node") == "2"
     script = command[command.index("scripts/run_translation.py") :]
     drop = {"--config_name", "--tokenizer_name"}  # a model in their place
@@ -95,21 +112,54 @@ def test_the_printed_torchrun_trains_a_translator_as_one_process_does(
     assert results["train_samples"] == 40
 
 
-def test_the_printed_accelerate_launch_trains_a_classifier(tmp_path: Path) -> None:
-    ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic").save_pretrained(tmp_path)
-    command = commands()["accelerate"]
-    assert option(command, "--config_file") == DDP
-    small = ["--config_name", str(tmp_path), "--train_dir", str(write_folder(tmp_path / "train", 4))]
-    small += ["--validation_dir", str(write_folder(tmp_path / "validation", 1)), "--image_size", "8"]
-    small += ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu"]
-    command = [word for word in command if not word.startswith("layer_type=")]
-    command.remove("--config_overrides")
-    at = command.index("--num_processes") + 1
-    command[at] = "2"
-    done = launch([*command, *small, "--output_dir", str(tmp_path / "out")])
+def test_the_printed_torchrun_runs_as_printed(tmp_path: Path) -> None:
+    short = ["--max_steps", "2", "--max_train_samples", "128", "--report_to", "none", "--output_dir", str(tmp_path)]
+    done = launch([*printed(*RUN[0]), *short])
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "out" / "all_results.json").read_text(encoding="utf-8"))
+    results = json.loads((tmp_path / "all_results.json").read_text(encoding="utf-8"))
+    assert results["train_samples"] == 128 and done.stdout.count("owner     reason") == 1
+
+
+def test_the_printed_torchrun_of_a_stock_script(tmp_path: Path) -> None:
+    """In the place of transformers' example a script of its kind."""
+    (tmp_path / "run_translation.py").write_text(STOCK_SCRIPT, encoding="utf-8")
+    (tmp_path / "neighbour.py").write_text('COLUMN = "translation"\n', encoding="utf-8")
+    tokenizer = hf_tokenizer()
+    hf_seq2seq_model("marian", tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    hf_write_pairs(tmp_path / "train.json", hf_pairs(32))
+    command = printed(*RUN[1])
+    assert command.pop() == "..."
+    command += ["--model_name_or_path", "model", "--train_file", "train.json", "--output_dir", "out", "--use_cpu"]
+    command += ["--max_steps", "2", "--save_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none"]
+    with socket.socket() as free:  # without --standalone torchrun takes 29500, which may be taken
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    done = launch(command, tmp_path, PET_MASTER_PORT=port, HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("ran as __main__ run_translation.py LNGD") == 2
+    assert done.stdout.count("lngd      linear") == 1  # the routing table, once
+    state = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert state["lngd"]["steps"] == 2
+
+
+def test_the_printed_accelerate_launch_trains_a_classifier(tmp_path: Path) -> None:
+    """As printed, but on two CPUs: with a folder in the place of the Hub's ResNet, and photos of three classes."""
+    for name in ("scripts", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    ResNetConfig().save_pretrained(tmp_path / "microsoft" / "resnet-18")
+    write_folder(tmp_path / "photos" / "train", 4)
+    write_folder(tmp_path / "photos" / "validation", 1)
+    command = printed(*RUN[2])
+    assert option(command, "--config_file") == DDP
+    command[command.index("--num_processes") + 1] = "2"
+    short = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu"]
+    done = launch([*command, *short], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "runs" / "photos" / "all_results.json").read_text(encoding="utf-8"))
     assert results["train_samples"] == 24 and 0 <= results["eval_accuracy"] <= 1
+    config = json.loads((tmp_path / "runs" / "photos" / "config.json").read_text(encoding="utf-8"))
+    assert config["hidden_sizes"] == [32, 64, 128] and config["layer_type"] == "basic"
     assert done.stdout.count("owner     reason") == 1
 
 

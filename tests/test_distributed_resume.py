@@ -19,6 +19,9 @@ from tests.test_resume import assert_identical
 ARGS = "conv_rows=1,matrix_dtype=full,factor_interval=4,inverse_interval=4"
 # Rows of a micro-batch and accumulation that make steps of 16 rows; an epoch has three, the last of 8 rows.
 LAYOUT = {1: (4, 4), 2: (4, 2), 4: (2, 2)}
+# Two processes with accelerate's FSDP2 in place of DDP.
+FSDP2 = "2, FSDP2"
+Ranks = int | str
 
 
 @pytest.fixture(scope="module")
@@ -26,25 +29,28 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
     yield from open_pools(tmp_path_factory.mktemp("pool"), "tests.dist_trainers")
 
 
-def run(pools: Pools, ranks: int, folder: Path, **values: Any) -> list[dict[str, Any]]:
+def run(pools: Pools, ranks: Ranks, folder: Path, **values: Any) -> list[dict[str, Any]]:
+    if isinstance(ranks, str):
+        values = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "optim_args": ARGS, **values}
+        return pools[2].run(dist_trainers.train_sharded, folder=str(folder), size=4, accumulation=2, **values)
     size, accumulation = LAYOUT[ranks]
     case = {"kind": "images", "folder": str(folder), "ranks": ranks, "size": size, "accumulation": accumulation}
     case |= {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "optim_args": ARGS, **values}
     return pools[ranks].run(dist_trainers.train, **case) if ranks > 1 else [dist_trainers.train(**case)]
 
 
-def resumed(pools: Pools, ranks: int, whole: Path, stop: int, folder: Path, **values: Any) -> list[dict[str, Any]]:
+def resumed(pools: Pools, ranks: Ranks, whole: Path, stop: int, folder: Path, **values: Any) -> list[dict[str, Any]]:
     shutil.copytree(whole / f"checkpoint-{stop}", folder / f"checkpoint-{stop}")
     return run(pools, ranks, folder, resume=True, **values)
 
 
 # Factor steps are 0, 1, 2, 4, 8: within an epoch between factor steps, at its end, and within the next before one.
 STOPS = (5, 6, 8)
-PROCESSES = (1, 2, 4)
+PROCESSES: tuple[Ranks, ...] = (1, 2, 4, FSDP2)
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 
-def promise(before: int, after: int) -> str:
+def promise(before: Ranks, after: Ranks) -> str:
     """What the README says of a run that goes on from another's checkpoint."""
     return "to the bit" if before == after else "≤ 1e-10"
 
@@ -57,7 +63,7 @@ def test_the_table_of_the_readme_is_what_is_tested_here() -> None:
 
 
 @pytest.fixture(scope="module")
-def unbroken(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+def unbroken(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[Ranks, Any]:
     """Runs that were not stopped, by number of processes."""
     made = {}
     for ranks in PROCESSES:
@@ -69,7 +75,7 @@ def unbroken(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[int
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(PROCESSES, repeat=2)))
 def test_resume_on_as_many_and_on_others(
-    before: int, after: int, stop: int, unbroken: dict[int, Any], pools: Pools, tmp_path: Path
+    before: Ranks, after: Ranks, stop: int, unbroken: dict[Ranks, Any], pools: Pools, tmp_path: Path
 ) -> None:
     folder, whole = unbroken[before]
     found = resumed(pools, after, folder, stop, tmp_path)
@@ -95,7 +101,7 @@ def test_random_states_of_each_rank_come_back(ranks: int, pools: Pools, tmp_path
         assert_identical(mine["state"], theirs["state"])
 
 
-def test_there_and_back(unbroken: dict[int, Any], pools: Pools, tmp_path: Path) -> None:
+def test_there_and_back(unbroken: dict[Ranks, Any], pools: Pools, tmp_path: Path) -> None:
     """One process, then two, then one again."""
     first = tmp_path / "first"
     folder, whole = unbroken[1]

@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import TrainerState
 
+from hf_lngd import LNGDTrainer, LNGDTrainingArguments
+from hf_lngd.integrations import fsdp
 from tests import dist_trainers
 from tests.dist_cases import distance
 from tests.dist_pool import Pools, open_pools
-from tests.hf_helpers import hf_vit
+from tests.hf_helpers import hf_images, hf_vit
+from tests.test_resume import flat
 
 
 @pytest.fixture(scope="module")
@@ -91,4 +98,108 @@ def test_fsdp2_of_accelerate_trains_and_resumes(committed: bool, pools: Pools, t
         assert torch.equal(model.get_parameter(name).to(weight.dtype), weight), name
     states = [torch.load(tmp_path / name / "checkpoint-3" / "optimizer.pt") for name in ("sharded", "ddp")]
     assert states[0].keys() == states[1].keys()
-    assert states[0]["lngd"]["layers"].keys() == states[1]["lngd"]["layers"].keys()
+    assert_near(states[0]["lngd"], states[1]["lngd"])
+
+
+def assert_near(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """All parts of a state, to rounding."""
+    mine, theirs = flat(found), flat(expected)
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            assert mine[name].dtype == value.dtype, name
+            torch.testing.assert_close(mine[name], value, rtol=1e-7, atol=1e-9, equal_nan=True, msg=name)
+        else:
+            assert plain(mine[name]) == plain(value), name
+
+
+def plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+SAVED = {"optim_args": ARGS, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+def test_a_checkpoint_that_is_written_over_holds_weights_of_one_kind(pools: Pools, tmp_path: Path) -> None:
+    """A run under DDP goes on under FSDP2, then again under DDP, each time from before what was written last."""
+    folder, stop = tmp_path / "run", tmp_path / "run" / "checkpoint-2"
+    layout = {"kind": "images", "ranks": 2, "size": 4, "accumulation": 1, "folder": str(folder)}
+    first = pools[2].run(dist_trainers.train, **layout, **SAVED)
+    second = pools[2].run(dist_trainers.train_sharded, folder=str(folder), resume=str(stop), **SAVED)
+    last = folder / "checkpoint-4"
+    assert (last / "pytorch_model_fsdp_0").is_dir() and not list(last.glob("*.safetensors"))
+    third = pools[2].run(dist_trainers.train, resume=str(stop), **layout, **SAVED)
+    assert not (last / "pytorch_model_fsdp_0").exists() and (last / "model.safetensors").is_file()
+    assert distance(second[0], first[0]) <= 1e-10 and distance(third[0], first[0]) <= 1e-10
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a ViT with sharded weights alone, as under FSDP2 with `save_only_model`."""
+    folder = tmp_path_factory.mktemp("parts") / "checkpoint-2"
+    save_parts(get_model_state_dict(hf_vit(seed=1)), folder)
+    return folder
+
+
+def save_parts(weights: dict[str, Any], folder: Path) -> None:
+    dcp.save({"model": weights}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+    TrainerState(global_step=2, max_steps=4, num_train_epochs=4, train_batch_size=4).save_to_json(
+        str(folder / "trainer_state.json")
+    )
+
+
+def one_process(model: Any, folder: Path, **values: Any) -> LNGDTrainer:
+    settings = {**dist_trainers.SETTINGS, "max_steps": 4, "optim": "lngd", **values}
+    return LNGDTrainer(model, LNGDTrainingArguments(str(folder), **settings), train_dataset=hf_images(16))
+
+
+def test_sharded_weights_go_into_one_process(parts: Path, tmp_path: Path) -> None:
+    trainer = one_process(hf_vit(), tmp_path)
+    trainer._load_from_checkpoint(str(parts))
+    for name, weight in hf_vit(seed=1).named_parameters():
+        assert torch.equal(trainer.model.get_parameter(name), weight), name
+
+
+@pytest.mark.parametrize(
+    ("layers", "kind", "message"),
+    [(1, RuntimeError, "weights of another model: vit.layer"), (3, ValueError, r"model\.vit\.\S+: got none, accepted")],
+)
+def test_sharded_weights_of_another_model_are_refused(
+    layers: int, kind: type[Exception], message: str, parts: Path, tmp_path: Path
+) -> None:
+    trainer = one_process(hf_vit(num_hidden_layers=layers), tmp_path)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(kind, match=message):
+        trainer.train(resume_from_checkpoint=str(parts))
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_other_optimizers_do_not_go_on_from_fsdp(parts: Path, tmp_path: Path) -> None:
+    """Their state would be lost: the Trainer refuses it."""
+    with pytest.raises(ValueError, match="only supported when using PyTorch FSDP"):
+        one_process(hf_vit(), tmp_path, optim="adamw_torch").train(resume_from_checkpoint=str(parts))
+
+
+def test_sharded_adapters_go_into_one_process(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "query"], init_lora_weights=False)
+    saved, model = (get_peft_model(hf_vit(), config) for _ in range(2))
+    save_parts(get_model_state_dict(saved, options=StateDictOptions(ignore_frozen_params=True)), tmp_path / "there")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    assert fsdp.load_weights(model, tmp_path / "there", under_fsdp=False, crossing=True)
+    for name, weight in saved.named_parameters():
+        assert torch.equal(model.get_parameter(name), weight), name
+
+
+def test_what_fsdp2_cannot_take_is_refused_on_every_rank(pools: Pools, tmp_path: Path) -> None:
+    hf_vit(num_hidden_layers=3).save_pretrained(tmp_path / "other")
+    hf_vit().save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    for name, message in (
+        ("other", "weights of another model: vit."),
+        ("bare", "or no config.json, accepted under FSDP2"),
+    ):
+        for told, unchanged in pools[2].run(dist_trainers.load_sharded, folder=str(tmp_path / name)):
+            assert message in told and unchanged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from hf_lngd import LNGD, load_checkpoint
-from tests import dist_cases, dist_shards
+from tests import dist_cases, dist_refused, dist_shards
 from tests.core_helpers import core_marian
 from tests.dist_pool import Pools, open_pools
 
@@ -109,7 +110,10 @@ def test_traffic(pools: Pools) -> None:
     total = sum(rows for _, rows in pools[2].run(dist_shards.counted, fields=fields, steps=1))
     factor, plain = sent[0], sent[1]
     # the rows of all layers leave once; the updates of those that this rank owns come back as rows
-    assert sent[2] == plain and set(plain) == {"all_to_all_single", "all_reduce"}
+    assert sent[2] == plain
+    counts = [{name: value for name, value in step.items() if name.endswith("calls")} for step in (plain, factor)]
+    assert counts[0] == {"all_to_all_single calls": 2, "all_reduce calls": 2}
+    assert counts[1] == {"all_to_all_single calls": 2, "all_reduce calls": 4, "reduce_scatter_single calls": 1}
     assert plain["all_reduce"] < 300  # whether gradients of AdamW's parameters are finite
     assert rows < plain["all_to_all_single"] <= rows + 0.7 * total
     assert factor["reduce_scatter_single"] > 0 and factor["all_reduce"] < 3000
@@ -157,6 +161,23 @@ def test_half_precision_policy(pools: Pools) -> None:
     assert half[0]["numbers"]["skipped_factors"] == half[0]["numbers"]["failed_inverses"] == 0
 
 
+@pytest.mark.parametrize("spoil", [None, 0, 2])
+def test_a_gradient_scaler_whatever_comes_first(spoil: int | None, pools: Pools) -> None:
+    """LNGD or `fully_shard`: an infinity of one rank leaves the step out on all, the first step too."""
+    found = {
+        first: pools[2].run(dist_shards.train_scaled, first=first, spoil=spoil) for first in ("shards", "optimizer")
+    }
+    for (mine, scale), (theirs, same) in zip(*found.values(), strict=True):
+        assert scale == same == (1024.0 if spoil is None else 512.0)
+        assert all(torch.equal(w, theirs["weights"][name]) for name, w in mine["weights"].items())
+        assert dist_cases.distance(mine, theirs) == 0 and mine["numbers"]["skipped_factors"] == 0
+
+
+def test_a_forward_pass_between_sharding_and_lngd(pools: Pools) -> None:
+    looked, not_looked = (pools[2].run(dist_shards.train_scaled, first="shards", looked=how) for how in (True, False))
+    assert all(torch.equal(w, not_looked[0][0]["weights"][name]) for name, w in looked[0][0]["weights"].items())
+
+
 def test_sharding_a_model_that_was_trained_whole(pools: Pools) -> None:
     for later, never in pools[2].run(dist_shards.shard_later, fields=EXACT):
         assert dist_cases.distance(later, never) <= 1e-10
@@ -173,12 +194,17 @@ def test_wrapped_blocks_hide_nothing_of_the_topology(pools: Pools) -> None:
 
 REFUSED = [
     ("tensor parallelism", r"parameter '0\.\w+'.*fully_shard was not called \(tensor parallelism\?\)"),
+    ("tensor parallelism of a part", r"parameter '2\.\w+'.*fully_shard was not called \(tensor parallelism\?\)"),
+    ("tensor parallelism later", r"parameter '2\.\w+'.*fully_shard was not called \(tensor parallelism\?\)"),
     ("FSDP1", r"got FSDP1 .*accepted: FSDP2 .*fsdp_version: 2"),
     ("FSDP1 later", r"got FSDP1 .*accepted: FSDP2"),
     ("dimension", r"parameter '0\.weight': got \['Shard\(1\)'\].*accepted: Shard\(0\)"),
     ("part", r"parameter '2\.weight' is whole and '0\.weight' is sharded, accepted: all of them"),
+    ("last part", r"parameter '0\.weight' is whole and '2\.weight' is sharded, accepted: all of them"),
+    ("last part later", r"parameter '0\.weight' is whole and '2\.weight' is sharded, accepted: all of them"),
     ("ekfac", r"family: 'ekfac'.*accepted: lngd, kfac, tkfac, ng\+, or DDP"),
     ("gathered", r"parameter '0\.weight' is not the sharded one.*set_reshard_after_backward"),
+    ("unscaled", r"got GradScaler\.unscale_ .*accepted: fully_shard before LNGD is made"),
     ("get", r"torch\.distributed\.checkpoint\.state_dict.*loses LNGD's state, accepted: hf_lngd\.save_checkpoint"),
     ("set", r"torch\.distributed\.checkpoint\.state_dict.*loses LNGD's state, accepted: hf_lngd\.save_checkpoint"),
 ]
@@ -186,7 +212,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("what", "expected"), REFUSED)
 def test_what_is_refused_by_name(what: str, expected: str, pools: Pools) -> None:
-    for returned, message in pools[2].outcomes(dist_shards.refused, what=what):
+    for returned, message in pools[2].outcomes(dist_refused.refused, what=what):
         assert not returned
         assert message.startswith("RuntimeError: LNGD") and re.search(expected, message), message
 
@@ -284,6 +310,7 @@ def test_factors_in_bfloat16(family: str, pools: Pools, tmp_path: Path) -> None:
     for kind in ("full", "bfloat16"):
         (first,), _ = pools[2].run(dist_shards.counted, steps=1, fields={"factor_dtype": kind})[0]
         sent[kind] = first["reduce_scatter_single"]
+        assert first["reduce_scatter_single calls"] == (1 if kind == "full" else 2)  # one of each dtype
     assert sent["bfloat16"] < 0.35 * sent["full"]  # of float64
 
 
@@ -301,10 +328,25 @@ def cut(folder: Path) -> None:
 
 DAMAGES = {
     "cut": (cut, r"\.distcp: got \d+ bytes, accepted: at least \d+ bytes: it was cut off"),
+    "zeroed": (partial(dist_refused.spoil, lambda b: bytes(len(b))), r"its files cannot be read \(rank 0"),
+    "flipped": (
+        partial(dist_refused.spoil, lambda b: bytes(c ^ 1 for c in b)),
+        r"its files cannot be read \(rank 0",
+    ),
+    "coded": (dist_refused.spoil_plain, r"LNGD's state cannot be read \("),
     "missing": (lambda f: [p.unlink() for p in f.glob("*.distcp")], r"\.distcp: got no file"),
     "unfinished": (lambda f: (f / ".metadata").unlink(), r"got no \.metadata, which is written last"),
     "garbled": (lambda f: (f / ".metadata").write_bytes(b"no"), r"got a damaged \.metadata \("),
-    "foreign": (dist_shards.save_foreign, r"got one without LNGD's state"),
+    "foreign": (dist_refused.save_foreign, r"got one without LNGD's state"),
+    "elsewhere": (
+        partial(dist_refused.change_metadata, dist_refused.point_elsewhere),
+        r"a place in a file of this",
+    ),
+    "no tensors": (
+        partial(dist_refused.change_metadata, dist_refused.hide_tensors),
+        r"got one without LNGD's state",
+    ),
+    "odd entries": (partial(dist_refused.change_metadata, dist_refused.spoil_entries), r"got an entry of str"),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lngd import LNGDTrainer, LNGDTrainingArguments
+from hf_lngd import LNGD, LNGDTrainer, LNGDTrainingArguments, create_lngd_optimizer
 from hf_lngd.integrations.launching import refuse_unsupported
 from hf_lngd.integrations.stock import LNGDFactory
 from tests.hf_helpers import hf_vit
@@ -62,6 +62,37 @@ def test_what_shards_is_refused_by_name(
     wanted = rf"LNGD: got {name}.*DDP.*fsdp_version: 2.*: torchrun --nproc_per_node 4 train.py --optim lngd"
     with pytest.raises(RuntimeError, match=wanted):
         refuse_unsupported(arguments(**given))
+
+
+OWN_LOOPS = [
+    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, "DeepSpeed ZeRO-2 "),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 "),
+]
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(("environment", "name"), OWN_LOOPS, ids=[case[-1] for case in OWN_LOOPS])
+def test_what_shards_is_refused_in_a_loop_of_ones_own(
+    environment: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in {**environment, "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(variable, value)
+    wanted = rf"LNGD: got {name}.*DDP.*: torchrun --nproc_per_node 4 train.py --optim lngd"
+    with pytest.raises(RuntimeError, match=wanted):
+        create_lngd_optimizer(torch.nn.Linear(4, 3), lr=1e-3)
+    monkeypatch.delenv(next(iter(environment)))
+    split = torch.nn.Linear(4, 3)
+    split._tp_size = 2  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="tensor parallelism"):
+        create_lngd_optimizer(split, lr=1e-3)
+    create_lngd_optimizer(torch.nn.Linear(4, 3), lr=1e-3)
+
+
+def test_parameters_of_zero_3_are_refused_by_name() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    model[1].weight.ds_id = 7  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"parameter '1\.weight' is one that DeepSpeed .* accepted: .*FSDP2"):
+        LNGD(model)
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,21 @@ def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    vit_trainer(tmp_path, max_steps=2).train()
-    other = images(hf_vit(num_hidden_layers=3), tmp_path)
-    with pytest.raises(RuntimeError, match=r"no weights for vit\.\S*layer"):
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("optimizer", ["lngd", "adamw_torch"])
+def test_a_checkpoint_of_another_model_is_refused_before_any_weight_is_loaded(
+    optimizer: str, layers: int, tmp_path: Path
+) -> None:
+    vit_trainer(tmp_path, max_steps=2, optim=optimizer).train()
+    other = images(hf_vit(num_hidden_layers=layers), tmp_path, optim=optimizer)
+    before = {name: p.detach().clone() for name, p in other.model.named_parameters()}
+    kind, message = {
+        "lngd": (ValueError, r"optimizer.pt: state_dict: the model differs: vit\.\S+: checkpoint .*, here "),
+        "adamw_torch": (
+            RuntimeError,
+            "weights of another model: vit" if layers == 1 else r"no weights for vit\.\S*layer",
+        ),
+    }[optimizer]
+    with pytest.raises(kind, match=message):
         other.train(resume_from_checkpoint=True)
+    assert all(torch.equal(p, before[name]) for name, p in other.model.named_parameters())

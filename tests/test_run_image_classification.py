@@ -445,7 +445,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], str]] = 
     "option": (None, {"augmentt": "crop"}, "augmentt: unknown argument; did you mean --augment"),
     "optimizer": (None, {"optim": "lngdd"}, "optim: got 'lngdd' (did you mean lngd?)"),
     "data set": (None, {"dataset_name": "cifar10"}, "dataset_name: got 'cifar10' and files or folders"),
-    "checkpoint": (None, {"resume_from_checkpoint": "last"}, "resume_from_checkpoint: got 'last', but"),
+    "checkpoint": (None, {"resume_from_checkpoint": "true"}, "resume_from_checkpoint: got 'true', but"),
 }
 PATHS = ("train_dir", "validation_dir", "train_file")
 

@@ -185,7 +185,7 @@ def test_resume_goes_on_to_the_same_end(
         run(monkeypatch, arguments({**options, **more}, "--do_train", *FLAGS))
         return AutoModelForSeq2SeqLM.from_pretrained(tmp_path / folder).state_dict()
 
-    whole = weights("whole")
+    whole = weights("whole", resume_from_checkpoint="last")  # there is none yet
     resumed = weights("resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-2")
     last = weights("whole", resume_from_checkpoint="last")
     for name, value in whole.items():
@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
     "kind of file": ({"train_file": "pairs.tsv"}, None, "train_file: got 'pairs.tsv', accepted: a file that ends in"),
     "files and set": ({"dataset_name": "wmt16"}, None, "dataset_name: got 'wmt16' and files"),
     "checkpoint": ({"resume_from_checkpoint": "nowhere"}, None, "resume_from_checkpoint: got 'nowhere', which is no"),
-    "no checkpoint": ({"resume_from_checkpoint": "last"}, None, "resume_from_checkpoint: got 'last', but"),
+    "no checkpoint": ({"resume_from_checkpoint": "true"}, None, "resume_from_checkpoint: got 'true', but"),
     "report": ({"report_to": "paper"}, None, "report_to: "),
     "empty file": ({}, [], "which is empty, accepted: at least one line"),
     "blank file": ({}, ["", "  "], "which is empty, accepted: at least one line"),

@@ -16,19 +16,25 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import LNGDConfig
-from ..serialization import check_origin
+from ..distributed import Ranks
+from ..serialization import check_origin, check_parameters
+from ..sharded_checkpoint import METADATA
+from ..sharding import is_fully_sharded, plain_class
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
+# Accelerate's folder of weights under FSDP: this, and a number.
+SHARDED = "pytorch_model_fsdp_"
 _ZIPPED = (".pt", ".pth")  # as torch.save writes them
 
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -52,24 +58,46 @@ def freeze_fixed_positions(model: nn.Module) -> None:
 
 
 def load_weights(model: Any, folder: str) -> None:
-    """Copy the weights of a checkpoint into a model, bit for bit.
+    """Copy the weights of a checkpoint into a model, bit for bit. Of one that FSDP2 has sharded, on every rank.
 
     Raises:
-        RuntimeError: a parameter that one of the two has and the other has not, or of another shape.
+        RuntimeError: a parameter that one of the two has and the other has not, or of another shape. Nothing is
+            changed then.
     """
-    config = copy.deepcopy(model.config)
+    if not is_fully_sharded(model):
+        model.load_state_dict(_read_weights(model, folder), strict=True)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    ranks, problem = Ranks(), None
+    state: dict[str, Any] = {}
+    if ranks.rank == 0:
+        try:
+            state = _read_weights(model, folder)
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = str(error)
+    problem = ranks.share(problem, 0)  # else the others would wait for weights
+    if problem is not None:
+        raise RuntimeError(problem)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def _read_weights(model: Any, folder: str) -> dict[str, Tensor]:
+    config, kind = copy.deepcopy(model.config), plain_class(model)
     with torch.random.fork_rng():  # weights are drawn before they are loaded; training's random state stays as it is
-        loaded, report = type(model).from_pretrained(folder, config=config, dtype=model.dtype, output_loading_info=True)
-    missing = sorted(report["missing_keys"])
+        loaded, report = kind.from_pretrained(folder, config=config, dtype=model.dtype, output_loading_info=True)
+    missing, foreign = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:
         raise RuntimeError(f"checkpoint {folder}: no weights for {', '.join(missing[:5])}")
-    model.load_state_dict(loaded.state_dict(), strict=True)
+    if foreign:
+        raise RuntimeError(f"checkpoint {folder}: weights of another model: {', '.join(foreign[:5])}")
+    return loaded.state_dict()
 
 
 def problem_of(folder: str | Path) -> str | None:
     """Why training cannot go on from a checkpoint, naming the file; None: it can, as far as files tell.
 
-    Looks at the ends of files, so it is quick: a file that was cut off anywhere is found.
+    Looks at the ends of files, so it is quick: a file that was cut off anywhere is found. Nothing that is read is run.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -89,7 +117,16 @@ def problem_of(folder: str | Path) -> str | None:
         missing = [part for part in parts if not (folder / part).is_file()]
         if missing:
             return f"has no {missing[0]}, which {index.name} names"
+    for part in sorted(path for path in folder.iterdir() if _is_sharded(path)):
+        from ..sharded_files import ShardedFiles  # takes a second
+
+        try:
+            ShardedFiles(part)
+        except ValueError as error:
+            return f"has a damaged {part.name}: {str(error).removeprefix(f'checkpoint {part}: ')}"
     names = {path.name for path in folder.iterdir()}
+    if not _has_weights(folder):
+        return "has no weights"
     if "optimizer.pt" in names and "scheduler.pt" not in names:
         return "has no scheduler.pt"
     # FSDP and DeepSpeed keep the optimizer in files and folders of their own
@@ -106,14 +143,16 @@ def check_checkpoint(folder: str | Path) -> None:
         raise ValueError(f"checkpoint {folder}: {problem}. Accepted: a whole checkpoint-N of a Trainer")
 
 
-def check_optimizer(folder: str | Path, config: LNGDConfig | None) -> None:
+def check_optimizer(folder: str | Path, config: LNGDConfig | None, parameters: Mapping[str, list[int]]) -> None:
     """Look into ``optimizer.pt``, if there is one, before anything is loaded.
 
     Args:
         config: the settings of LNGD here; None: another optimizer is used.
+        parameters: shapes of those that LNGD trains here, by name.
 
     Raises:
-        ValueError: it is another optimizer's than the one used here, another version's or of other settings.
+        ValueError: it is another optimizer's than the one used here, another version's, of other settings or of another
+            model.
     """
     path = Path(folder) / "optimizer.pt"
     if not path.is_file():
@@ -129,25 +168,52 @@ def check_optimizer(folder: str | Path, config: LNGDConfig | None) -> None:
         )
     if config is not None:
         try:
-            check_origin(config, own)
+            check_parameters(parameters, check_origin(config, own))
         except ValueError as error:
             raise ValueError(f"checkpoint {folder}: optimizer.pt: {error}") from error
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The last checkpoint in a folder that can be used; None: there is none. Warns of each that is passed over."""
+    for path in _numbered(output_dir):
+        problem = problem_of(path)
+        if problem is None:
+            return str(path)
+        logger.warning("checkpoint %s %s. It is passed over.", path, problem)
+    return None
+
+
+def last_finished(output_dir: str | Path) -> Path | None:
+    """The last checkpoint in a folder that was once written to its end, damaged or not; None: there is none."""
+    return next((path for path in _numbered(output_dir) if (path / STATE).is_file()), None)
+
+
+def _numbered(output_dir: str | Path) -> list[Path]:
+    """Folders that are named as checkpoints, the last one first."""
     output_dir = Path(output_dir)
     numbered = []
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
         prefix, _, number = path.name.rpartition("-")
         if prefix == PREFIX_CHECKPOINT_DIR and number.isdigit() and path.is_dir():
             numbered.append((int(number), path))
-    for _, path in sorted(numbered, reverse=True):
-        problem = problem_of(path)
-        if problem is None:
-            return str(path)
-        logger.warning("checkpoint %s %s. It is passed over.", path, problem)
-    return None
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def _is_sharded(path: Path) -> bool:
+    """A folder that `torch.distributed.checkpoint` wrote, or began to (accelerate's under FSDP)."""
+    return path.is_dir() and (path.name.startswith(SHARDED) or any(path.glob("*.distcp")) or (path / METADATA).exists())
+
+
+def _has_weights(folder: Path) -> bool:
+    """Files or folders in it that may be weights: whole, sharded (FSDP, DeepSpeed), or those of adapters, one folder
+    each."""
+    paths = [*folder.iterdir(), *(path for inner in folder.iterdir() if inner.is_dir() for path in inner.iterdir())]
+    others = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
+    return any(
+        path.name.startswith((SHARDED.rstrip("_"), "global_step"))
+        or (path.suffix in (".safetensors", ".bin", *_ZIPPED) and not path.name.startswith(others))
+        for path in paths
+    )
 
 
 def _is_json(path: Path) -> bool:

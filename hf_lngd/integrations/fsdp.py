@@ -1,18 +1,23 @@
 """Checkpoints of a Trainer under FSDP2: weights as the Trainer has it, LNGD's state whole, in the file that DDP writes.
+Runs go on from them under DDP and in one process, and from theirs under FSDP2.
 
 The Trainer's own way is torch's `get_optimizer_state_dict`, which would lose LNGD's state.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..optimizer import LNGD
-from ..sharding import is_sharded
+from ..sharding import is_fully_sharded, is_sharded
+from . import checkpoints
+from .checkpoints import SHARDED, restores_by_name
 
 
 def save(trainer: Any, optimizer: LNGD, folder: str | Path) -> None:
@@ -48,6 +53,68 @@ def save_model(trainer: Any, folder: str | Path) -> None:
     if writes:
         trainer._save(str(folder), state_dict=state)
     trainer.accelerator.wait_for_everyone()
+
+
+def load_weights(model: nn.Module, folder: str | Path, under_fsdp: bool, crossing: bool) -> bool:
+    """Weights of a checkpoint, whole ones or those that FSDP2 has sharded. Every rank has to call it.
+
+    Args:
+        model: in one process, of DDP's before it is wrapped, or sharded by FSDP2.
+        under_fsdp: the model is run by accelerate's FSDP.
+        crossing: whether a checkpoint of the other way may be loaded: what goes with the weights can be.
+
+    Returns:
+        False: this one is the Trainer's business.
+
+    Raises:
+        RuntimeError: weights of another model, or whole ones that cannot be dealt out; nothing is loaded.
+        ValueError: sharded ones that cannot be read; nothing is loaded.
+    """
+    parts, whole = Path(folder) / f"{SHARDED}0", restores_by_name(model, str(folder))
+    if under_fsdp and not is_fully_sharded(model):
+        return False  # FSDP1
+    if parts.is_dir() and (under_fsdp or crossing):
+        _load_parts(model, parts)
+    elif not parts.is_dir() and whole and (crossing or not under_fsdp):
+        checkpoints.load_weights(model, str(folder))
+    elif under_fsdp and crossing and not (Path(folder) / "pytorch_model_fsdp.bin").is_file():
+        raise RuntimeError(
+            f"checkpoint {folder}: got whole weights of adapters, or no config.json, accepted under FSDP2: those of a "
+            "model of transformers, or what FSDP2 wrote; or go on under DDP"
+        )
+    else:
+        return False
+    return True
+
+
+def _load_parts(model: nn.Module, parts: Path) -> None:
+    """What accelerate's `load_fsdp_model` does, but a file can run nothing, and the model may be whole."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    from ..sharded_files import ShardedFiles, tensors_of
+
+    adapters = hasattr(model, "peft_config")  # of which what is trained was saved
+    options = StateDictOptions(ignore_frozen_params=adapters, strict=not adapters)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    weights = {name: torch.empty_like(v) if isinstance(v, Tensor) else v for name, v in state.items()}
+    files, wanted = ShardedFiles(parts), tensors_of(weights, "model")
+    files.check_shapes(wanted)
+    foreign = sorted(name.removeprefix("model.") for name in set(files.shapes) - set(wanted))
+    if foreign:
+        raise RuntimeError(f"checkpoint {parts}: weights of another model: {', '.join(foreign[:5])}")
+    files.read_into({"model": weights})
+    set_model_state_dict(model, weights, options=options)
+
+
+def clear_other_kind(trainer: Any, folder: Path) -> None:
+    """Remove weights of the other kind, which a run of the other way had left in a checkpoint that is written anew."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and "SHARDED" in str(plugin.state_dict_type):
+        for path in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
+            path.unlink()
+    else:
+        for path in folder.glob(f"{SHARDED}*"):
+            shutil.rmtree(path)
 
 
 def load(trainer: Any, optimizer: LNGD, folder: str | Path) -> None:

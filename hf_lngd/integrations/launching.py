@@ -14,16 +14,21 @@ from transformers import TrainingArguments
 ENTRY: list[str] = []
 
 
-def refuse_unsupported(args: TrainingArguments, model: Any = None) -> None:
-    """Raise RuntimeError where LNGD would be wrong: replicas of DataParallel, layers split otherwise than by FSDP2."""
-    if args.n_gpu > 1:
+def refuse_unsupported(args: TrainingArguments | None = None, model: Any = None) -> None:
+    """Raise RuntimeError where LNGD would be wrong: replicas of DataParallel, layers split otherwise than by FSDP2.
+
+    Args:
+        args: of a Trainer; None: of a loop of one's own, where the environment and the model tell.
+        model: the model that will be trained.
+    """
+    if args is not None and args.n_gpu > 1:
         raise RuntimeError(
             f"LNGD: got {args.n_gpu} GPUs in one process (DataParallel), whose replicas LNGD cannot watch, accepted: "
             f"one process a GPU (DDP). Use: {_launch(args.n_gpu, args.n_gpu)}"
         )
     sharding = _sharding(args, model)
     if sharding:
-        processes = max(args.world_size, 1)
+        processes = max(int(os.environ.get("WORLD_SIZE", 1)) if args is None else args.world_size, 1)
         on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         raise RuntimeError(
             f"LNGD: got {sharding}, accepted: whole parameters in every process (DDP), or FSDP2 on accelerators "
@@ -48,17 +53,17 @@ def _launch(processes: int, on_this_node: int) -> str:
     return shlex.join([*launcher, *ENTRY, *script])
 
 
-def _sharding(args: TrainingArguments, model: Any) -> str | None:
+def _sharding(args: TrainingArguments | None, model: Any) -> str | None:
     """What splits parameters or layers over processes, by the name under which a user asked for it; else None."""
     if _asks_for_fsdp(args):
         version = _fsdp_version(args)
-        on_cpu = args.use_cpu or not torch.accelerator.is_available()
+        on_cpu = (args is not None and args.use_cpu) or not torch.accelerator.is_available()
         if version != 2 or on_cpu:
             return f"FSDP{version}{' on CPU, which accelerate has not got' if on_cpu else ''} (fsdp)"
-    if args.deepspeed or _asked("ACCELERATE_USE_DEEPSPEED"):
+    if (args is not None and args.deepspeed) or _asked("ACCELERATE_USE_DEEPSPEED"):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
         return f"DeepSpeed ZeRO{f'-{stage}' if stage else ''} (deepspeed)"
-    parallelism = args.parallelism_config
+    parallelism = None if args is None else args.parallelism_config
     for name in ("tp", "cp", "sp"):
         if getattr(parallelism, f"{name}_size", 1) > 1:
             return f"{_PARALLEL[name]} (parallelism_config.{name}_size)"
@@ -67,12 +72,12 @@ def _sharding(args: TrainingArguments, model: Any) -> str | None:
     return None
 
 
-def _asks_for_fsdp(args: TrainingArguments) -> bool:
-    return bool(args.fsdp) or _asked("ACCELERATE_USE_FSDP")
+def _asks_for_fsdp(args: TrainingArguments | None) -> bool:
+    return (args is not None and bool(args.fsdp)) or _asked("ACCELERATE_USE_FSDP")
 
 
-def _fsdp_version(args: TrainingArguments) -> int:
-    if args.fsdp:
+def _fsdp_version(args: TrainingArguments | None) -> int:
+    if args is not None and args.fsdp:
         config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
         return int(config.get("version") or 2)
     return int(os.environ.get("FSDP_VERSION") or 1)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import last_checkpoint, problem_of
+from .checkpoints import last_checkpoint, last_finished, problem_of
 from .hub import check_hub
 from .usage import UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def option(default: Any, help: str) -> Any:
@@ -64,19 +67,32 @@ def check_training(training: Any) -> None:
 def find_checkpoint(training: Any) -> str | None:
     """The folder to resume from; ``true`` and ``last``: the last one in `output_dir`.
 
+    ``last`` is for a command that is run again until it is through: where no checkpoint was ever written to its end, it
+    starts anew, with a warning.
+
     Raises:
-        UsageError: no checkpoint there, or a damaged one.
+        UsageError: no checkpoint there (``true``), or damaged ones.
     """
     if not training.resume_from_checkpoint:
         return None
     given = str(training.resume_from_checkpoint)
     if given.lower() in ("true", "last"):
-        last = last_checkpoint(training.output_dir)
-        if last is None:
-            raise UsageError("resume_from_checkpoint", f"got {given!r}, but {training.output_dir} has no checkpoint")
-        return last
+        return _find_last(given, training.output_dir)
     problem = problem_of(given)
     if problem is not None:
         what = f"got {given!r}, which {problem}, accepted: a folder checkpoint-N, or last"
         raise UsageError("resume_from_checkpoint", what)
     return given
+
+
+def _find_last(given: str, output_dir: str) -> str | None:
+    last, finished = last_checkpoint(output_dir), last_finished(output_dir)
+    if last is not None:
+        return last
+    if finished is not None:  # to start anew would be to lose what it held
+        what = f"got {given!r}, but {finished} {problem_of(finished)}, accepted: a whole checkpoint (or none at all)"
+        raise UsageError("resume_from_checkpoint", what)
+    if given.lower() == "true":
+        raise UsageError("resume_from_checkpoint", f"got {given!r}, but {output_dir} has no checkpoint")
+    logger.warning("%s has no checkpoint yet: training starts at the beginning (resume_from_checkpoint)", output_dir)
+    return None

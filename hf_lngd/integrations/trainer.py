@@ -13,7 +13,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..checks import fishers_beside
 from ..config import LNGDConfig
+from ..curvature.compiled import plain_name, uncompiled
 from ..optimizer import LNGD
+from ..serialization import parameters_of
 from . import fsdp, hub
 from .checkpoints import (
     STATE,
@@ -21,8 +23,6 @@ from .checkpoints import (
     check_optimizer,
     freeze_fixed_positions,
     last_checkpoint,
-    load_weights,
-    restores_by_name,
 )
 from .diagnostics import lngd_of, log_entries
 from .launching import refuse_unsupported
@@ -53,8 +53,8 @@ def create_lngd_optimizer(
         ValueError: a bad setting; names field, value and what is accepted.
         RuntimeError: a way of running that LNGD does not support; names the command to use.
     """
+    refuse_unsupported(args, model)
     if args is not None:
-        refuse_unsupported(args, model)
         from_args, from_lr = lngd_settings(args)
         config, lr = config or from_args, from_lr if lr is None else lr
     return LNGD(model, config, lr=1e-3 if lr is None else lr, **fields)
@@ -175,7 +175,7 @@ class LNGDTrainerMixin:
         elif folder:
             check_checkpoint(folder)
         if folder:
-            check_optimizer(folder, self._lngd_config())
+            check_optimizer(folder, self._lngd_config(), self._trained_parameters())
         result = super().train(folder, *args, **kwargs)  # type: ignore[misc]
         lngd = lngd_of(self.optimizer)  # type: ignore[attr-defined]
         if lngd is not None:
@@ -190,12 +190,21 @@ class LNGDTrainerMixin:
             return made.config
         return lngd_settings(me.args)[0] if me.optimizer is None and is_lngd(me.args) else None
 
+    def _trained_parameters(self) -> dict[str, list[int]]:
+        """Shapes of what LNGD trains, or will train, by name."""
+        me: Any = self
+        made = lngd_of(me.optimizer)
+        if made is not None:
+            return parameters_of(made)
+        return {plain_name(n): list(p.shape) for n, p in me.model.named_parameters() if p.requires_grad}
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is written over is none until its last file is there."""
         me: Any = self
         if me.args.should_save:
             folder = Path(me._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{me.state.global_step}"
             (folder / STATE).unlink(missing_ok=True)
+            fsdp.clear_other_kind(me, folder)
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -230,19 +239,20 @@ class LNGDTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         me: Any = self
-        target = me.model if model is None else model
-        if me.is_fsdp_enabled or me.is_deepspeed_enabled or not restores_by_name(target, resume_from_checkpoint):
+        if not self._load_weights(me.model if model is None else model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        else:
-            load_weights(target, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         me: Any = self
-        folder = me.state.best_model_checkpoint
-        if me.is_fsdp_enabled or me.is_deepspeed_enabled or not restores_by_name(me.model, folder):
+        if not self._load_weights(me.model, me.state.best_model_checkpoint):
             super()._load_best_model()  # type: ignore[misc]
-        else:
-            load_weights(me.model, folder)
+
+    def _load_weights(self, model: Any, folder: str) -> bool:
+        """All of a checkpoint's weights, unless that is the Trainer's business."""
+        me: Any = self
+        if me.is_deepspeed_enabled:
+            return False
+        return fsdp.load_weights(uncompiled(model), folder, me.is_fsdp_enabled, self._lngd_config() is not None)
 
 
 class LNGDTrainer(LNGDTrainerMixin, Trainer):
