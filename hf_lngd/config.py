@@ -234,6 +234,8 @@ class LNGDConfig:
     def __post_init__(self) -> None:
         one_of("preset", self.preset, tuple(PRESETS))
         one_of("family", self.family, FAMILIES)
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not _FROM_PRESET]
+        object.__setattr__(self, "_given", tuple(given))
         for name, value in (PRESETS[self.preset] | FAMILY_DEFAULTS[self.family]).items():
             if getattr(self, name) is _FROM_PRESET:
                 object.__setattr__(self, name, value)
@@ -261,6 +263,20 @@ class LNGDConfig:
         fields = dict(overrides)
         fields.update(_parse_items(text or ""))
         return cls(**fields)
+
+    def with_fields(self, **fields: Any) -> LNGDConfig:
+        """These settings with `fields` on top. Under another preset or family only what was given by name stays.
+
+        Raises:
+            ValueError: as the class; `preset` or `family` for settings that were given whole (``LNGDConfig(**d)``),
+                in which it would change nothing.
+        """
+        given: tuple[str, ...] = self._given  # type: ignore[attr-defined]
+        mine = self.to_dict()
+        for name in ("preset", "family"):
+            if fields.get(name, mine[name]) != mine[name] and set(mine) == set(given):
+                raise invalid(name, fields[name], f"{mine[name]} on top of settings that name every field")
+        return type(self)(**{name: mine[name] for name in given} | fields)
 
     def to_optim_args(self) -> str:
         """The shortest text that :meth:`from_optim_args` makes these settings of: the preset, and what differs."""

@@ -67,7 +67,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
             DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients. Make LNGD after
             ``init_process_group``: else the first factor step of ``sampled`` and ``true`` draws alike on all ranks.
             Under FSDP2 (`fully_shard` before LNGD is made, or after) it is that of the parameters' mesh.
-        **fields: fields of `LNGDConfig`, on top of `config`.
+        **fields: fields of `LNGDConfig`, on top of `config`; see `LNGDConfig.with_fields`.
 
     The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and
     ``fallback_no_decay``, those that are not empty. Schedulers act on all of them alike.
@@ -93,7 +93,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         if config is None:
             config = LNGDConfig(**fields)
         elif fields:
-            config = LNGDConfig(**{**config.to_dict(), **fields})
+            config = config.with_fields(**fields)
         self.config = config
         refuse_flat_parameters(model)
         model = uncompiled(model)
