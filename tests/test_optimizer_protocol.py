@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from hf_lngd import LNGD
+from hf_lngd.groups import OWN_GROUPS
 
 FIELDS: dict[str, Any] = {"factor_interval": 2, "inverse_interval": 2, "early_factors": False}
 
@@ -109,6 +110,22 @@ def test_groups_that_are_added_late() -> None:
             optimizer.add_param_group(bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", [*OWN_GROUPS, "copied"])
+def test_a_group_by_the_name_of_an_own_one_is_refused(name: str) -> None:
+    """Whether or not there is one: its parameters would rest, and LNGD's layers take its rate."""
+    model, optimizer = make()
+    group = {**optimizer.param_groups[0], "params": list(nn.Linear(2, 2).parameters()), "lr": 1e-9}
+    if name != "copied":
+        group["name"] = name
+    groups = list(optimizer.param_groups)
+    with pytest.raises(ValueError, match=f"name: got '{group['name']}'.*accepted: another name or none.*AdamW's"):
+        optimizer.add_param_group(group)
+    assert optimizer.param_groups == groups
+    optimizer.add_param_group({**group, "name": "mine"})
+    assert optimizer.param_groups[-1]["name"] == "mine"
+    assert same(train(model, optimizer), train(*make()))
+
+
 def test_rates_of_groups_of_their_own() -> None:
     model, optimizer = make()
     for group in optimizer.param_groups:
@@ -146,13 +163,22 @@ def test_schedulers(name: str, lr: Any) -> None:
     assert len({row["lngd"] for row in rates}) > 1
 
 
-def test_plateau() -> None:
-    _, optimizer = make()
-    before = [group["lr"] for group in optimizer.param_groups]
+@pytest.mark.parametrize("lr", [1e-2, "tensor", "loaded"])
+def test_plateau(lr: Any) -> None:
+    given = 1e-2 if lr == 1e-2 else torch.tensor(1e-2)
+    _, optimizer = make(lr=given)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    if lr == "loaded":  # a state from when groups shared one tensor
+        state = optimizer.state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = given
+        optimizer.load_state_dict(state)
+    before = [float(group["lr"]) for group in optimizer.param_groups]
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
     scheduler.step(1.0)
     scheduler.step(2.0)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate / 10 for rate in before])
+    assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([rate / 10 for rate in before])
+    assert float(given) == pytest.approx(1e-2)  # the caller's own is left as it is
 
 
 def test_hooks_of_steps_and_states() -> None:
