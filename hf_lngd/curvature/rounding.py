@@ -98,9 +98,9 @@ class Rounding:
 def rest_of(weight: Tensor, lost: Tensor) -> Tensor:
     """What rounding took off `weight`, and 0 where `lost` cannot be that: somebody has written another number since.
 
-    Rounding takes off half the gap to the next number at most. Numbers are asked, as versions of tensors tell neither of
-    ``weight.data`` nor how a state that was saved belongs to its weights, and are raised by those who change little or
-    nothing, such as a clamp after each step. A rest that passes is within the rounding of the new number.
+    Rounding takes off half the gap to the next number at most. Numbers are asked, as versions of tensors do not tell
+    of ``weight.data`` nor how a state that was saved belongs to its weights, and change where next to nothing does, as
+    by a clamp after each step. A rest that passes is within the rounding of the new number.
     """
     nearest = lost.float().mul_(1 - 2**-8).add_(weight).to(weight.dtype)  # half a gap is the number's own yet
     return torch.where(nearest == weight, lost, 0)
