@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import serialization
 from .adoption import meet_shards
 from .checks import check_lr, fishers_beside
-from .config import LNGDConfig, check_field_names, is_due
+from .config import LNGDConfig, is_due, settings_of
 from .curvature.capture import Capture
 from .curvature.compiled import plain_name, uncompiled
 from .curvature.embeddings import EmbeddingLayer
@@ -82,12 +82,7 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module (not its parameters)")
         check_lr(lr)
-        check_field_names(fields)
-        if config is None:
-            config = LNGDConfig(**fields)
-        elif fields:
-            config = config.with_fields(**fields)
-        self.config = config
+        self.config = config = settings_of(config, fields)
         refuse_flat_parameters(model)
         model = uncompiled(model)
         self._routing = route(model, config)

@@ -133,6 +133,9 @@ def test_optim_args() -> None:
     [
         ("facto_interval=3", "factor_interval"),
         ("zzz=1", "accepted: preset"),
+        ("learning_rate=1", "optim_args: unknown name 'learning_rate'; did you mean lr?"),
+        ("PRESET=fast", "unknown name 'PRESET'; did you mean preset"),
+        ("weight-decay=0", "did you mean weight_decay or"),
         ("momentum", "name=value"),
         ("a=1,,b=2", "'a'"),
         ("seed=1,,momentum=0.5", "empty"),
@@ -159,6 +162,15 @@ def test_the_optimizer_checks_its_own_arguments() -> None:
         LNGD(model, lr=-1)
     with pytest.raises(ValueError, match="model: got"):
         LNGD(model.parameters())  # type: ignore[arg-type]
+    for config, told in (
+        (1e-3, "lr=1e-3"),
+        (torch.tensor(0.1), "lr=1e-3"),
+        ({"seed": 1}, r"LNGD\(model, \*\*settings"),
+    ):
+        with pytest.raises(ValueError, match=rf"config: got .*accepted: an LNGDConfig or None; .*{told}"):
+            LNGD(model, config)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="LNGD: unknown name 'learning_rate'; did you mean lr?"):
+        LNGD(model, learning_rate=1e-3)
     with pytest.raises(ValueError, match="no parameter"):
         LNGD(model.requires_grad_(False))
     assert LNGD(torch.nn.Linear(2, 2), LNGDConfig(preset="paper"), seed=5).config.seed == 5
