@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import LNGDConfig
@@ -65,3 +66,16 @@ def unshare_rate(group: dict[str, Any]) -> None:
     change one that several share as many times (torch's ReduceLROnPlateau)."""
     if isinstance(group["lr"], Tensor):
         group["lr"] = group["lr"].clone()
+
+
+def bias_share(groups: Mapping[str, Mapping[str, Any]]) -> float | Tensor:
+    """By what a bias's column in its layer's update is multiplied to be at the rate of ``lngd_bias``.
+
+    Where the rate of ``lngd`` is 0 there is no update that this could be a share of: the column is left as it is.
+    """
+    if "lngd_bias" not in groups:
+        return 1.0
+    lr, own = groups["lngd"]["lr"], groups["lngd_bias"]["lr"]
+    if isinstance(lr, Tensor):
+        return torch.where(lr > 0, own / lr, 1.0)
+    return own / lr if lr else 1.0

@@ -26,7 +26,7 @@ from .curvature.rounding import Rounding
 from .curvature.topology import Group, Topology
 from .distributed import Ranks
 from .fallback import Fallback
-from .groups import check_added, make_groups, unshare_rate
+from .groups import bias_share, check_added, make_groups, unshare_rate
 from .layer_step import step_layers
 from .preconditioner import Preconditioner, state_like
 from .routing import LNGD_OWNER, Route, format_rates, format_routes, route
@@ -63,7 +63,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         **fields: fields of `LNGDConfig`, on top of `config`; see `LNGDConfig.with_fields`.
 
     The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and
-    ``fallback_no_decay``, those that are not empty. Schedulers act on all of them alike.
+    ``fallback_no_decay``, those that are not empty. Schedulers act on all of them alike. ``lngd_bias`` has the biases
+    that are part of their layer's update: they take it at the rate of that group.
 
     Raises:
         ValueError: a bad value (field, value and what is accepted are named), or nothing to train.
@@ -167,7 +168,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
             assert self._preconditioner is not None
             terms = unscaled(self._capture.terms, self._loss_scale)
             samples = self._capture.rows
-            step_layers(self._preconditioner, samples, terms, self._shards, self._rounding, lr, decay, self._steps)
+            share, made = bias_share(groups), self._preconditioner
+            step_layers(made, samples, terms, self._shards, self._rounding, lr, decay, self._steps, share)
         for group in self.param_groups:
             if group["name"] == "embedding":
                 for embedding in self._embeddings:

@@ -136,6 +136,30 @@ def test_rates_of_groups_of_their_own() -> None:
     assert moved == [p.dim() == 2 for p in model.parameters()]
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize("fields", [{"direction": "natural"}, {"momentum_on": "update"}], ids=str)
+def test_biases_in_factors_have_a_rate_of_their_own(fields: dict[str, Any], kind: Any) -> None:
+    moved = {}
+    for share in (1.0, 0.0, 0.25):
+        model, optimizer = make(bias="factor", weight_decay=0.0, lr=kind(1e-2), **fields)
+        (group,) = (group for group in optimizer.param_groups if group["name"] == "lngd_bias")
+        group["lr"] = kind(share * 1e-2)
+        before = [p.detach().clone() for p in model.parameters()]
+        moved[share] = [b - a for a, b in zip(before, train(model, optimizer, 1), strict=True)]
+    for p, whole, none, part in zip(model.parameters(), *moved.values(), strict=True):
+        assert whole.any()
+        if any(p is bias for bias in group["params"]):
+            assert not none.any()
+            torch.testing.assert_close(part, 0.25 * whole, rtol=1e-3, atol=1e-7)
+        else:
+            assert torch.equal(none, whole) and torch.equal(part, whole)
+    for group in optimizer.param_groups:  # before a warm-up
+        group["lr"] = kind(0.0)
+    kept = [p.detach().clone() for p in model.parameters()]
+    after = train(model, optimizer, 1)
+    assert all(p.isfinite().all() for p in after) and (bool(fields.get("momentum_on")) or same(kept, after))
+
+
 SCHEDULERS = {
     "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
     "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 1e-2, 10, cycle_momentum=False),
