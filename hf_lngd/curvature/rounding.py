@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..sharding import local
-from .fisher import seed_of
+from .fisher import generator_for, seed_of
 
 # float32 is bfloat16 with so many more bits.
 _DROPPED = 16
@@ -38,7 +38,7 @@ class Draws:
     def on(self, device: torch.device) -> torch.Generator:
         """The generator of a device."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(seed_of(self.seed, self.what, self._step))
+            self._generators[device] = generator_for(device, seed_of(self.seed, self.what, self._step))
         return self._generators[device]
 
 
