@@ -97,6 +97,8 @@ def test_our_classes_work_beside_it(registered: None, tmp_path: Path) -> None:
     [
         ("factor_intervall=3", "did you mean factor_interval"),
         ("damping_rho=-1", "damping_rho: got -1.0"),
+        ("factor_interval=10,", "optim_args: got an empty item in 'factor_interval=10,'"),
+        ("factor_interval", "optim_args: got 'factor_interval', accepted: name=value"),
         ("preset=lngd_lr", "fisher: got 'true' in a stock Trainer"),
         ("family=kfac,fisher=true", "accepted: empirical; or use hf_lngd.LNGDTrainer"),
         ("family=kfac,direction=polar", r"direction: got 'polar', accepted: natural \(family=kfac\)"),
@@ -105,6 +107,47 @@ def test_our_classes_work_beside_it(registered: None, tmp_path: Path) -> None:
 def test_bad_settings_say_what_is_wrong(registered: None, text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         stock(tmp_path, hf_vit(), optim="lngd", optim_args=text).train()
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("exclude=a{1\\,2}", "exclude", "a{1,2}"),
+        ("seed=3, exclude=x=y", "exclude", "x=y"),
+        ("exclude=a b", "exclude", "a b"),
+        ("betas=0.8:0.9", "betas", (0.8, 0.9)),
+    ],
+)
+def test_settings_are_written_as_for_our_own_classes(
+    registered: None, text: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    """transformers would split at every comma and equals sign, and take out spaces."""
+    trainer = stock(tmp_path, hf_vit(), optim="lngd", optim_args=text)
+    optimizer = lngd_of(trainer.create_optimizer())
+    assert optimizer is not None and getattr(optimizer.config, field) == value
+    ours = LNGDTrainer(hf_vit(), LNGDTrainingArguments(str(tmp_path), optim_args=text, **SETTINGS))
+    assert lngd_of(ours.create_optimizer()).config == optimizer.config  # type: ignore[union-attr]
+
+
+def test_other_optimizers_are_chosen_as_before(tmp_path: Path) -> None:
+    """Also where a library has wrapped the Trainer's method in the meantime."""
+    before = Trainer.__dict__["get_optimizer_cls_and_kwargs"]
+    args = TrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="amsgrad", use_cpu=True)
+    for _ in range(2):
+        hf_lngd.register()
+        with pytest.raises(ValueError, match="not enough values to unpack"):
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        args.optim_args = None
+        assert Trainer.get_optimizer_cls_and_kwargs(args)[0] is torch.optim.AdamW
+        args.optim_args = "amsgrad"
+    with pytest.MonkeyPatch.context() as patch:
+        ours = Trainer.get_optimizer_cls_and_kwargs
+        patch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda *args: ours(*args)))
+        hf_lngd.unregister()
+        with pytest.raises(ValueError, match="not enough values to unpack"):
+            Trainer.get_optimizer_cls_and_kwargs(args)
+    hf_lngd.unregister()
+    assert Trainer.__dict__["get_optimizer_cls_and_kwargs"] is before
 
 
 def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +175,7 @@ def test_the_range_is_that_of_the_package() -> None:
         ("OptimizerNames", ["adamw_torch"], "without training_args.OptimizerNames, an enum of strings"),
         ("_OPTIMIZER_HANDLERS", [], "without trainer_optimizer._OPTIMIZER_HANDLERS, a dict of functions by name"),
         ("_OPTIMIZER_HANDLERS", {}, "without trainer_optimizer._OPTIMIZER_HANDLERS, a dict of functions by name"),
+        ("get_optimizer_cls_and_kwargs", lambda args: None, "without Trainer.get_optimizer_cls_and_kwargs, a static"),
         ("_OPTIMIZER_HANDLERS", None, "without trainer_optimizer._OPTIMIZER_HANDLERS, which this extends"),
     ],
 )
@@ -140,7 +184,7 @@ def test_a_later_version_that_was_built_otherwise_is_refused(
 ) -> None:
     """Within the range, but without the private parts: nothing is changed, and the version is named."""
     names = list(OptimizerNames)
-    owner = stock_module.training_args if part == "OptimizerNames" else trainer_optimizer
+    owner = {"OptimizerNames": stock_module.training_args, "_OPTIMIZER_HANDLERS": trainer_optimizer}.get(part, Trainer)
     if value is None:
         monkeypatch.delattr(owner, part)
     else:
