@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 
 import hf_lngd
-from hf_lngd import LNGD, LNGDTrainer, LNGDTrainerMixin, LNGDTrainingArguments
+from hf_lngd import (
+    LNGD,
+    LNGDSeq2SeqTrainer,
+    LNGDSeq2SeqTrainingArguments,
+    LNGDTrainer,
+    LNGDTrainerMixin,
+    LNGDTrainingArguments,
+)
 from hf_lngd.integrations import stock as stock_module
 from hf_lngd.integrations.diagnostics import lngd_of
 from tests.hf_helpers import hf_images, hf_vit
@@ -220,6 +228,30 @@ class OwnTrainer(Trainer):
 
 class OwnLNGDTrainer(LNGDTrainerMixin, OwnTrainer):
     """The same with the mixin before it."""
+
+
+@dataclass
+class OwnArguments(TrainingArguments):
+    """As trl's: a field that its trainer needs."""
+
+    max_length: int = 5
+
+
+class TrainerWithOwnArguments(Trainer):
+    def __init__(self, model: Any, args: Any = None, **kwargs: Any) -> None:
+        args = OwnArguments("own", use_cpu=True) if args is None else args
+        self.length = args.max_length
+        super().__init__(model, args, **kwargs)
+
+
+def test_without_arguments_a_trainer_makes_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = type("Both", (LNGDTrainerMixin, TrainerWithOwnArguments), {})(hf_vit())
+    assert trainer.length == 5 and type(trainer.args) is OwnArguments
+    assert "args: got none, so Both made OwnArguments, which do not ask for lngd" in caplog.text
+    caplog.clear()
+    stock_based = type("Stock", (LNGDTrainerMixin, Trainer), {})(hf_vit())
+    assert type(stock_based.args) is LNGDTrainingArguments and not caplog.text
+    assert type(LNGDSeq2SeqTrainer(hf_vit()).args) is LNGDSeq2SeqTrainingArguments
 
 
 def test_trainer_subclasses_work_registered_and_with_the_mixin(registered: None, tmp_path: Path) -> None:
