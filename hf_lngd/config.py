@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .checks import CHECKS, FAMILIES, check_factor_dtype, check_family, invalid, one_of
+from .optim_args import check_field_names, parse_items, text_of
 
 # A factor this wide is never cut: the paper works with whole factors.
 _UNCUT = 1 << 20
@@ -235,6 +234,8 @@ class LNGDConfig:
     def __post_init__(self) -> None:
         one_of("preset", self.preset, tuple(PRESETS))
         one_of("family", self.family, FAMILIES)
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not _FROM_PRESET]
+        object.__setattr__(self, "_given", tuple(given))
         for name, value in (PRESETS[self.preset] | FAMILY_DEFAULTS[self.family]).items():
             if getattr(self, name) is _FROM_PRESET:
                 object.__setattr__(self, name, value)
@@ -260,15 +261,29 @@ class LNGDConfig:
             ValueError: an item without ``=``, an unknown name (the closest are listed), a value of the wrong kind.
         """
         fields = dict(overrides)
-        fields.update(_parse_items(text or ""))
+        fields.update(parse_items(text or "", {"preset": "fast", "family": "lngd"} | _FAST))
         return cls(**fields)
+
+    def with_fields(self, **fields: Any) -> LNGDConfig:
+        """These settings with `fields` on top. Under another preset or family only what was given by name stays.
+
+        Raises:
+            ValueError: as the class; `preset` or `family` for settings that were given whole (``LNGDConfig(**d)``),
+                in which it would change nothing.
+        """
+        given: tuple[str, ...] = self._given  # type: ignore[attr-defined]
+        mine = self.to_dict()
+        for name in ("preset", "family"):
+            if fields.get(name, mine[name]) != mine[name] and set(mine) == set(given):
+                raise invalid(name, fields[name], f"{mine[name]} on top of settings that name every field")
+        return type(self)(**{name: mine[name] for name in given} | fields)
 
     def to_optim_args(self) -> str:
         """The shortest text that :meth:`from_optim_args` makes these settings of: the preset, and what differs."""
         family = {} if self.family == "lngd" else {"family": self.family}
         plain = type(self)(preset=self.preset, **family).to_dict()  # type: ignore[arg-type]
         changed = {name: value for name, value in self.to_dict().items() if value != plain[name]}
-        return ",".join(f"{name}={_text(v)}" for name, v in {"preset": self.preset, **family, **changed}.items())
+        return ",".join(f"{name}={text_of(v)}" for name, v in {"preset": self.preset, **family, **changed}.items())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values (tuples become lists), ready for JSON and for ``LNGDConfig(**d)``."""
@@ -294,63 +309,17 @@ def is_due(step: int, interval: int, config: LNGDConfig) -> bool:
     return step % interval == 0 or early
 
 
-def check_field_names(fields: Mapping[str, Any]) -> None:
-    """Raise ValueError for a name that is no field of :class:`LNGDConfig`, with the closest ones."""
-    known = [field.name for field in dataclasses.fields(LNGDConfig)]
-    for name in fields:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"accepted: {', '.join(known)}"
-            raise ValueError(f"optim_args: unknown name '{name}'; {hint}")
+def settings_of(config: LNGDConfig | None, fields: Mapping[str, Any]) -> LNGDConfig:
+    """The settings that :class:`hf_lngd.LNGD` was given: `fields` on top of `config`.
 
-
-def _parse_items(text: str) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for item in re.split(r"(?<!\\),", text):
-        item = item.replace("\\,", ",").strip()
-        if not item:
-            if text.strip():
-                raise ValueError(f"optim_args: got an empty item in {text!r}, accepted: name=value,name=value")
-            continue
-        name, equals, value = item.partition("=")
-        name, value = name.strip(), value.strip()
-        if not equals:
-            raise ValueError(f"optim_args: got {item!r}, accepted: name=value")
-        if name in fields:
-            raise ValueError(f"optim_args: got '{name}' twice, accepted: each name once")
-        check_field_names({name: value})
-        fields[name] = _parse_value(name, value)
-    return fields
-
-
-def _text(value: Any) -> str:
-    """A field's value as `_parse_value` reads it."""
-    if isinstance(value, list):
-        return ":".join(map(str, value))
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value).replace(",", "\\,")
-
-
-# Fields whose text may be a word or a number.
-_AUTO_OR_INTEGER = ("max_factor_dim", "polar_interval")
-
-
-def _parse_value(name: str, value: str) -> Any:
-    """The value of a field from its text; what cannot be converted is left for the field's own check to refuse."""
-    example = _FAST.get(name, "")
-    if name == "exclude" or (isinstance(example, str) and name not in _AUTO_OR_INTEGER):
-        return value
-    lowered = value.lower()
-    if isinstance(example, bool):
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(lowered, value)
-    try:
-        if name == "fallback_lr":
-            return None if lowered == "none" else float(value)
-        if name == "betas":
-            return tuple(float(beta) for beta in value.split(":"))
-        if name in _AUTO_OR_INTEGER:
-            return lowered if lowered == "auto" else int(value)
-        return type(example)(value)
-    except ValueError:
-        return value
+    Raises:
+        ValueError: `config` is something else, such as the learning rate, which AdamW takes in that place; an unknown
+            or bad field.
+    """
+    if config is not None and not isinstance(config, LNGDConfig):
+        hint = (
+            "settings by name, as in LNGD(model, **settings)" if isinstance(config, Mapping) else "the rate as lr=1e-3"
+        )
+        raise ValueError(f"config: got {config!r}, accepted: an LNGDConfig or None; {hint}")
+    check_field_names(fields, [field.name for field in dataclasses.fields(LNGDConfig)], "LNGD")
+    return LNGDConfig(**fields) if config is None else config.with_fields(**fields)

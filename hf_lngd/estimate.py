@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import LNGDConfig
 from .curvature.layer_bank import polar_interval
+from .fallback import Fallback
 from .optimizer import LNGD
 from .placement import Speed
 from .routing import ROTATED_EMBEDDING, Route
@@ -43,7 +45,7 @@ class Estimate:
         table: the same, printable.
         trained: numbers that are trained.
         memory: bytes by kind, as `LNGD.memory_usage` gives them after a step.
-        adamw: bytes of AdamW's state.
+        adamw: bytes of torch's AdamW's state, in the weights' own dtype.
         factors: Φ (the inputs' side of other families).
         model_flops: products of a forward and backward pass.
         capture_flops, inverse_flops: of a factor step, and of one inversion of all factors.
@@ -104,7 +106,9 @@ def estimate(model: nn.Module, loss: Callable[[], Tensor], config: LNGDConfig) -
             optimizer.step()
         trained = [p for p in model.parameters() if p.requires_grad]
         memory = optimizer.memory_usage()
-        memory["fallback"] = sum(_ADAMW_STATE * p.numel() * p.element_size() + 4 for p in rest)
+        memory["fallback"] = sum(_bytes(Fallback.new_moments(p)) for p in rest)
+        if config.bf16_update == "kahan":
+            memory["rounding"] += sum(p.numel() * p.element_size() for p in rest if p.dtype == torch.bfloat16)
         memory["total"] = sum(size for kind, size in memory.items() if kind != "total")
         return Estimate(
             routes=optimizer.routing(),
@@ -130,6 +134,10 @@ def _gradients(loss: Callable[[], Tensor], rest: list[nn.Parameter]) -> float:
     for parameter in rest:
         parameter.grad = None
     return float(counter.get_total_flops())
+
+
+def _bytes(moments: dict[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in moments.values())
 
 
 def _factors(optimizer: LNGD) -> list[FactorSize]:

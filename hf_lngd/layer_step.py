@@ -21,6 +21,7 @@ def step_layers(
     lr: float | Tensor,
     decay: float,
     step: int,
+    bias_share: float | Tensor = 1.0,
 ) -> None:
     """W ← W − lr · decay · W − update, of every layer that has a gradient.
 
@@ -31,15 +32,16 @@ def step_layers(
         rounding: of bfloat16 weights.
         lr, decay: of the layers' group.
         step: number of the step.
+        bias_share: by what the part of an update that is a bias's is multiplied, see `groups.bias_share`.
     """
     if shards is None:
-        _step_whole(made, samples, terms, rounding, lr, decay, step)
+        _step_whole(made, samples, terms, rounding, lr, decay, step, bias_share)
     else:
-        _step_sharded(made, samples, terms, shards, rounding, lr, decay, step)
+        _step_sharded(made, samples, terms, shards, rounding, lr, decay, step, bias_share)
 
 
 def _step_whole(made: Preconditioner, samples: dict[str, RowSamples], terms: Tensor | float, rounding: Rounding,
-                lr: float | Tensor, decay: float, step: int) -> None:  # fmt: skip
+                lr: float | Tensor, decay: float, step: int, bias_share: float | Tensor) -> None:  # fmt: skip
     for bank in made.layer_banks:
         present = [i for i, layer in enumerate(bank.layers) if layer.weight.grad is not None]
         if not present:
@@ -54,11 +56,12 @@ def _step_whole(made: Preconditioner, samples: dict[str, RowSamples], terms: Ten
         biases = [(y.bias, y.like_bias(u)) for y, u in zip(layers, updates, strict=True) if y.bias is not None]
         with rounding.full([bias for bias, _ in biases]) as whole:
             for value, (_, change) in zip(whole, biases, strict=True):
-                value.sub_(change)
+                value.sub_(change * bias_share)
 
 
 def _step_sharded(made: Preconditioner, samples: dict[str, RowSamples], terms: Tensor | float, shards: Shards,
-                  rounding: Rounding, lr: float | Tensor, decay: float, step: int) -> None:  # fmt: skip
+                  rounding: Rounding, lr: float | Tensor, decay: float, step: int,
+                  bias_share: float | Tensor) -> None:  # fmt: skip
     """Gradients go whole to the owner of each layer, updates come back as rows: two collectives in all."""
     owners = made.owners
     assert owners is not None
@@ -85,7 +88,7 @@ def _step_sharded(made: Preconditioner, samples: dict[str, RowSamples], terms: T
         for layer, update in zip(layers, updates, strict=True):
             changes[places[layer.name, "weight"]] = layer.like_weight(update)
             if layer.bias is not None:
-                changes[places[layer.name, "bias"]] = layer.like_bias(update)
+                changes[places[layer.name, "bias"]] = layer.like_bias(update) * bias_share
     with rounding.full(parameters) as rows:
         updates = shards.spread(changes, rows, shapes, ranks)
         if decay:

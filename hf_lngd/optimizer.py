@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import serialization
 from .adoption import meet_shards
 from .checks import check_lr, fishers_beside
-from .config import LNGDConfig, check_field_names, is_due
+from .config import LNGDConfig, is_due, settings_of
 from .curvature.capture import Capture
 from .curvature.compiled import plain_name, uncompiled
 from .curvature.embeddings import EmbeddingLayer
@@ -26,18 +26,10 @@ from .curvature.rounding import Rounding
 from .curvature.topology import Group, Topology
 from .distributed import Ranks
 from .fallback import Fallback
+from .groups import bias_share, check_added, make_groups, unshare_rate
 from .layer_step import step_layers
 from .preconditioner import Preconditioner, state_like
-from .routing import (
-    EXACT_EMBEDDING,
-    FALLBACK_OWNER,
-    LNGD_OWNER,
-    ROTATED_EMBEDDING,
-    Route,
-    format_rates,
-    format_routes,
-    route,
-)
+from .routing import LNGD_OWNER, Route, format_rates, format_routes, route
 from .scaler import UnderScaler
 from .seen import check_capture, check_rows
 from .sharded_checkpoint import refuse_torchs_own
@@ -62,15 +54,17 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
     Args:
         model: the model that will be trained; its layers are watched by hooks during factor steps.
         config: the settings; none: those of the preset ``fast``.
-        lr: α of the paper; with ``rate="rms"`` (the default) it means what it means for AdamW.
+        lr: α of the paper; with ``rate="rms"`` (the default) it means what it means for AdamW. Of a tensor each group
+            gets a copy.
         process_group: the processes that train this model together, if these are not all of the job: the group that
             DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients. Make LNGD after
             ``init_process_group``: else the first factor step of ``sampled`` and ``true`` draws alike on all ranks.
             Under FSDP2 (`fully_shard`, best before LNGD is made) it is that of the parameters' mesh.
-        **fields: fields of `LNGDConfig`, on top of `config`.
+        **fields: fields of `LNGDConfig`, on top of `config`; see `LNGDConfig.with_fields`.
 
     The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and
-    ``fallback_no_decay``, those that are not empty. Schedulers act on all of them alike.
+    ``fallback_no_decay``, those that are not empty. Schedulers act on all of them alike. ``lngd_bias`` has the biases
+    that are part of their layer's update: they take it at the rate of that group.
 
     Raises:
         ValueError: a bad value (field, value and what is accepted are named), or nothing to train.
@@ -89,20 +83,15 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module (not its parameters)")
         check_lr(lr)
-        check_field_names(fields)
-        if config is None:
-            config = LNGDConfig(**fields)
-        elif fields:
-            config = LNGDConfig(**{**config.to_dict(), **fields})
-        self.config = config
+        self.config = config = settings_of(config, fields)
         refuse_flat_parameters(model)
         model = uncompiled(model)
         self._routing = route(model, config)
-        self._names: dict[str, list[str]] = {}  # of each group's parameters
         self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
         self._rounding = Rounding(config.bf16_update, config.seed)
         self._fallback = Fallback(config.betas, config.eps, self._rounding)
-        super().__init__(self._make_groups(lr), {"lr": lr, "weight_decay": 0.0})
+        groups, self._names = make_groups(self._routing.routes, self._parameters, config, lr)
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
         self._ranks = Ranks(process_group)
         # a rotated table is made of the gradient alone, which DDP has reduced
         self._embeddings: list[EmbeddingLayer | RotatedTable] = [
@@ -141,28 +130,6 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         settings = {f"{group['name']}.lr": float(group["lr"]) for group in self.param_groups}
         settings["steps made"] = self._steps
         self._ranks.check_same("the model, its settings or steps", self.config.to_dict() | settings | parameters)
-
-    def _make_groups(self, lr: float | Tensor) -> list[dict[str, Any]]:
-        c = self.config
-        fallback_lr = lr * c.fallback_lr_scale if c.fallback_lr is None else c.fallback_lr
-        groups: dict[str, dict[str, Any]] = {}
-        for r in self._routing.routes:
-            if r.reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
-                name = "embedding"
-            elif r.owner == LNGD_OWNER:
-                name = "lngd" if r.decays else "lngd_bias"
-            elif r.owner == FALLBACK_OWNER:
-                name = "fallback" if r.decays else "fallback_no_decay"
-            else:
-                continue
-            own_lr = lr if name in ("lngd", "lngd_bias") else fallback_lr
-            decay = c.weight_decay * (c.weight_decay_scale if name == "lngd" else 1.0) if r.decays else 0.0
-            group = groups.setdefault(name, {"params": [], "name": name, "lr": own_lr, "weight_decay": decay})
-            group["params"].append(self._parameters[r.parameter])
-            self._names.setdefault(name, []).append(r.parameter)
-        if not groups:
-            raise ValueError("model: got no parameter that requires a gradient, accepted: at least one")
-        return sorted(groups.values(), key=lambda group: group["name"] != "lngd")  # Trainer logs the first one's rate
 
     # The step
 
@@ -207,7 +174,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
             assert self._preconditioner is not None
             terms = unscaled(self._capture.terms, self._loss_scale)
             samples = self._capture.rows
-            step_layers(self._preconditioner, samples, terms, self._shards, self._rounding, lr, decay, self._steps)
+            share, made = bias_share(groups), self._preconditioner
+            step_layers(made, samples, terms, self._shards, self._rounding, lr, decay, self._steps, share)
         for group in self.param_groups:
             if group["name"] == "embedding":
                 for embedding in self._embeddings:
@@ -384,6 +352,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         state = dict(state_dict)
         own = serialization.check(self, state.pop("lngd", None))
         super().load_state_dict(state)  # type: ignore[arg-type]
+        for group in self.param_groups:
+            unshare_rate(group)
         serialization.load(self, own)
         self._ranks_agree = False
         self._arm()
@@ -393,7 +363,15 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         raise TypeError(NO_COPY)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Parameters added later are AdamW's: no layer of the model is known to own them."""
+        """Parameters added later are AdamW's: no layer of the model is known to own them.
+
+        Raises:
+            ValueError: the name of one of LNGD's own groups, as in a copy of one.
+        """
         if isinstance(param_group, dict):  # else torch says what it takes
-            param_group.setdefault("name", "added")
+            name = param_group.setdefault("name", "added")
+            if name not in self._names or any(group["name"] == name for group in self.param_groups):
+                check_added(name)
+            param_group.setdefault("lr", self.defaults["lr"])
+            unshare_rate(param_group)
         super().add_param_group(param_group)

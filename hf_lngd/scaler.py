@@ -1,8 +1,9 @@
-"""Steps that a gradient scaler makes, or leaves out: what the optimizer has to know of them, and how it learns it.
+"""Steps that a gradient scaler or a loop makes, or leaves out: what the optimizer has to know, and how it learns it.
 
 Statistics of gradients are taken in hooks, where gradients are still those of the scaled loss; and what hooks have
 gathered in a step with an inf must not reach the next one. `torch.amp.GradScaler` tells an optimizer neither, so it is
-found on the stack: nothing has to be attached, in a plain loop, with accelerate or in a Trainer.
+found on the stack: nothing has to be attached, in a plain loop, with accelerate or in a Trainer. Behind a wrapper
+that keeps its questions away, or where a loop leaves steps out by itself, the gradients tell: they are dropped.
 """
 
 from __future__ import annotations
@@ -15,13 +16,19 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from .curvature.context import stepping_scaler
+from .curvature.dropped import Gradients
 
 
 class Gatherer(Protocol):
-    """What gathers statistics between two steps. `doubtful`: of a step that may be left out; the next forward pass
-    then begins anew."""
+    """What gathers statistics between two steps.
+
+    Attributes:
+        doubtful: they are of a step that may be left out; the next forward pass then begins anew.
+        gradients: of the same step, and whether they were dropped; so does it then.
+    """
 
     doubtful: bool
+    gradients: Gradients
 
     def watch(self, enabled: bool) -> None:
         """Look at forward passes, or look away."""
@@ -61,6 +68,12 @@ class UnderScaler:
         """Take over parameters that have replaced the optimizer's, as the scaler unscales what is in its groups; were
         there any?"""
         return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. If no step was made of these gradients, nothing that was gathered of them is kept."""
+        for gatherer in self._gatherers:
+            gatherer.gradients.drop()
+        super().zero_grad(set_to_none)  # type: ignore[misc]
 
     def _doubt(self, doubtful: bool) -> None:
         for gatherer in self._gatherers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .checks import GRADIENT_FISHERS
 from .config import LNGDConfig
 from .curvature.capture import Capture
+from .curvature.compiled import stance_in_the_way
 from .curvature.layers import Layer
 
 
@@ -36,8 +37,15 @@ def check_capture(config: LNGDConfig, capture: Capture, layers: list[Layer], sta
         raise RuntimeError(
             "LNGD.step(): the layers have gradients, but no forward pass of the model was seen. Call the model "
             "that was given to LNGD (a wrapper around it is fine), with gradients enabled, after LNGD was made "
-            "and without optimizer.eval()."
+            "and without optimizer.eval()" + _stances()
         )
+
+
+def _stances() -> str:
+    """What else torch.compile needs. A stance that was set around the forward pass alone is not there any more."""
+    stance = stance_in_the_way()
+    given = "" if stance is None else f", got {stance!r}"
+    return f"; if it is compiled, with no torch.compiler.set_stance around the call{given}."
 
 
 def check_rows(config: LNGDConfig, capture: Capture, layers: list[Layer], many: bool) -> None:

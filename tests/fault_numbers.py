@@ -127,9 +127,11 @@ for _text, _value in (("NaN", NAN), ("infinity", INF)):
 )
 def thrown_away(scene: Scene) -> None:
     scene.make()
-    scene.backward(scale=NAN)
+    scene.backward(scene.batch(9), NAN)
     scene.optimizer.zero_grad()
-    scene.step()
+    scene.backward(scene.batch(4))
+    assert scene.optimizer._capture.rows_seen == 4
+    scene.finish()
 
 
 def spoil_once(scene: Scene, change: Callable[[Tensor], Tensor], **fields: Any) -> Tensor:

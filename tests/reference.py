@@ -73,6 +73,10 @@ class NaiveLayer:
 
     def step(self, grad: Tensor, lr: float, decay: float = 0.0) -> None:
         """Algorithm 1 and its variants, recomputing everything."""
+        joint_step([self], [grad], lr, decay)
+
+    def prepare(self, grad: Tensor) -> Tensor:
+        """D of this step, its rows scaled."""
         c, g = self.c, grad.double()
         if c.momentum_on == "gradient":
             self.momentum = c.momentum * self.momentum + (1 - c.momentum) * g
@@ -81,22 +85,21 @@ class NaiveLayer:
         if c.row_decay and c.direction != "natural":
             self.rows = c.row_decay * self.rows + (1 - c.row_decay) * direction.square().mean(1)
             direction = direction / self.rows.sqrt()[:, None]
-        update = lr * self.rate(direction) * direction
+        return direction
+
+    def apply(self, update: Tensor, decay: float) -> None:
+        """The step itself: `update` is αα_l D, `decay` what the weights shrink by."""
+        c = self.c
         if c.momentum_on == "update":
             self.momentum = c.momentum * self.momentum + update
             update = update + c.momentum * self.momentum if c.nesterov else self.momentum
-        self.w = self.w * (1 - lr * decay) - update
+        self.w = self.w * (1 - decay) - update
         self.t += 1
 
-    def rate(self, direction: Tensor) -> float:
-        """α_l."""
-        if self.c.rate == "none":
-            return 1.0
-        if self.c.rate == "rms":
-            return self.c.rate_scale / float(direction.square().mean().sqrt())
+    def form(self, direction: Tensor) -> float:
+        """DᵀFD."""
         phi, psi = self.phi / self.seen, self.psi / self.seen
-        form = sum(float(psi[i] * direction[i] @ phi @ direction[i]) for i in range(len(psi)))
-        return self.c.rate_scale / math.sqrt(form)
+        return sum(float(psi[i] * direction[i] @ phi @ direction[i]) for i in range(len(psi)))
 
     def direction(self, g: Tensor) -> Tensor:
         """D."""
@@ -123,6 +126,19 @@ class NaiveLayer:
         return g @ self.root if d <= m else self.root @ x @ white
 
 
+def joint_step(units: list, grads: list[Tensor], lr: float, decay: float = 0.0) -> None:
+    """A step of a layer's groups, which have factors and directions of their own and one α_l."""
+    c, directions = units[0].c, [unit.prepare(grad) for unit, grad in zip(units, grads, strict=True)]
+    rate = 1.0
+    if c.rate == "rms":
+        rate = c.rate_scale / float(torch.stack(directions).square().mean().sqrt())
+    elif c.rate == "trust":
+        forms = [unit.form(direction) for unit, direction in zip(units, directions, strict=True)]
+        rate = c.rate_scale / math.sqrt(sum(forms))
+    for unit, direction in zip(units, directions, strict=True):
+        unit.apply(lr * rate * direction, lr * decay)
+
+
 # Polar Express, Amsel et al. 2025, Algorithm 1: the first five quintics for [1e-3, 1], as printed.
 _QUINTICS = [
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -134,7 +150,9 @@ _QUINTICS = [
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """The quintics on the singular values themselves; all but the last take s / 1.01."""
+    """The quintics on the singular values themselves; all but the last take s / 1.01. One row is normalised."""
+    if min(x.shape) == 1:
+        return x / x.norm()
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     s = s / s.norm()
     for i, (a, b, c) in enumerate(_QUINTICS):
@@ -251,3 +269,21 @@ class NaiveFamily:
                 p, q = right / size_r, left / size_r
                 whole = torch.kron(root * p + lam**0.5 * eye_d, root * q + lam**0.5 * eye_m)
         return torch.linalg.solve(whole, grad.double().T.flatten()).view(d, m).T
+
+
+class NaiveFamilyLayer(NaiveLayer):
+    """One layer under another family: its direction, in the same step."""
+
+    def __init__(self, weight: Tensor, config) -> None:
+        super().__init__(weight, config)
+        self.own = NaiveFamily(config.family, *weight.shape, config)
+
+    def observe_gradients(self, a: Tensor, g: Tensor, rows: list[int], scale: float) -> None:
+        """As `NaiveFamily.observe` with whole factors, then inverses."""
+        m, d = self.w.shape
+        self.own.observe(a, g, rows, scale, (1, m), (1, d))
+        self.own.invert()
+
+    def direction(self, g: Tensor) -> Tensor:
+        """D."""
+        return self.own.direction(g)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lngd import LNGD
-from hf_lngd.curvature.rounding import Rounding, round_at_random
+from hf_lngd.curvature.rounding import Rounding, rest_of, round_at_random
 
 BF16 = torch.bfloat16
 OWNERS: list[dict[str, Any]] = [
@@ -54,6 +54,72 @@ def trained(
         optimizer.step()
         optimizer.zero_grad()
     return {name: p.detach().float() - start[name] for name, p in model.named_parameters()}, model, optimizer
+
+
+def written(model: nn.Module, numbers: dict[str, Tensor], how: str) -> None:
+    if how == "load_state_dict":
+        model.load_state_dict(numbers)
+    for name, p in model.named_parameters():
+        if how == "copy_":
+            with torch.no_grad():
+                p.copy_(numbers[name])
+        elif how == "data.copy_":  # of which the parameter's version does not tell
+            p.data.copy_(numbers[name])
+        elif how == "data":
+            p.data = numbers[name].clone()
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "copy_", "data.copy_", "data"])
+@pytest.mark.parametrize("what", ["zeros", "others"])
+def test_weights_that_were_written_over_are_those_that_were_written(how: str, what: str) -> None:
+    """No rest of the old ones comes back: at a rate of 0 nothing changes."""
+    _, model, optimizer = trained(BF16, steps=5)
+    assert any(lost.any() for lost in optimizer._rounding.lost.values())
+    torch.manual_seed(3)
+    make = torch.zeros_like if what == "zeros" else torch.randn_like
+    numbers = {name: make(value) for name, value in model.state_dict().items()}
+    written(model, numbers, how)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    model(torch.arange(6).view(2, 3)).float().sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if what == "zeros":
+            assert not p.any(), name
+        else:  # within rounding: half a gap goes to the even number
+            torch.testing.assert_close(p.detach(), numbers[name], rtol=2**-7, atol=0.0, msg=name)
+
+
+def test_the_rest_of_a_number_is_always_taken_for_that() -> None:
+    """Of all magnitudes, powers of two and halves of gaps, whose rest is rounded to the next number's border."""
+    torch.manual_seed(0)
+    bits = torch.randint(0, 1 << 15, (200_000,), dtype=torch.int32) << 16
+    tail = torch.randint(0, 1 << 16, (200_000,), dtype=torch.int32)
+    tail[::4] = (1 << 15) + torch.randint(-200, 200, (50_000,), dtype=torch.int32)
+    bits[1::4] &= 0x7F800000
+    value = (bits | tail).view(torch.float32)
+    value = value[value.isfinite() & value.to(BF16).isfinite() & (value.abs() > 1e-30)]
+    for signed in (value, -value):
+        weight = signed.to(BF16)
+        lost = (signed - weight).to(BF16)
+        assert torch.equal(rest_of(weight, lost), lost)
+        assert not rest_of(weight, lost * 2.1)[lost.abs() > weight.abs() * 2**-9].any()
+
+
+def test_a_state_may_be_loaded_before_its_weights() -> None:
+    _, model, optimizer = trained(BF16, steps=5)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    found = []
+    for order in ((0, 1), (1, 0)):
+        _, again, resumed = trained(BF16, steps=0)
+        for which in order:
+            (again, resumed)[which].load_state_dict(copy.deepcopy(state[which]))
+        for _ in range(3):
+            again(torch.arange(6).view(2, 3)).float().square().sum().backward()
+            resumed.step()
+            resumed.zero_grad()
+        found.append(list(again.parameters()))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("fields", OWNERS, ids=str)

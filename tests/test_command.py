@@ -157,11 +157,18 @@ def test_what_a_script_raises_and_exits_with_is_its_own(tmp_path: Path) -> None:
         main([str(script)])
 
 
+def test_a_folder_with_a_main_runs_as_python_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "__main__.py").write_text("print('here', __name__)\n")
+    main([str(tmp_path)])
+    assert capsys.readouterr().out == "here __main__\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         ([], "error: script: got none, accepted: a Python file, -m with a module, or doctor with a model"),
         (["no.py"], "error: script: got 'no.py', which is not there"),
+        (["tests"], "error: script: got 'tests', a folder without a __main__.py, accepted: a Python file"),
         (["--optim", "lngd"], "error: script: got the option '--optim'"),
         (["-m"], "error: -m: got no module"),
         (["-m", "no.such.module"], "error: -m: got 'no.such.module', which is no module here"),

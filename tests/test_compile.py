@@ -163,6 +163,69 @@ def test_evaluation_and_what_comes_after_run_compiled() -> None:
         assert stance() == "eager_on_recompile"
 
 
+def stepping(model: nn.Module, call: Callable[[Tensor], Tensor], optimizer: LNGD, step: int) -> None:
+    ids = torch.randint(0, 9, (8, 4), generator=torch.Generator().manual_seed(step))
+    call(ids).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("close", ["within", "after"])
+@pytest.mark.parametrize("each", [False, True], ids=["around all steps", "around each step"])
+def test_a_stance_of_the_users_around_steps_leaves_nothing_behind(each: bool, close: str) -> None:
+    """LNGD puts its stance there before, so the end of the `with` puts it back after LNGD wanted it."""
+    model = Net()
+    optimizer = LNGD(model, lr=1e-2)
+    for _ in range(6 if each else 1):
+        with torch.compiler.set_stance("eager_on_recompile"):
+            for _ in range(1 if each else 6):
+                stepping(model, model, optimizer, optimizer._steps)
+                assert stance() == (EAGER if optimizer._capture._handles else "eager_on_recompile")
+            if close == "within" and optimizer._steps == 6:
+                optimizer.close()
+                assert stance() == "eager_on_recompile"
+        if optimizer._steps < 6:
+            assert stance() == (EAGER if optimizer._capture._handles else DEFAULT)
+    assert stance() == DEFAULT  # the next factor step is the 20th
+    optimizer.close()
+    assert stance() == DEFAULT
+    model.compile(backend="aot_eager")
+    model(torch.zeros(2, 4, dtype=torch.int64))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("at", [0, 4], ids=["while LNGD looks", "while it does not"])
+def test_a_stance_that_the_user_sets_in_mid_training_stays(at: int) -> None:
+    model = Net()
+    optimizer = LNGD(model, lr=1e-2, **OFTEN)
+    try:
+        for step in range(11):
+            if step == at:
+                torch.compiler.set_stance("default", skip_guard_eval_unsafe=True, force_backend="eager")
+            stepping(model, model, optimizer, step)
+            assert (stance() == EAGER) == bool(optimizer._capture._handles)
+        optimizer.close()
+        found = torch._dynamo.eval_frame._stance
+        assert (found.stance, found.skip_guard_eval_unsafe, found.backend) == (DEFAULT, True, "eager")
+    finally:
+        torch.compiler.set_stance(DEFAULT)
+
+
+def test_a_stance_that_keeps_compiled_code_from_being_seen_is_named() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(8, 4)
+    call = torch.compile(model, backend="aot_eager")
+    call(x).sum().backward()
+    optimizer = LNGD(model)
+    with torch.compiler.set_stance("eager_on_recompile"):
+        call(x).sum().backward()
+        with pytest.raises(RuntimeError, match="no forward pass.*no torch.compiler.set_stance.*'eager_on_recompile'"):
+            optimizer.step()
+        call(x).sum().backward()  # from now on it is seen
+        optimizer.step()
+    optimizer.close()
+    assert stance() == DEFAULT
+
+
 def test_names_and_states_are_those_from_before() -> None:
     def make(how: str) -> tuple[nn.Module, LNGD]:
         model: nn.Module = Net()

@@ -93,6 +93,25 @@ def test_copies_are_equal() -> None:
         LNGDConfig("paper")  # type: ignore[misc]
 
 
+def test_a_preset_or_family_on_top_of_settings_leaves_what_was_given() -> None:
+    """What was not given follows, also where a given value is that of the old preset."""
+    config = LNGDConfig(momentum=0.5, weight_decay=0.1)
+    assert config.with_fields(preset="paper") == LNGDConfig(preset="paper", momentum=0.5, weight_decay=0.1)
+    assert config.with_fields(family="kfac", seed=3).with_fields(preset="lngd_sample") == LNGDConfig(
+        preset="lngd_sample", family="kfac", momentum=0.5, weight_decay=0.1, seed=3
+    )
+    again = pickle.loads(pickle.dumps(LNGDConfig.preset("paper", seed=4)))
+    assert again.with_fields(preset="fast") == LNGDConfig(seed=4)
+
+
+@pytest.mark.parametrize(("name", "value"), [("preset", "paper"), ("family", "kfac")])
+def test_a_preset_or_family_that_would_change_nothing_is_refused(name: str, value: str) -> None:
+    whole = LNGDConfig(**LNGDConfig().to_dict())
+    assert whole.with_fields(seed=4, **{name: getattr(whole, name)}).seed == 4
+    with pytest.raises(ValueError, match=f"{name}: got '{value}', accepted: (fast|lngd) on top of settings"):
+        whole.with_fields(**{name: value})
+
+
 def test_damping_bounds_are_in_order() -> None:
     with pytest.raises(ValueError, match="damping_min.*damping_max"):
         LNGDConfig(damping_min=1.0, damping_max=0.1)
@@ -114,6 +133,9 @@ def test_optim_args() -> None:
     [
         ("facto_interval=3", "factor_interval"),
         ("zzz=1", "accepted: preset"),
+        ("learning_rate=1", "optim_args: unknown name 'learning_rate'; did you mean lr?"),
+        ("PRESET=fast", "unknown name 'PRESET'; did you mean preset"),
+        ("weight-decay=0", "did you mean weight_decay or"),
         ("momentum", "name=value"),
         ("a=1,,b=2", "'a'"),
         ("seed=1,,momentum=0.5", "empty"),
@@ -140,6 +162,17 @@ def test_the_optimizer_checks_its_own_arguments() -> None:
         LNGD(model, lr=-1)
     with pytest.raises(ValueError, match="model: got"):
         LNGD(model.parameters())  # type: ignore[arg-type]
+    for config, told in (
+        (1e-3, "lr=1e-3"),
+        (torch.tensor(0.1), "lr=1e-3"),
+        ({"seed": 1}, r"LNGD\(model, \*\*settings"),
+    ):
+        with pytest.raises(ValueError, match=rf"config: got .*accepted: an LNGDConfig or None; .*{told}"):
+            LNGD(model, config)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="LNGD: unknown name 'learning_rate'; did you mean lr?"):
+        LNGD(model, learning_rate=1e-3)
     with pytest.raises(ValueError, match="no parameter"):
         LNGD(model.requires_grad_(False))
     assert LNGD(torch.nn.Linear(2, 2), LNGDConfig(preset="paper"), seed=5).config.seed == 5
+    on_top = LNGD(torch.nn.Linear(2, 2), LNGDConfig(seed=5), preset="paper").config
+    assert on_top == LNGDConfig(preset="paper", seed=5)

@@ -41,16 +41,72 @@ def test_options_exist_and_are_accepted(name: str) -> None:
     assert here <= FIELDS | {"lr"}
 
 
-def test_figures_of_tuning_are_those_of_the_results() -> None:
-    """Every figure with a fraction stands in the README or in benchmarks/README.md."""
-    known = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "benchmarks/README.md").read_text(
-        encoding="utf-8"
-    )
-    known_numbers = set(re.findall(r"\d+\.\d+", known))
-    figures = set(re.findall(r"[+−]?\d+\.\d+", (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")))
-    signed = {figure for figure in figures if figure[0] in "+−"}
-    assert len(signed) >= 8 and all(figure in known for figure in signed)
-    assert {figure.lstrip("+−") for figure in figures} - known_numbers <= {"0.002"}  # a bound over several
+# What tuning.md says, and the one row or paragraph that it quotes: a part of that, and the figures as they stand there.
+HERE, BENCH = "README.md", "benchmarks/README.md"
+QUOTES = [
+    ("chance alone is worth 0.01 and 0.02", HERE, "Numbers are differences of", "0.01"),
+    ("chance alone is worth 0.01 and 0.02", HERE, "On the CIFAR-10 ResNet (", "0.02"),
+    ("best rate of matrices was 0.8 to 4.3 times", HERE, "The studies above tuned", "0.8 4.3"),
+    ("`momentum`: 0.8 is the default.", HERE, "| `momentum`,", "0.8"),
+    ("tuned to 0.6; beside that 0.9 at half the rate costs +0.110", HERE, "| `momentum`,", "0.9 at half +0.110 0.6"),
+    ("`weight_decay`: 0.1 is the default", HERE, "| `weight_decay` |", "0.1"),
+    ("AdamW gains 0.26 with 1.6 and LNGD 0.20 with 0.4", BENCH, "Weight decay was at 0.1",
+     "AdamW gains 0.26 with 1.6 LNGD 0.20 with 0.4"),
+    ("1000 costs +0.028 on Multi30k", HERE, "| `damping`, `damping_rho`", "1000: +0.028"),
+    ("on the ResNet 10 gains −0.030", HERE, "On the CIFAR-10 ResNet (", "ρ = 10 −0.030"),
+    ("at 100 in place of 20, −0.001 on Multi30k", HERE, "| `factor_interval`,", "100: −0.001"),
+    ("and +0.032 on the ResNet", HERE, "On the CIFAR-10 ResNet (", "intervals of 100 +0.032"),
+    ("`head=categorical` the ResNet's by −0.008", HERE, "On the CIFAR-10 ResNet (", "`head=categorical` −0.008"),
+    ("`embedding=exact` costs +0.386", HERE, "| `embedding` |", "exact +0.386"),
+    ("`momentum_on=update` +0.190", HERE, "| `momentum_on` |", "update: +0.190"),
+    ("`direction=natural` +0.367", HERE, "| `direction` |", "natural: +0.367"),
+    ("`direction=gram` costs +0.048", HERE, "| `direction` |", "gram: +0.048"),
+    ("is 1.073 of AdamW's", HERE, "64 × 32 | `gram` | whole step | AdamW |", "1.073"),
+    ("in place of 1.123", HERE, "64 × 32 | `fast` | whole step | AdamW |", "1.123"),
+    ("state is 0.86 of AdamW's with `fast` and 1.07 with `gram`", HERE, "**Memory**:", "0.86 `fast` 1.07 `gram`"),
+    ("LNGD ends 0.16 below AdamW on Multi30k", HERE, "LNGD ends lowest, 0.16", "0.16 below AdamW"),
+    ("and 0.034 on WMT news", HERE, "The order is the same and", "0.034 below AdamW"),
+    ("after 0.78 and 0.93 of its seconds", HERE, "LNGD ends lowest, 0.16", "0.78 of AdamW's seconds"),
+    ("after 0.78 and 0.93 of its seconds", HERE, "The order is the same and", "0.93 of its seconds"),
+    ("steps took 1.18 times as long", HERE, "Here LNGD has no lead", "1.18 times as long"),
+    ("Muon ended 1.0 point above", HERE, "LNGD ends 11.7 points above AdamW", "Muon ends 1.0 point above"),
+    ("At intervals of 20 it is 1.00 behind on Multi30k", HERE, "Numbers are differences of",
+     "at intervals of 20 is 1.00 behind"),
+]  # fmt: skip
+# Fields that change Multi30k's loss by little: what of a row tells by how much.
+LITTLE = {
+    "fisher": "sampled: −",
+    "chain": "full: −",
+    "bias": "factor: −",
+    "matrix_dtype": "full: −",
+    "momentum": "without Nesterov: −",
+}
+
+
+def units_of(page: str) -> list[str]:
+    """Paragraphs, and of tables rows."""
+    parts = re.split(r"\n\n|\n(?=\|)", (ROOT / page).read_text(encoding="utf-8"))
+    return [" ".join(part.split()) for part in parts]
+
+
+def test_figures_of_tuning_are_those_of_the_rows_that_they_quote() -> None:
+    text = " ".join((ROOT / "docs/tuning.md").read_text(encoding="utf-8").split())
+    covered = set()
+    for said, page, row, figures in QUOTES:
+        start = text.index(said)
+        covered |= set(range(start, start + len(said)))
+        (unit,) = (unit for unit in units_of(page) if row in unit)
+        place = 0
+        for figure in figures.split():  # in this order
+            found = re.compile(rf"(?<![\d.]){re.escape(figure)}(?!\d)").search(unit, place)
+            assert found, (said, figure, unit)
+            place = found.end()
+    (bound,) = re.findall(r"change Multi30k's loss by at most (0\.\d+)", text)
+    for field, before in LITTLE.items():
+        (unit,) = (unit for unit in units_of("README.md") if unit.startswith(f"| `{field}`"))
+        assert float(re.findall(rf"{before}(0\.\d+)", unit)[0]) <= float(bound), field
+    rest = [found[0] for found in re.finditer(r"[+−]?\d+\.\d+", text) if found.start() not in covered]
+    assert rest == [bound]
 
 
 @pytest.mark.parametrize(("m", "d"), [(48, 24), (24, 48)])
@@ -85,5 +141,5 @@ def test_versions_agree() -> None:
 
 
 def test_pages_are_short() -> None:
-    for page, most in (("extending", 70), ("migrating", 80), ("tuning", 60)):
+    for page, most in (("extending", 60), ("migrating", 80), ("tuning", 60)):
         assert len((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").splitlines()) <= most

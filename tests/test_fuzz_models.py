@@ -1,16 +1,25 @@
-"""Random chains of supported layers under random settings: three steps are those of the dense float64 reference."""
+"""Random chains of supported layers under random settings: three steps are those of the dense float64 reference.
+
+``make test`` runs the same examples each time, ``make test-all`` others, and more.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_lngd import LNGD, LNGDConfig
-from tests.reference import NaiveLayer
+from tests.reference import NaiveFamilyLayer, NaiveLayer, joint_step
 
 ACTS: dict[str, type[nn.Module] | None] = {
     "none": None,
@@ -21,7 +30,9 @@ ACTS: dict[str, type[nn.Module] | None] = {
     "softplus": nn.Softplus,
 }
 # What a link of the chain is; all take and give [B, T, width].
-KINDS = ("linear", "convolution", "shared", "twice", "gated", "norm", "residual")
+KINDS = ("linear", "convolution", "image", "shared", "twice", "gated", "norm", "residual")
+
+ROWS, LENGTH = 5, 4
 
 
 class Link(nn.Module):
@@ -37,6 +48,8 @@ class Link(nn.Module):
             return
         if kind == "convolution":
             self.layer: nn.Module = nn.Conv1d(width, to, 3, padding=1, bias=bias)
+        elif kind == "image":  # of 2 × 2
+            self.layer = nn.Conv2d(width, to, 3, padding=1, bias=bias, groups=math.gcd(width, to))
         else:
             self.layer = nn.Linear(width, self.width, bias=bias)
         if kind in ("shared", "gated"):
@@ -48,6 +61,8 @@ class Link(nn.Module):
             return self.norm(x)
         if self.kind == "convolution":
             return self.act(self.layer(x.mT)).mT
+        if self.kind == "image":
+            return self.act(self.layer(x.mT.unflatten(-1, (2, 2)))).flatten(2).mT
         if self.kind == "twice":
             return self.act(self.layer(self.act(self.layer(x))))
         y = self.act(self.layer(x))
@@ -88,46 +103,105 @@ def layers_of(model: ChainNet) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     return found
 
 
-def rows_of(layer: nn.Module, a: Tensor, s: Tensor, ones: bool) -> tuple[Tensor, Tensor]:
-    """Inputs and pre-activations, a row a position: [B, T, d] or patches of [B, C, T]."""
-    if isinstance(layer, nn.Conv1d):
-        padded = torch.nn.functional.pad(a, (1, 1))
-        a = torch.stack([padded[..., t : t + 3].flatten(1) for t in range(a.shape[-1])], 1)
-        s = s.mT
-    a, s = a.flatten(0, 1), s.flatten(0, 1)
-    return (torch.cat((a, torch.ones(len(a), 1).double()), 1) if ones else a), s
+@dataclass
+class Seen:
+    """A call of a layer: inputs, pre-activations and (once they came) the loss's gradients of those."""
+
+    a: Tensor
+    s: Tensor
+    g: Tensor | None = None
 
 
-def observe(model: ChainNet, batch: dict[str, Tensor], bias: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """a and g² of every layer over all its calls, those positions that count."""
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    handles = []
-    mask = batch.get("attention_mask")
-    for name, (layer, act) in layers_of(model).items():
+def units_of(layer: nn.Module) -> int:
+    return getattr(layer, "groups", 1)
 
-        def see(module: nn.Module, args: Any, out: Tensor, name: str = name, act: nn.Module | None = act) -> None:
-            a, s = rows_of(module, args[0].detach(), out.detach(), bias == "factor" and module.bias is not None)
-            g2 = torch.ones_like(s)
-            if act is not None:
-                with torch.enable_grad():
-                    leaf = s.clone().requires_grad_()
-                    (slope,) = torch.autograd.grad(act(leaf).sum(), leaf)
-                g2 = slope.square()
-            keep = slice(None) if mask is None else mask.flatten() > 0
-            seen.setdefault(name, []).append((a[keep], g2[keep]))
 
-        handles.append(layer.register_forward_hook(see))
-    with torch.no_grad():
-        model(**batch)
+def inputs_of(layer: nn.Module, a: Tensor, ones: bool) -> Tensor:
+    """[units, N, d], a row a position: of [B, T, d] or patches of [B, C, T] and [B, C, H, W]."""
+    if isinstance(layer, nn.Linear):
+        rows = a.flatten(0, 1)[None]
+    else:
+        padded = nn.functional.pad(a, (1, 1) * (a.dim() - 2))
+        for axis in range(2, a.dim()):
+            padded = padded.unfold(axis, 3, 1)
+        rows = padded.flatten(a.dim()).flatten(2, -2)  # [B, C, places, k]
+        rows = rows.unflatten(1, (units_of(layer), -1))  # [B, units, C / units, places, k]
+        rows = rows.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
+    return torch.cat((rows, torch.ones(*rows.shape[:-1], 1).double()), -1) if ones else rows
+
+
+def outputs_of(layer: nn.Module, s: Tensor) -> Tensor:
+    """[units, N, m] of a layer's output."""
+    if not isinstance(layer, nn.Linear):
+        s = s.flatten(2).mT
+    return s.flatten(0, 1).unflatten(1, (units_of(layer), -1)).transpose(0, 1)
+
+
+@contextmanager
+def watched(model: ChainNet) -> Iterator[dict[str, list[Seen]]]:
+    """Every call of every layer."""
+    seen: dict[str, list[Seen]] = {name: [] for name in layers_of(model)}
+
+    def see(name: str, module: nn.Module, args: Any, out: Tensor) -> None:
+        call = Seen(args[0].detach(), out.detach().clone())
+        seen[name].append(call)
+        out.register_hook(lambda g: setattr(call, "g", g.detach().clone()))
+
+    handles = [
+        layer.register_forward_hook(functools.partial(see, name)) for name, (layer, _) in layers_of(model).items()
+    ]
+    yield seen
     for handle in handles:
         handle.remove()
-    return {name: (torch.cat([a for a, _ in calls]), torch.cat([g for _, g in calls])) for name, calls in seen.items()}
 
 
-def matrix(layer: nn.Module, bias: str, gradient: bool = False) -> Tensor:
-    """Weight or gradient as [m, columns], with the bias's column where it is in the factor."""
+def draw(*shape: int, generator: Any, **rest: Any) -> Tensor:
+    """What ``fisher=sampled`` draws here, in place of normal numbers."""
+    return torch.linspace(0.5, 2.0, shape[-1], **rest).expand(shape).clone()
+
+
+def slopes(act: nn.Module | None, s: Tensor) -> Tensor:
+    if act is None:
+        return torch.ones_like(s)
+    with torch.enable_grad():
+        leaf = s.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(act(leaf).sum(), leaf)
+    return slope
+
+
+def observe(naive: list[Any], layer: nn.Module, act: nn.Module | None, calls: list[Seen], mask: Tensor | None) -> None:
+    """Give the reference what a layer was called with: its groups take a and g², or g."""
+    c = naive[0].c
+    keep = slice(None) if mask is None or isinstance(layer, nn.Conv2d) else mask.flatten() > 0
+    ones = c.bias == "factor" and layer.bias is not None
+    a = torch.cat([inputs_of(layer, call.a, ones)[:, keep] for call in calls], 1)
+    if c.fisher == "empirical":
+        g = torch.cat([outputs_of(layer, call.g)[:, keep] for call in calls], 1)
+        for size in (g.abs().amax((1, 2)), matrices(layer, "fallback", gradient=True).abs().amax((1, 2))):
+            assume(size.min() > 1e-7 and size.max() < 1e7)  # what saturated functions let through is rounding: so is F
+        each = torch.arange(ROWS).repeat_interleave(LENGTH)[keep]
+        rows = [int(row) + ROWS * i for i in range(len(calls)) for row in each]  # the calls of a layer are apart
+    else:
+        g = torch.cat([outputs_of(layer, slopes(act, call.s))[:, keep] for call in calls], 1)
+        if c.fisher == "sampled":
+            g = g * torch.linspace(0.5, 2.0, g.shape[-1]).double()
+    for i, unit in enumerate(naive):
+        if c.family != "lngd":
+            unit.observe_gradients(a[i], g[i], rows, ROWS)
+            if c.family == "ekfac":  # whose D depends on each eigenvector; those of one eigenvalue are anyone's
+                for side in ("left", "right"):
+                    values = torch.linalg.eigvalsh(unit.own.side(side))
+                    assume(not len(values) > 1 or values.diff().min() > 1e-6 * values.max())
+        else:  # T Σ g gᵀ of a mean over T rows, where others are means over positions
+            scale = ROWS * a.shape[1] if c.fisher == "empirical" else 1
+            unit.observe(a[i], g[i].square() * scale)
+
+
+def matrices(layer: nn.Module, bias: str, gradient: bool = False) -> Tensor:
+    """Weight or gradient as [units, m, columns], with the bias's column where it is in the factor."""
     parts = [layer.weight, *([layer.bias] if bias == "factor" and layer.bias is not None else [])]
-    return torch.cat([(p.grad if gradient else p).detach().reshape(len(p), -1) for p in parts], 1)
+    units = units_of(layer)
+    return torch.cat([(p.grad if gradient else p).detach().reshape(units, len(p) // units, -1) for p in parts], -1)
 
 
 links = st.lists(
@@ -135,33 +209,53 @@ links = st.lists(
     min_size=1,
     max_size=5,
 )
-fields = st.fixed_dictionaries(
+COMMON = {
+    "damping": st.sampled_from(["relative", "paper"]),
+    "damping_rho": st.sampled_from([0.1, 1.0]),
+    "momentum_on": st.sampled_from(["gradient", "update"]),
+    "nesterov": st.booleans(),
+    "momentum": st.sampled_from([0.0, 0.8]),
+    "ema_decay": st.sampled_from([0.0, 0.9]),
+    "bias": st.sampled_from(["factor", "fallback"]),
+}
+LNGD_FIELDS = st.fixed_dictionaries(
     {
+        **COMMON,
+        "fisher": st.sampled_from(["expected", "sampled", "empirical"]),
         "direction": st.sampled_from(["natural", "polar", "gram"]),
         "rate": st.sampled_from(["rms", "trust", "none"]),
-        "damping": st.sampled_from(["relative", "paper"]),
-        "damping_rho": st.sampled_from([0.1, 1.0]),
-        "momentum_on": st.sampled_from(["gradient", "update"]),
-        "nesterov": st.booleans(),
-        "momentum": st.sampled_from([0.0, 0.8]),
-        "ema_decay": st.sampled_from([0.0, 0.9]),
         "row_decay": st.sampled_from([0.0, 0.9]),
-        "bias": st.sampled_from(["factor", "fallback"]),
     }
 )
-EXACT = {"factor_interval": 1, "inverse_interval": 1, "polar_interval": 1, "stagger": False, "conv_rows": 1}
-
-
-# no shrinking: a failure is found within the time of a success, its example is small as it is
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
+FAMILY_FIELDS = st.fixed_dictionaries(
+    {**COMMON, "family": st.sampled_from(["kfac", "ekfac", "tkfac", "ng+"]), "rate": st.sampled_from(["rms", "none"])}
 )
-@given(width=st.integers(2, 5), links=links, fields=fields, masked=st.booleans(), seed=st.integers(0, 99))
-def test_any_chain_steps_as_the_reference(
+EXACT = {"factor_interval": 1, "inverse_interval": 1, "polar_interval": 1, "stagger": False, "conv_rows": 1}
+CASES = {
+    "width": st.integers(2, 5),
+    "links": links,
+    "fields": st.one_of(LNGD_FIELDS, LNGD_FIELDS, FAMILY_FIELDS),
+    "masked": st.booleans(),
+    "seed": st.integers(0, 99),
+}
+# no shrinking: a failure is found within the time of a success, its example is small as it is
+QUICK = settings(deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
+
+
+@settings(QUICK, max_examples=100, derandomize=True)
+@given(**CASES)
+def test_any_chain_steps_as_the_reference(**case: Any) -> None:
+    steps_as_the_reference(**case)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=300, derandomize=False, print_blob=True)
+@given(**CASES)
+def test_any_chain_steps_as_the_reference_at_random(**case: Any) -> None:
+    steps_as_the_reference(**case)
+
+
+def steps_as_the_reference(
     width: int, links: list[tuple[str, int, str, bool]], fields: dict[str, Any], masked: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -170,30 +264,34 @@ def test_any_chain_steps_as_the_reference(
     optimizer = LNGD(model, config, lr=1e-3)
     found = layers_of(model)
     assert set(optimizer._capture.layers) == set(found)
-    naive = {name: NaiveLayer(matrix(layer, config.bias), config) for name, (layer, _) in found.items()}
+    kind = NaiveLayer if config.family == "lngd" else NaiveFamilyLayer
+    naive = {name: [kind(unit, config) for unit in matrices(layer, config.bias)] for name, (layer, _) in found.items()}
     for _ in range(3):
-        batch = {"x": torch.randn(3, 4, width, dtype=torch.float64)}
+        batch = {"x": torch.randn(ROWS, LENGTH, width, dtype=torch.float64)}
         if masked:
-            batch["attention_mask"] = (torch.rand(3, 4) < 0.7).double()
+            batch["attention_mask"] = (torch.rand(ROWS, LENGTH) < 0.7).double()
             batch["attention_mask"][0] = 1.0
-        for name, (a, g2) in observe(model, batch, config.bias).items():
-            naive[name].observe(a, g2)
-        (model(**batch) - torch.randn(3, 4, 3, dtype=torch.float64)).square().mean().backward()
-        for name, (layer, _) in found.items():
-            decay = 0.05 * config.weight_decay_scale
-            step_with_decay(naive[name], layer, config.bias, decay)
+        target = torch.randn(ROWS, LENGTH, 3, dtype=torch.float64)
+        with watched(model) as seen, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn", draw)
+            (model(**batch) - target).square().mean().backward()
+        for name, (layer, act) in found.items():
+            observe(naive[name], layer, act, seen[name], batch.get("attention_mask"))
+            step_with_decay(naive[name], layer, config)
         optimizer.step()
         optimizer.zero_grad()
         for name, (layer, _) in found.items():
             torch.testing.assert_close(
-                matrix(layer, config.bias), naive[name].w, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
-            )
+                matrices(layer, config.bias), torch.stack([unit.w for unit in naive[name]]),
+                rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}",
+            )  # fmt: skip
 
 
-def step_with_decay(naive: NaiveLayer, layer: nn.Module, bias: str, decay: float) -> None:
+def step_with_decay(naive: list[Any], layer: nn.Module, config: LNGDConfig) -> None:
     """The reference's step; decay is of weights, and of no bias."""
-    before = naive.w[:, -1].clone()
-    has_column = bias == "factor" and layer.bias is not None
-    naive.step(matrix(layer, bias, gradient=True), 1e-3, decay)
-    if has_column:
-        naive.w[:, -1] += before * 1e-3 * decay
+    decay = 0.05 * config.weight_decay_scale
+    before = [unit.w[:, -1].clone() for unit in naive]
+    joint_step(naive, list(matrices(layer, config.bias, gradient=True)), 1e-3, decay)
+    if config.bias == "factor" and layer.bias is not None:
+        for unit, column in zip(naive, before, strict=True):
+            unit.w[:, -1] += column * 1e-3 * decay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -40,6 +41,18 @@ def test_targets(target: str, needed: str) -> None:
     done = dry_run(target)
     assert done.returncode == 0, done.stderr
     assert needed in done.stdout
+
+
+def test_the_demo_takes_as_long_as_the_readme_says() -> None:
+    """Measured: both trainings of the committed run, and a minute for what is around them."""
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert re.search(r"make demo .*\(7 minutes\)", told)
+    assert "`make demo` needs about seven minutes after installation" in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
+    runs = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
+    seconds = sum(run["train_runtime"] for run in runs.values() if isinstance(run, dict) and "train_runtime" in run)
+    assert 5 * 60 < seconds < 8 * 60
 
 
 def test_the_larger_grids_are_left_to_test_all() -> None:

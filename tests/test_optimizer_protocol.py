@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from hf_lngd import LNGD
+from hf_lngd.groups import OWN_GROUPS
 
 FIELDS: dict[str, Any] = {"factor_interval": 2, "inverse_interval": 2, "early_factors": False}
 
@@ -109,6 +110,22 @@ def test_groups_that_are_added_late() -> None:
             optimizer.add_param_group(bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", [*OWN_GROUPS, "copied"])
+def test_a_group_by_the_name_of_an_own_one_is_refused(name: str) -> None:
+    """Whether or not there is one: its parameters would rest, and LNGD's layers take its rate."""
+    model, optimizer = make()
+    group = {**optimizer.param_groups[0], "params": list(nn.Linear(2, 2).parameters()), "lr": 1e-9}
+    if name != "copied":
+        group["name"] = name
+    groups = list(optimizer.param_groups)
+    with pytest.raises(ValueError, match=f"name: got '{group['name']}'.*accepted: another name or none.*AdamW's"):
+        optimizer.add_param_group(group)
+    assert optimizer.param_groups == groups
+    optimizer.add_param_group({**group, "name": "mine"})
+    assert optimizer.param_groups[-1]["name"] == "mine"
+    assert same(train(model, optimizer), train(*make()))
+
+
 def test_rates_of_groups_of_their_own() -> None:
     model, optimizer = make()
     for group in optimizer.param_groups:
@@ -117,6 +134,30 @@ def test_rates_of_groups_of_their_own() -> None:
     after = train(model, optimizer, 2)
     moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert moved == [p.dim() == 2 for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize("fields", [{"direction": "natural"}, {"momentum_on": "update"}], ids=str)
+def test_biases_in_factors_have_a_rate_of_their_own(fields: dict[str, Any], kind: Any) -> None:
+    moved = {}
+    for share in (1.0, 0.0, 0.25):
+        model, optimizer = make(bias="factor", weight_decay=0.0, lr=kind(1e-2), **fields)
+        (group,) = (group for group in optimizer.param_groups if group["name"] == "lngd_bias")
+        group["lr"] = kind(share * 1e-2)
+        before = [p.detach().clone() for p in model.parameters()]
+        moved[share] = [b - a for a, b in zip(before, train(model, optimizer, 1), strict=True)]
+    for p, whole, none, part in zip(model.parameters(), *moved.values(), strict=True):
+        assert whole.any()
+        if any(p is bias for bias in group["params"]):
+            assert not none.any()
+            torch.testing.assert_close(part, 0.25 * whole, rtol=1e-3, atol=1e-7)
+        else:
+            assert torch.equal(none, whole) and torch.equal(part, whole)
+    for group in optimizer.param_groups:  # before a warm-up
+        group["lr"] = kind(0.0)
+    kept = [p.detach().clone() for p in model.parameters()]
+    after = train(model, optimizer, 1)
+    assert all(p.isfinite().all() for p in after) and (bool(fields.get("momentum_on")) or same(kept, after))
 
 
 SCHEDULERS = {
@@ -146,13 +187,22 @@ def test_schedulers(name: str, lr: Any) -> None:
     assert len({row["lngd"] for row in rates}) > 1
 
 
-def test_plateau() -> None:
-    _, optimizer = make()
-    before = [group["lr"] for group in optimizer.param_groups]
+@pytest.mark.parametrize("lr", [1e-2, "tensor", "loaded"])
+def test_plateau(lr: Any) -> None:
+    given = 1e-2 if lr == 1e-2 else torch.tensor(1e-2)
+    _, optimizer = make(lr=given)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    if lr == "loaded":  # a state from when groups shared one tensor
+        state = optimizer.state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = given
+        optimizer.load_state_dict(state)
+    before = [float(group["lr"]) for group in optimizer.param_groups]
     scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
     scheduler.step(1.0)
     scheduler.step(2.0)
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate / 10 for rate in before])
+    assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([rate / 10 for rate in before])
+    assert float(given) == pytest.approx(1e-2)  # the caller's own is left as it is
 
 
 def test_hooks_of_steps_and_states() -> None:

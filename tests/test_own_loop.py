@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments, get_linear_schedule_with_warmup
 
-from hf_lngd import LNGD, create_lngd_optimizer
+from hf_lngd import LNGD, LNGDConfig, create_lngd_optimizer
 from hf_lngd.integrations.diagnostics import lngd_of
 from tests.hf_helpers import hf_images, hf_vit
 
@@ -73,3 +73,12 @@ def test_arguments_of_a_trainer_serve_in_a_loop_too(tmp_path: Path) -> None:
     optimizer = create_lngd_optimizer(hf_vit(), args, factor_interval=7)
     assert (optimizer.config.weight_decay, optimizer.config.seed, optimizer.config.factor_interval) == (0.3, 5, 7)
     assert optimizer.param_groups[0]["lr"] == 0.02
+
+
+def test_a_preset_or_family_by_name_is_that_with_the_rates_of_the_arguments(tmp_path: Path) -> None:
+    """Precedence as in README: keywords, then the arguments, then the family, then the preset."""
+    args = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.02, weight_decay=0.1, optim_args="seed=5")
+    for fields in ({"preset": "paper"}, {"family": "kfac"}):
+        optimizer = create_lngd_optimizer(hf_vit(), args, **fields)
+        assert optimizer.config == LNGDConfig(**fields, weight_decay=0.1, seed=5)
+        assert optimizer.param_groups[0]["lr"] == 0.02

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 
 import hf_lngd
-from hf_lngd import LNGD, LNGDTrainer, LNGDTrainerMixin, LNGDTrainingArguments
+from hf_lngd import (
+    LNGD,
+    LNGDSeq2SeqTrainer,
+    LNGDSeq2SeqTrainingArguments,
+    LNGDTrainer,
+    LNGDTrainerMixin,
+    LNGDTrainingArguments,
+)
 from hf_lngd.integrations import stock as stock_module
 from hf_lngd.integrations.diagnostics import lngd_of
 from tests.hf_helpers import hf_images, hf_vit
@@ -97,6 +105,8 @@ def test_our_classes_work_beside_it(registered: None, tmp_path: Path) -> None:
     [
         ("factor_intervall=3", "did you mean factor_interval"),
         ("damping_rho=-1", "damping_rho: got -1.0"),
+        ("factor_interval=10,", "optim_args: got an empty item in 'factor_interval=10,'"),
+        ("factor_interval", "optim_args: got 'factor_interval', accepted: name=value"),
         ("preset=lngd_lr", "fisher: got 'true' in a stock Trainer"),
         ("family=kfac,fisher=true", "accepted: empirical; or use hf_lngd.LNGDTrainer"),
         ("family=kfac,direction=polar", r"direction: got 'polar', accepted: natural \(family=kfac\)"),
@@ -105,6 +115,47 @@ def test_our_classes_work_beside_it(registered: None, tmp_path: Path) -> None:
 def test_bad_settings_say_what_is_wrong(registered: None, text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         stock(tmp_path, hf_vit(), optim="lngd", optim_args=text).train()
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("exclude=a{1\\,2}", "exclude", "a{1,2}"),
+        ("seed=3, exclude=x=y", "exclude", "x=y"),
+        ("exclude=a b", "exclude", "a b"),
+        ("betas=0.8:0.9", "betas", (0.8, 0.9)),
+    ],
+)
+def test_settings_are_written_as_for_our_own_classes(
+    registered: None, text: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    """transformers would split at every comma and equals sign, and take out spaces."""
+    trainer = stock(tmp_path, hf_vit(), optim="lngd", optim_args=text)
+    optimizer = lngd_of(trainer.create_optimizer())
+    assert optimizer is not None and getattr(optimizer.config, field) == value
+    ours = LNGDTrainer(hf_vit(), LNGDTrainingArguments(str(tmp_path), optim_args=text, **SETTINGS))
+    assert lngd_of(ours.create_optimizer()).config == optimizer.config  # type: ignore[union-attr]
+
+
+def test_other_optimizers_are_chosen_as_before(tmp_path: Path) -> None:
+    """Also where a library has wrapped the Trainer's method in the meantime."""
+    before = Trainer.__dict__["get_optimizer_cls_and_kwargs"]
+    args = TrainingArguments(str(tmp_path), optim="adamw_torch", optim_args="amsgrad", use_cpu=True)
+    for _ in range(2):
+        hf_lngd.register()
+        with pytest.raises(ValueError, match="not enough values to unpack"):
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        args.optim_args = None
+        assert Trainer.get_optimizer_cls_and_kwargs(args)[0] is torch.optim.AdamW
+        args.optim_args = "amsgrad"
+    with pytest.MonkeyPatch.context() as patch:
+        ours = Trainer.get_optimizer_cls_and_kwargs
+        patch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda *args: ours(*args)))
+        hf_lngd.unregister()
+        with pytest.raises(ValueError, match="not enough values to unpack"):
+            Trainer.get_optimizer_cls_and_kwargs(args)
+    hf_lngd.unregister()
+    assert Trainer.__dict__["get_optimizer_cls_and_kwargs"] is before
 
 
 def test_an_untested_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +183,7 @@ def test_the_range_is_that_of_the_package() -> None:
         ("OptimizerNames", ["adamw_torch"], "without training_args.OptimizerNames, an enum of strings"),
         ("_OPTIMIZER_HANDLERS", [], "without trainer_optimizer._OPTIMIZER_HANDLERS, a dict of functions by name"),
         ("_OPTIMIZER_HANDLERS", {}, "without trainer_optimizer._OPTIMIZER_HANDLERS, a dict of functions by name"),
+        ("get_optimizer_cls_and_kwargs", lambda args: None, "without Trainer.get_optimizer_cls_and_kwargs, a static"),
         ("_OPTIMIZER_HANDLERS", None, "without trainer_optimizer._OPTIMIZER_HANDLERS, which this extends"),
     ],
 )
@@ -140,7 +192,7 @@ def test_a_later_version_that_was_built_otherwise_is_refused(
 ) -> None:
     """Within the range, but without the private parts: nothing is changed, and the version is named."""
     names = list(OptimizerNames)
-    owner = stock_module.training_args if part == "OptimizerNames" else trainer_optimizer
+    owner = {"OptimizerNames": stock_module.training_args, "_OPTIMIZER_HANDLERS": trainer_optimizer}.get(part, Trainer)
     if value is None:
         monkeypatch.delattr(owner, part)
     else:
@@ -176,6 +228,30 @@ class OwnTrainer(Trainer):
 
 class OwnLNGDTrainer(LNGDTrainerMixin, OwnTrainer):
     """The same with the mixin before it."""
+
+
+@dataclass
+class OwnArguments(TrainingArguments):
+    """As trl's: a field that its trainer needs."""
+
+    max_length: int = 5
+
+
+class TrainerWithOwnArguments(Trainer):
+    def __init__(self, model: Any, args: Any = None, **kwargs: Any) -> None:
+        args = OwnArguments("own", use_cpu=True) if args is None else args
+        self.length = args.max_length
+        super().__init__(model, args, **kwargs)
+
+
+def test_without_arguments_a_trainer_makes_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = type("Both", (LNGDTrainerMixin, TrainerWithOwnArguments), {})(hf_vit())
+    assert trainer.length == 5 and type(trainer.args) is OwnArguments
+    assert "args: got none, so Both made OwnArguments, which do not ask for lngd" in caplog.text
+    caplog.clear()
+    stock_based = type("Stock", (LNGDTrainerMixin, Trainer), {})(hf_vit())
+    assert type(stock_based.args) is LNGDTrainingArguments and not caplog.text
+    assert type(LNGDSeq2SeqTrainer(hf_vit()).args) is LNGDSeq2SeqTrainingArguments
 
 
 def test_trainer_subclasses_work_registered_and_with_the_mixin(registered: None, tmp_path: Path) -> None:

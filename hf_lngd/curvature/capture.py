@@ -11,7 +11,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import LNGDConfig
-from .chains import Chain, ChainWatch
+from .chains import Chain, ChainWatch, Pending
 from .compiled import run_eagerly
 from .context import Hook, calls_under_way, in_backward, in_reentrant_checkpoint, in_transform
+from .dropped import Gradients
 from .families import new_sums
 from .family_sums import Basis, FamilySums
 from .fisher import Call, FisherSource, accumulator, origin, runs
@@ -33,17 +33,6 @@ from .patches import MIB_OF_FLOATS
 from .streams import Streams
 from .sums import GroupSums, RowSamples
 from .topology import HEADS, Group, Topology, head_link, same_tensor
-
-
-@dataclass
-class Pending:
-    """A call of a layer whose group is not known yet."""
-
-    layer: Layer
-    a: Tensor
-    output: Tensor
-    chain: Chain
-    version: int
 
 
 class Capture:
@@ -63,6 +52,7 @@ class Capture:
         self.source, self.config = source, config
         self._rate_rows = config.rate_rows if config.rate == "adaptive" else 0
         self.topology, self.notices = Topology(), Notices()
+        self.gradients = Gradients(lambda: (layer.weight for layer in layers))
         self.enabled = True
         self.closed = False
         self.seconds = 0.0
@@ -91,6 +81,7 @@ class Capture:
         self.rows_hidden: set[str] = set()  # layers whose outputs had no graph, as within a reentrant checkpoint
         self.terms = 0
         self.doubtful = False
+        self.gradients.reset()
         self.rows_seen = 0
         self._pending: list[Pending] = []
         self._unfinished: set[Chain] = set()
@@ -195,8 +186,8 @@ class Capture:
         self._watch.clear()
 
     def _forget_skipped(self) -> None:
-        """A forward begins: what is in doubt still was of a step left out, see `scaler`."""
-        if self.doubtful:
+        """A forward begins: what is in doubt still, or has no gradients left, was of a step left out."""
+        if self.doubtful or self.gradients.gone:
             self.reset()
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -250,6 +241,7 @@ class Capture:
                 return
             start = time.perf_counter()
             self._forget_skipped()
+            self.gradients.follow(output, layer.live_weight)
             if self._rate_rows:
                 self._keep_rows(layer, a, output)
             if self._factors_wanted:

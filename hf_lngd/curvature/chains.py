@@ -7,12 +7,14 @@ a function that is no link, after the first activation (but for the gate that mu
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .layers import Layer
 from .links import Link, function_link, module_link
 from .topology import is_alias, same_tensor
 
@@ -238,3 +240,14 @@ def _holds_tensor(result: Any) -> bool:
     return isinstance(result, Tensor) or (
         isinstance(result, (list, tuple)) and any(isinstance(item, Tensor) for item in result)
     )
+
+
+@dataclass
+class Pending:
+    """A call of a layer whose group is not known yet."""
+
+    layer: Layer
+    a: Tensor
+    output: Tensor
+    chain: Chain
+    version: int

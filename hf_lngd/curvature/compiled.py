@@ -6,6 +6,7 @@ layer. So a watched step runs the code as it was written; what was compiled wait
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import nn
 
 _WRAPPED = "_orig_mod"  # what torch.compile calls the module that it wraps
 
+_EAGER = "force_eager"
+
 _watchers: weakref.WeakSet[Any] = weakref.WeakSet()
 _met: weakref.WeakSet[Any] = weakref.WeakSet()  # whose end is watched for
-_stance: Any = None  # ours while there are watchers
+_ours: list[tuple[weakref.ref[Any], Any]] = []  # stances that were set here, each with the one it was set in place of
 
 
 def plain_name(name: str) -> str:
@@ -33,7 +36,9 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def run_eagerly(watcher: object, wanted: bool) -> None:
     """Compiled functions of this process run eagerly as long as some watcher that is alive wants it.
 
-    `torch.compiler.set_stance`, which costs nothing and compiles nothing again. What it was before comes back.
+    A stance of ours, put in the place of the one that was there (`torch.compiler.set_stance`, which costs nothing and
+    compiles nothing again), says ``force_eager`` while it is wanted and else what that one said. So it may stay where
+    it is, and comes to no harm where a ``with`` of the user's puts it back after LNGD is closed.
     """
     if not wanted:
         _watchers.discard(watcher)
@@ -45,10 +50,18 @@ def run_eagerly(watcher: object, wanted: bool) -> None:
     _take_stance()
 
 
+def stance_in_the_way() -> str | None:
+    """What the user's stance says that is in the place of ours, which was wanted."""
+    stance = torch._dynamo.eval_frame._stance.stance
+    return stance if _watchers and stance != _EAGER else None
+
+
 def _take_stance() -> None:
-    global _stance
-    if _watchers and _stance is None:
-        _stance = torch.compiler.set_stance("force_eager")
-    elif not _watchers and _stance is not None:
-        before, _stance = _stance, None
-        before.__exit__(None, None, None)
+    wanted = bool(_watchers)
+    _ours[:] = [(own, before) for own, before in _ours if own() is not None]
+    for own, before in _ours:
+        told = dataclasses.replace(before, stance=_EAGER, backend=None) if wanted else before
+        vars(own()).update(vars(told))
+    if wanted and all(own() is not torch._dynamo.eval_frame._stance for own, _ in _ours):
+        placed = torch.compiler.set_stance(_EAGER)
+        _ours.append((weakref.ref(placed.stance), dataclasses.replace(placed.prev)))

@@ -11,6 +11,7 @@ from ..config import LNGDConfig
 from ..sharding import local
 from .compiled import run_eagerly
 from .context import Hook, in_backward
+from .dropped import Gradients
 from .factors import damping, rms_rate
 from .pooling import Pool, usable
 from .rounding import Rounding
@@ -67,11 +68,12 @@ class EmbeddingLayer:
         self._counts: Tensor | None = None
         self.enabled = True
         self.doubtful = False  # see `scaler`
+        self.gradients = Gradients(lambda: (self.table,))
         self.skipped: Tensor | int = 0  # gradients that were not finite
         self.sharded: nn.Parameter | None = None
         self.rows: Pool | None = None
         self.where = slice(None)
-        self._handles = [module.register_forward_pre_hook(Hook(self._count)) for module in modules]
+        self._handles = [module.register_forward_hook(Hook(self._count)) for module in modules]
         run_eagerly(self, True)
 
     @property
@@ -96,13 +98,15 @@ class EmbeddingLayer:
         self.enabled = enabled
         run_eagerly(self, enabled and bool(self._handles))
 
-    def _count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _count(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if not self.enabled or not torch.is_grad_enabled() or in_backward() or not args:
             return
         ids = args[0].reshape(-1)
-        if self._counts is None or self.doubtful:
+        if self._counts is None or self.doubtful or self.gradients.gone:
             self.doubtful = False
+            self.gradients.reset()
             self._counts = torch.zeros(self.module.num_embeddings, device=ids.device)
+        self.gradients.follow(output, self.module.weight)
         self._counts.index_add_(0, ids, torch.ones_like(ids, dtype=self._counts.dtype))
 
     def new_state(self) -> dict[str, Tensor]:

@@ -223,7 +223,7 @@ class FisherSource:
     def generator(self, device: torch.device) -> torch.Generator:
         """The generator of this device: never the user's."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._stream)
+            self._generators[device] = generator_for(device, self._stream)
         return self._generators[device]
 
     def state(self) -> dict[str, Tensor]:
@@ -243,6 +243,11 @@ def seed_of(*parts: int | str) -> int:
 def unscaled(factor: Tensor | float, loss_scale: Tensor | None) -> Tensor | float:
     """A factor of sums of products of two gradients, for those of a loss that was multiplied by `loss_scale`."""
     return factor if loss_scale is None else factor / loss_scale.square()
+
+
+def generator_for(device: torch.device, seed: int) -> torch.Generator:
+    """A generator for draws on a device. The meta device has none and draws nothing: it takes one of the CPU's."""
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
 
 
 def generators_of(state: dict[str, Tensor]) -> dict[torch.device, torch.Generator]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import LNGDConfig
 from ..sharding import local
+from .dropped import Gradients
 from .inverses import pack, packed_shape, unpack
 from .pooling import Pool, usable
 from .precision import product_dtype
@@ -37,7 +38,7 @@ class RotatedTable:
 
     def __init__(self, name: str, modules: list[nn.Embedding], config: LNGDConfig, rounding: Rounding) -> None:
         self.name, self.module, self.config, self.rounding = name, modules[0], config, rounding
-        self.doubtful = False  # of no use without hooks
+        self.doubtful, self.gradients = False, Gradients(tuple)  # of no use without hooks
         self.skipped: Tensor | int = 0  # gradients that were not finite
         self.tensors: dict[str, Tensor] = {}
         self.sharded: nn.Parameter | None = None

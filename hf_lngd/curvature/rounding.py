@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..sharding import local
-from .fisher import seed_of
+from .fisher import generator_for, seed_of
 
 # float32 is bfloat16 with so many more bits.
 _DROPPED = 16
@@ -38,7 +38,7 @@ class Draws:
     def on(self, device: torch.device) -> torch.Generator:
         """The generator of a device."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(seed_of(self.seed, self.what, self._step))
+            self._generators[device] = generator_for(device, seed_of(self.seed, self.what, self._step))
         return self._generators[device]
 
 
@@ -51,7 +51,8 @@ class Rounding:
         seed: of the draws: a stream for each step, the same in every process.
 
     Attributes:
-        lost: ``kahan``: weight → what it lacks, in its shape (of sharded ones: the rows that are here) and dtype.
+        lost: ``kahan``: weight → what it lacks, in its shape (of sharded ones: the rows that are here) and dtype. Not
+            added to a number that somebody else has written since, see `rest_of`.
     """
 
     def __init__(self, mode: str, seed: int) -> None:
@@ -78,8 +79,8 @@ class Rounding:
     def _open(self, weight: Tensor) -> Tensor:
         if weight.dtype != torch.bfloat16:
             return local(weight)
-        value, lost = local(weight.detach()).float(), self.lost.get(weight)
-        return value if lost is None else value.add_(lost)
+        here, lost = local(weight.detach()), self.lost.get(weight)
+        return here.float() if lost is None else here.float().add_(rest_of(here, lost))
 
     def _close(self, weight: Tensor, value: Tensor) -> None:
         if self.mode == "stochastic":
@@ -92,6 +93,17 @@ class Rounding:
                 self.lost[weight].copy_(lost)
             else:
                 self.lost[weight] = lost
+
+
+def rest_of(weight: Tensor, lost: Tensor) -> Tensor:
+    """What rounding took off `weight`, and 0 where `lost` cannot be that: somebody has written another number since.
+
+    Rounding takes off half the gap to the next number at most. Numbers are asked, as versions of tensors do not tell
+    of ``weight.data`` nor how a state that was saved belongs to its weights, and change where next to nothing does, as
+    by a clamp after each step. A rest that passes is within the rounding of the new number.
+    """
+    nearest = lost.float().mul_(1 - 2**-8).add_(weight).to(weight.dtype)  # half a gap is the number's own yet
+    return torch.where(nearest == weight, lost, 0)
 
 
 def round_at_random(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -52,6 +52,8 @@ def run_script(argv: list[str]) -> None:
     path = Path(argv[0])
     if not path.exists():
         raise UsageError("script", f"got {argv[0]!r}, which is not there, {ACCEPTED}")
+    if path.is_dir() and not (path / "__main__.py").is_file():
+        raise UsageError("script", f"got {argv[0]!r}, a folder without a __main__.py, {ACCEPTED}")
     _register()
     sys.argv = list(argv)
     if path.is_file() and not sys.flags.safe_path:  # a script imports from its own folder

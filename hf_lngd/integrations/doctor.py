@@ -77,6 +77,7 @@ def report(subject: Subject, found: Estimate) -> str:
     memory, c = found.memory, found.config
     total = sum(r.numel for r in found.routes)
     lines = [f"{subject.kind}, {total:,} parameters, {found.trained:,} trained, preset={c.preset}, family={c.family}"]
+    lines += [f"note: {note}" for note in subject.notes]
     lines += ["", found.table, ""]
     for size in found.factors:
         blocks = f"{size.blocks} blocks of {size.width}" if size.blocks > 1 else f"width {size.width}"

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from .doctor_batch import batch_of
 from .script_model import LOAD_ERRORS
 from .usage import UsageError
 
@@ -28,7 +29,6 @@ FACTORIES: dict[str, Any] = {
 }
 # Above this many parameters a model is not built on the CPU.
 MOST_ON_CPU = 50_000_000
-_CHANNELS, _IMAGE = 3, 224
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,14 @@ class Subject:
     Attributes:
         kind: the class's name.
         batch: its size in words.
+        notes: in what the model is another one than the configuration's.
     """
 
     kind: str
     batch: str
     model: nn.Module
     inputs: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
 
     def loss(self) -> Tensor:
         """Of one forward pass."""
@@ -98,26 +100,27 @@ def build(config: Any, task: str, rows: int, length: int, device: str = "meta") 
     Raises:
         UsageError: it cannot be built.
     """
-    config.architectures = getattr(config, "architectures", None) or []  # which the Auto classes go through
+    wanted = list(getattr(config, "architectures", None) or [])
+    config.architectures = wanted  # which the Auto classes go through
+    half = getattr(config, "dtype", None) in (torch.float16, "float16")
+    dtype = {"dtype": torch.float32} if half else {}
     try:
         with torch.device(device):
             # sdpa looks into the masks, which the meta device has not got; the products are the same
-            model = FACTORIES[task].from_config(config, attn_implementation="eager", trust_remote_code=False).train()
+            model = FACTORIES[task].from_config(config, attn_implementation="eager", trust_remote_code=False, **dtype)
     except LOAD_ERRORS as error:
         raise UsageError("model", f"got {config.model_type!r}, which cannot be built: {error}") from error
-    labels = torch.zeros(rows, dtype=torch.int64, device=device)
-    if task == "image":
-        vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", None) or _IMAGE
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (rows, getattr(vision, "num_channels", _CHANNELS), height, width)
-        inputs = {"pixel_values": torch.zeros(shape, device=device, dtype=model.dtype), "labels": labels}
-        return Subject(type(model).__name__, f"{rows} images of {height} × {width}", model, inputs)
-    ids = torch.ones(rows, length, dtype=torch.int64, device=device)
-    inputs = {"input_ids": ids, "labels": labels if task == "classification" else ids}
-    if task == "translation":
-        inputs["decoder_input_ids"] = ids
-    return Subject(type(model).__name__, f"{rows} texts of {length} tokens", model, inputs)
+    kind, notes = type(model).__name__, []
+    if wanted and kind not in wanted:
+        notes.append(
+            f"{kind} stands for {', '.join(wanted)}, which the configuration names and task={task} does not have"
+        )
+    if half:
+        notes.append(
+            "built in float32, not the configuration's float16: LNGD takes no such weights (fp16: by autocast)"
+        )
+    batch, inputs = batch_of(config, task, rows, length, device, model.dtype)
+    return Subject(kind, batch, model.train(), inputs, tuple(notes))
 
 
 def look(config: Any, task: str, rows: int, length: int, see: Callable[[Subject], Any]) -> Any:
@@ -138,6 +141,9 @@ def look(config: Any, task: str, rows: int, length: int, see: Callable[[Subject]
         return see(build(config, task, rows, length, "cpu"))
     except LOAD_ERRORS as error:
         raise UsageError("model", f"got {config.model_type!r}, whose forward fails: {error}") from error
+    except IndexError as error:  # a table of positions, or of tokens, that no field of the configuration tells of
+        what = f"got {length} for {config.model_type!r}, which has no such position or token ({error})"
+        raise UsageError("length", what) from error
 
 
 def _class_of(config: Any, task: str) -> str | None:

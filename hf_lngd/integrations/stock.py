@@ -1,26 +1,31 @@
 """`register()`: ``optim="lngd"`` in an unmodified Trainer script.
 
 transformers has no public way to add a name to `--optim`: this adds a member to its enum of names and a handler to its
-table of optimizers, both private, for the versions that it was tested with. Call it before arguments are parsed.
+table of optimizers, both private, for the versions that it was tested with. Before it looks into the table, a Trainer
+would split `optim_args` in a way of its own, which LNGD's are kept from. Call it before arguments are parsed.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import transformers
-from transformers import training_args
+from transformers import Trainer, training_args
 
 from ..checks import fishers_beside
 from ..optimizer import LNGD
 from .launching import refuse_stock_fsdp
 from .trainer import create_lngd_optimizer
-from .training_args import LNGD_NAME, check_precision, lngd_settings
+from .training_args import LNGD_NAME, check_precision, is_lngd, lngd_settings
 
 MEMBER = "LNGD"
 TESTED = ((5, 23), (6, 0))  # from, up to (not included)
+_CHOICE = "get_optimizer_cls_and_kwargs"  # the Trainer's method that splits `optim_args` and asks the table
+_replaced: dict[Any, Any] = {}  # ours → what was there before
 
 
 class LNGDFactory:
@@ -50,6 +55,8 @@ def register() -> None:
     if LNGD_NAME not in names._value2member_map_:
         _add_member(names, MEMBER, LNGD_NAME)
     handlers[names(LNGD_NAME)] = _handler
+    if Trainer.__dict__[_CHOICE] not in _replaced:
+        setattr(Trainer, _CHOICE, _unsplit(Trainer.__dict__[_CHOICE]))
 
 
 def unregister() -> None:
@@ -57,6 +64,9 @@ def unregister() -> None:
     _check_version()
     names, handlers = training_args.OptimizerNames, _handlers()
     handlers.pop(LNGD_NAME, None)  # a member of the enum is equal to its name
+    choice = Trainer.__dict__[_CHOICE]
+    if choice in _replaced:  # else somebody has wrapped it since: for other optimizers it does what was there before
+        setattr(Trainer, _CHOICE, _replaced.pop(choice))
     if MEMBER in names._member_map_:
         del names._member_map_[MEMBER]
         del names._value2member_map_[LNGD_NAME]
@@ -74,6 +84,18 @@ def _handler(context: Any) -> tuple[type[LNGDFactory], dict[str, Any]]:
             f"{', '.join(fishers_beside('true', config.family))}; or use hf_lngd.LNGDTrainer"
         )
     return LNGDFactory, {"args": context.args}
+
+
+def _unsplit(choice: staticmethod[..., Any]) -> staticmethod[..., Any]:
+    """The Trainer's choice of an optimizer, but of LNGD with its `optim_args` as they are."""
+
+    @functools.wraps(choice.__func__)
+    def choose(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        return _handler(SimpleNamespace(args=args)) if is_lngd(args) else choice.__func__(args, *rest, **kwargs)
+
+    made = staticmethod(choose)
+    _replaced[made] = choice
+    return made
 
 
 def _handlers() -> dict[Any, Any]:
@@ -115,6 +137,8 @@ def _missing() -> str | None:
         return "trainer_optimizer._OPTIMIZER_HANDLERS"
     if not isinstance(handlers, dict) or not callable(handlers.get(names("adamw_torch"))):
         return "trainer_optimizer._OPTIMIZER_HANDLERS, a dict of functions by name"
+    if not isinstance(Trainer.__dict__.get(_CHOICE), staticmethod):
+        return f"Trainer.{_CHOICE}, a static method"
     return None
 
 

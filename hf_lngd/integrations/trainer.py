@@ -73,9 +73,11 @@ class LNGDTrainerMixin:
     _default_args: Any = LNGDTrainingArguments
 
     def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
-        if args is None:
+        # a trainer with a constructor of its own makes arguments of its own class
+        stock = super().__init__.__func__ in (Trainer.__init__, Seq2SeqTrainer.__init__)  # type: ignore[attr-defined]
+        if args is None and stock:
             args = self._default_args(output_dir="tmp_trainer")
-        if is_lngd(args):
+        if args is not None and is_lngd(args):
             refuse_unsupported(args, model)
         self._routing_is_told = False
         if isinstance(model, nn.Module):
@@ -83,6 +85,9 @@ class LNGDTrainerMixin:
         self.card_writer: Callable[[], Any] | None = None
         super().__init__(model, args, *rest, **kwargs)  # type: ignore[call-arg]
         me: Any = self
+        if args is None and not is_lngd(me.args):
+            made = type(me.args).__name__
+            logger.warning("args: got none, so %s made %s, which do not ask for lngd", type(self).__name__, made)
         if me.compute_loss_func is None and ignores_num_items(me.model):
             me.compute_loss_func = SummedCrossEntropy(me.label_smoother)
 
