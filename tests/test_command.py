@@ -71,7 +71,8 @@ def main():
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
-    print("ran as", __name__, sys.argv[0], type(trainer.optimizer.optimizer).__name__)
+    # in one write: several processes share the output
+    print(f"ran as {__name__} {sys.argv[0]} {type(trainer.optimizer.optimizer).__name__}\\n", end="")
 
 
 if __name__ == "__main__":

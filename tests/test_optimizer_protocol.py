@@ -73,7 +73,7 @@ def test_a_closure_is_called_once_with_gradients_and_its_loss_is_returned() -> N
 def test_a_rate_in_a_tensor_is_a_rate(direction: str) -> None:
     plain = train(*make(direction=direction))
     model, optimizer = make(direction=direction, lr=torch.tensor(1e-2))
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, train(model, optimizer), strict=True))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, train(model, optimizer), strict=True))
     optimizer.param_groups[0]["lr"].fill_(0.0)  # changed in place, as a compiled loop does
     before = model[0].weight.clone()
     train(model, optimizer, 1)
