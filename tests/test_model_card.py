@@ -143,6 +143,15 @@ def test_an_evaluation_claims_no_training(tmp_path: Path) -> None:
     assert "## Training" not in card.text and "optimizer" not in card.text and "loss_curves" not in card.text
 
 
+def test_limits_are_told(tmp_path: Path) -> None:
+    def limits(**changes: Any) -> str:
+        return card_of(tmp_path, {"seed": 7}, **changes).text.split("## Limits")[1].split("##")[0]
+
+    assert "Measured on the test and the validation split above alone: other kinds of text" in limits()
+    assert "of seed 7;" in limits() and "seed" not in limits(trained=False)
+    assert "Nothing was measured: images of other kinds" in limits(scores=(), task="image-classification")
+
+
 def test_curves_and_no_curves(tmp_path: Path) -> None:
     assert "(loss_curves.png)" in card_of(tmp_path).text
     assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")

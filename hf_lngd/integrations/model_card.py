@@ -143,6 +143,7 @@ def _body(facts: CardFacts, args: Any, curves: bool) -> str:
     if facts.scores:
         sections += ["## Results", _score_table(facts.scores)]
     sections += [f"![{what}]({file})" for what, file in facts.pictures]
+    sections += ["## Limits", _limits(facts, args)]
     if facts.trained:
         sections += ["## Training data", _data(facts), "## Training", _settings(args)]
         if curves:
@@ -187,6 +188,18 @@ def _score_table(scores: Sequence[Score]) -> str:
         row = f"| {score.split} | {score.name} | {score.value:.{digits}f} |"
         rows.append(f"{row} {signature} |" if signed else row)
     return "\n".join(rows)
+
+
+def _limits(facts: CardFacts, args: Any) -> str:
+    """What the scores do not say."""
+    other = "other kinds of text" if facts.task == "translation" else "images of other kinds"
+    splits = " and the ".join(dict.fromkeys(score.split for score in facts.scores))
+    measured = f"Measured on the {splits} split above alone" if splits else "Nothing was measured"
+    limits = [f"{measured}: {other}, bias and safety were not looked at."]
+    if facts.trained:
+        limits.append(f"One run, of seed {args.seed}; runs of other seeds, and on other hardware, end a little apart.")
+        limits.append("It repeats what its training data hold, mistakes among it.")
+    return "\n".join(f"- {limit}" for limit in limits)
 
 
 def _data(facts: CardFacts) -> str:
