@@ -107,6 +107,13 @@ STUDIES = (
         {"LNGD-lr": 7.43, "LNGD-sample": 7.06, "LNGD": 6.46},
         "seconds",
     ),
+    Study(
+        "Ablation, ImageNet: hours (here: Multi30k from scratch)",
+        "multi30k",
+        "h",
+        {"LNGD-lr": 7.43, "LNGD-sample": 7.06, "LNGD": 6.46},
+        "seconds",
+    ),
 )
 
 
@@ -150,10 +157,9 @@ def study_table(study: Study, results: Results, name_of: Callable[[str], str]) -
             continue
         value = ours[name]
         text = "never" if math.isinf(value) else f"{value:.1f}"
-        same = "yes" if theirs[paper] == here[paper] else "no"
-        body.append(
-            [paper, f"{number:g} {study.unit}", str(theirs[paper]), f"{name_of(name)}: {text}", str(here[paper]), same]
-        )
+        place = "–" if math.isinf(value) else str(here[paper])  # several that never are there share no place
+        same = "yes" if str(theirs[paper]) == place else "no"
+        body.append([paper, f"{number:g} {study.unit}", str(theirs[paper]), f"{name_of(name)}: {text}", place, same])
     unit = {"seconds": "seconds to AdamW's quality", "steps": "steps to AdamW's quality", "best": "final metric"}
     head = ["paper", "published", "place", f"here ({unit[study.kind]})", "place", "same"]
     return f"**{study.title}**\n\n{table(head, body)}"

@@ -175,7 +175,7 @@ def test_the_papers_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     # AdamW ends at 50 %: SGD is there half way through its second half, the paper's LNGD never.
     assert seconds["SGD"] == ["3", "SGD + AdamW: 7.5", "1", "no"]
     assert seconds["Adam"] == ["2", "AdamW (two rates): 12.0", "2", "yes"]
-    assert seconds["LNGD"] == ["1", "LNGD, the paper's: never", "3", "no"]
+    assert seconds["LNGD"] == ["1", "LNGD, the paper's: never", "–", "no"]
     assert seconds["KFAC"][0] == "–" and seconds["KFAC"][1].endswith("not run")
     best = {row[0]: row[2:] for row in found["Table 6, CIFAR-10, ResNet-18: best accuracy"]}
     assert best["SGD"] == ["3", "SGD + AdamW: 60.0", "1", "no"]
