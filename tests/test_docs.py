@@ -69,7 +69,7 @@ QUOTES = [
     ("after 0.78 and 0.93 of its seconds", HERE, "LNGD ends lowest, 0.16", "0.78 of AdamW's seconds"),
     ("after 0.78 and 0.93 of its seconds", HERE, "The order is the same and", "0.93 of its seconds"),
     ("steps took 1.18 times as long", HERE, "Here LNGD has no lead", "1.18 times as long"),
-    ("Muon ended 1.0 point above", HERE, "LNGD ends 11.7 points above AdamW", "Muon ends 1.0 point above"),
+    ("Muon ended 1.0 point above", HERE, "LNGD ends 11.9 points above AdamW", "Muon ends 1.0 point above"),
     ("At intervals of 20 it is 1.00 behind on Multi30k", HERE, "Numbers are differences of",
      "at intervals of 20 is 1.00 behind"),
 ]  # fmt: skip
