@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import nn
 
 from . import serialization
 from .curvature.embeddings import EmbeddingLayer
+from .distributed import is_distributed
 from .routing import FROZEN_OWNER
 from .sharding import Shards, is_fully_sharded, is_sharded, refuse_flat_parameters, reshard
 
@@ -27,16 +27,16 @@ def meet_shards(optimizer: LNGD) -> bool:
         RuntimeError: they were replaced by something else: FSDP1, another sharding, FSDP2's gathered ones; or some of
             them only.
     """
-    if optimizer._shards is not None or not (dist.is_available() and dist.is_initialized()):
+    if optimizer._shards is not None or not is_distributed():
         return False
     current = _current(optimizer)
-    sharded = any(p is not None and is_sharded(p) for p in current.values())
+    sharded = {name for name, parameter in current.items() if parameter is not None and is_sharded(parameter)}
     for name, parameter in current.items():
-        if parameter is not optimizer._parameters[name] and not (parameter is not None and is_sharded(parameter)):
+        if parameter is not optimizer._parameters[name] and name not in sharded:
             _refuse_replaced(optimizer, name)
     if sharded:
         _adopt(optimizer, current)
-    return sharded
+    return bool(sharded)
 
 
 def _current(optimizer: LNGD) -> dict[str, nn.Parameter | None]:

@@ -19,6 +19,11 @@ from torch import Tensor
 _LISTED = 3
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of a job of `torch.distributed`, of one process or more."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Ranks:
     """The processes that train one model.
 
@@ -32,7 +37,7 @@ class Ranks:
     @property
     def size(self) -> int:
         """How many they are; 1 where nothing is distributed (yet)."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_distributed():
             return 1
         return max(1, dist.get_world_size(self.group))
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import serialization
 from .adoption import meet_shards
 from .curvature.context import callers
+from .distributed import is_distributed
 from .fallback import ROW_WISE
 from .gathering import LOST, gather_flags
 from .sharding import local
@@ -63,9 +63,8 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: LNGD) -> No
     state = {"plain": torch.frombuffer(bytearray(whole), dtype=torch.uint8), **_as_sharded(optimizer, tensors)}
     weights = get_model_state_dict(model)
     optimizer._ranks.everyone(None)  # what was left there is gone
-    alone = not (dist.is_available() and dist.is_initialized())
-    everything = {"model": weights, "optimizer": _without_empty(state)}
-    dcp.save(everything, checkpoint_id=folder / PARTIAL, process_group=optimizer._ranks.group, no_dist=alone)
+    everything, group = {"model": weights, "optimizer": _without_empty(state)}, optimizer._ranks.group
+    dcp.save(everything, checkpoint_id=folder / PARTIAL, process_group=group, no_dist=not is_distributed())
     optimizer._ranks.everyone(None)  # all is written
     if optimizer._ranks.rank == 0:
         _take_over(folder)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load, metadata
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.default_planner import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import ReadItem
 
+from .distributed import is_distributed
 from .sharded_checkpoint import METADATA
 
 _FILLED = (
@@ -144,10 +144,9 @@ class ShardedFiles:
         Raises:
             ValueError: a file that cannot be read; on every rank.
         """
-        alone = not (dist.is_available() and dist.is_initialized())
         reader = _Reader(self.folder, self._metadata)
         try:
-            load(state, storage_reader=reader, planner=_Planner(), process_group=group, no_dist=alone)
+            load(state, storage_reader=reader, planner=_Planner(), process_group=group, no_dist=not is_distributed())
         except CheckpointException as error:
             causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
             raise self._refused(f"its files cannot be read ({causes})") from error

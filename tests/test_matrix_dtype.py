@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lngd import LNGD, LNGDConfig
-from hf_lngd.curvature.precision import factors_dtype, fast_bfloat16, product_dtype
+from hf_lngd.curvature.precision import fast_bfloat16, product_dtype, root_dtype
 from tests.test_state_dict import flat, reload
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
@@ -87,8 +87,8 @@ def test_what_a_choice_means(choice: str, names: tuple[str, ...], expected: torc
     config = LNGDConfig(matrix_dtype=choice)
     with cpu_with(*names):
         assert product_dtype(config, torch.float32, CPU) == expected
-        assert product_dtype(config, torch.float64, CPU) == factors_dtype(config, torch.float64) == torch.float64
-        assert factors_dtype(config, torch.float32) == (torch.float32 if choice == "full" else BF16)
+        assert product_dtype(config, torch.float64, CPU) == root_dtype(config, torch.float64) == torch.float64
+        assert root_dtype(config, torch.float32) == (torch.float32 if choice == "full" else BF16)
 
 
 @pytest.mark.parametrize("direction", ["polar", "gram"])

@@ -18,7 +18,7 @@ from ..config import LNGDConfig, is_due
 from ..placement import Speed
 from .factors import add_damping, apply_right, damping, running_average, trace
 from .inverses import inverse, inverse_sqrt, pack, packed_shape, unpack, uses_newton, whitener
-from .precision import factors_dtype, kept_dtype
+from .precision import kept_dtype, root_dtype
 from .rounding import Draws, round_at_random
 
 
@@ -176,7 +176,7 @@ class FactorBank(Bank):
         self.k, self.b = blocks
         self.phi = self._new_average(self.k, self.b)
         # what every step multiplies with in half precision is kept ready for that, in as much memory
-        self.ready = config.direction == "polar" and factors_dtype(config, like.dtype) != like.dtype
+        self.ready = config.direction == "polar" and root_dtype(config, like.dtype) != like.dtype
         eye = self._stored(torch.eye(self.b, dtype=like.dtype, device=like.device))
         self.derived = {kind: eye.repeat(self.count, self.k, 1, 1) for kind in sorted(kinds)}
         self._columns = like.new_tensor([float(spec.columns) for spec in specs for _ in range(spec.units)])
@@ -218,7 +218,7 @@ class FactorBank(Bank):
 
     def _stored(self, value: Tensor, kind: str = "inverse") -> Tensor:
         if self.ready:
-            return value.to(factors_dtype(self.config, value.dtype))
+            return value.to(root_dtype(self.config, value.dtype))
         return pack(value + value.tril(-1).mT if kind == "whitener" else value)
 
     def dense(self, rows: Tensor) -> Tensor:

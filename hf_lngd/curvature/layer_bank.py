@@ -29,7 +29,7 @@ from .inverses import inverse_sqrt, pack, packed_shape, unpack, uses_newton
 from .layers import Layer
 from .owners import Owners
 from .pooling import Pool, pool_curvature, usable
-from .precision import factors_dtype, product_dtype
+from .precision import product_dtype, root_dtype
 from .sums import RowSamples
 
 # Added to the Gram matrix of mean eigenvalue 1 before its root is taken: what the polar factor does to directions
@@ -106,7 +106,7 @@ class LayerBank:
         if config.direction == "gram":
             n = self.columns if self.side == "right" else self.m
             self.gram = like.new_zeros(count, *packed_shape(n))
-            self.polar = torch.eye(n, dtype=factors_dtype(config, like.dtype), device=like.device).repeat(count, 1, 1)
+            self.polar = torch.eye(n, dtype=root_dtype(config, like.dtype), device=like.device).repeat(count, 1, 1)
             self._n = n
 
     @property

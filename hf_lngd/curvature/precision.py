@@ -26,10 +26,10 @@ def product_dtype(config: LNGDConfig, dtype: torch.dtype, device: torch.device) 
     """The dtype of a step's matrix products where the state has this one and lies there (`matrix_dtype`)."""
     if config.matrix_dtype == "auto" and not fast_bfloat16(device):
         return dtype
-    return factors_dtype(config, dtype)
+    return root_dtype(config, dtype)
 
 
-def factors_dtype(config: LNGDConfig, dtype: torch.dtype) -> torch.dtype:
+def root_dtype(config: LNGDConfig, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which roots and whiteners are kept for those products. Not a matter of the device: a checkpoint of
     one machine is another's, too."""
     return torch.bfloat16 if config.matrix_dtype != "full" and dtype == torch.float32 else dtype
