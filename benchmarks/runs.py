@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def train(
     return row | {
         "state_mib": round(optimizer.state_bytes() / 2**20, 3),
         "peak_mib": peak,
-        "hardware": hardware(),
+        **clock_here(),
         "torch": torch.__version__,
     }
 
@@ -133,6 +134,12 @@ def hardware() -> str:
     """What decides a row's seconds, without naming a machine: rows of two kinds are not on one clock."""
     emulated = "" if fast_bfloat16(torch.device("cpu")) else ", bfloat16 emulated"
     return f"CPU, {torch.get_num_threads()} threads{emulated}"
+
+
+def clock_here() -> dict[str, str]:
+    """What rows have in common whose seconds compare: the kind of hardware, and the day, as another may be on a faster
+    machine of that kind."""
+    return {"hardware": hardware(), "day": date.today().isoformat()}
 
 
 def reset_peak() -> None:

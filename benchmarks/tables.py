@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Curve = list[tuple[float, float]]
 Label = Callable[[str], str]
+Clock = tuple[str, str]
 REFERENCE = "adamw"
 # Whose final quality times are measured to.
 TARGETS = ("adamw", "adamw-one", "muon", "soap")
@@ -41,19 +42,29 @@ def reported(results: Results, name: str) -> list[Row]:
 
 
 def on_one_clock(results: Results, rows: Sequence[Row]) -> list[Row]:
-    """The rows with all seconds in those of the kind of hardware on which AdamW was reported most: rows of another kind
-    are scaled by what AdamW took here and there. Where AdamW was not reported, seconds are left as they are."""
-    seconds: dict[str, list[float]] = {}
-    references = [row for row in results.find("report", REFERENCE) if not row["diverged"]]
-    longest = max((row["steps"] for row in references), default=0)
-    for row in references:
-        if row["steps"] == longest:
-            seconds.setdefault(row.get("hardware", ""), []).append(row["seconds"])
+    """The rows with all seconds in those of the clock (:func:`clock_of`) on which AdamW ran most: rows of another clock are
+    scaled by what AdamW took here and there. Where AdamW did not run, seconds are left as they are."""
+    seconds: dict[Clock, list[float]] = {}
+    for row in references(results):
+        seconds.setdefault(clock_of(row), []).append(row["seconds"])
     if len(seconds) < 2:
         return list(rows)
-    most = max(seconds, key=lambda kind: len(seconds[kind]))
-    scales = {kind: mean(seconds[most]) / mean(found) for kind, found in seconds.items()}
-    return [_scaled(row, scales.get(row.get("hardware", ""), 1.0)) for row in rows]
+    most = max(seconds, key=lambda clock: len(seconds[clock]))
+    scales = {clock: mean(seconds[most]) / mean(found) for clock, found in seconds.items()}
+    return [_scaled(row, scales.get(clock_of(row), 1.0)) for row in rows]
+
+
+def clock_of(row: Row) -> Clock:
+    """What seconds of rows that compare have in common: kind of hardware, and the day (rows of before November 27th 2026
+    have none, and are taken to be of one day)."""
+    return row.get("hardware", ""), row.get("day", "")
+
+
+def references(results: Results) -> list[Row]:
+    """AdamW's runs of full length, those included that were made for nothing but their seconds (phase `clock`)."""
+    rows = [row for phase in ("report", "clock") for row in results.find(phase, REFERENCE) if not row["diverged"]]
+    longest = max((row["steps"] for row in rows), default=0)
+    return [row for row in rows if row["steps"] == longest]
 
 
 def _scaled(row: Row, scale: float) -> Row:

@@ -24,9 +24,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no installed package
 
 from benchmarks.rivals import Settings
-from benchmarks.runs import Results, Row, search, train
+from benchmarks.runs import Results, Row, clock_here, search, train
 from benchmarks.spec import Spec, read
-from benchmarks.tables import draw, ratio_table, results_table, tuning_table
+from benchmarks.tables import REFERENCE, clock_of, draw, ratio_table, references, results_table, tuning_table
 from benchmarks.tasks import Task, load_task
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -69,7 +69,7 @@ class Runner:
     def run(self, phase: str, name: str, settings: Settings, seed: int, steps: int) -> Row:
         """The row of a run, from the file or made now."""
         known = self.results.find(phase, name, settings, seed=seed, steps=steps)
-        if known:
+        if known and phase != "clock":
             self.bar.total -= steps
             self.bar.refresh()
             return known[0]
@@ -120,7 +120,10 @@ def tune(names: list[str], spec: Spec, results: Results, task: Task) -> None:
 
 
 def report(names: list[str], spec: Spec, results: Results, task: Task) -> None:
-    """Paired, interleaved runs: for each seed and length every rival once, the first one another each time."""
+    """Paired, interleaved runs: for each seed and length every rival once, the first one another each time.
+
+    A study that goes on another day, perhaps on another machine, runs AdamW once more: seconds are compared through it.
+    """
     best = {name: results.best(name) for name in names}
     runs = [(turn, seed, steps) for turn, seed in enumerate(spec.seeds) for steps in all_lengths(names, spec, seed)]
     planned = [
@@ -129,7 +132,12 @@ def report(names: list[str], spec: Spec, results: Results, task: Task) -> None:
         for name in names[turn % len(names) :] + names[: turn % len(names)]
         if steps in spec.lengths(name, seed)
     ]
-    runner = Runner(results, task, spec, sum(steps for _, _, steps in planned))
+    missing = [run for run in planned if not results.find("report", run[0], best[run[0]], seed=run[1], steps=run[2])]
+    timed = references(results)
+    clock = bool(missing and timed) and clock_of(clock_here()) not in map(clock_of, timed)
+    runner = Runner(results, task, spec, sum(steps for _, _, steps in planned) + clock * spec.steps)
+    if clock:
+        runner.run("clock", REFERENCE, results.best(REFERENCE), spec.seeds[0], spec.steps)
     for name, seed, steps in planned:
         runner.run("report", name, best[name], seed, steps)
     runner.bar.close()

@@ -408,6 +408,44 @@ def test_rows_of_two_kinds_of_hardware_are_on_one_clock(tmp_path: Path) -> None:
     assert [line.split("|")[2].strip() for line in body if line] == ["1.00", "0.75"]
 
 
+def test_a_study_that_goes_on_another_day_runs_adamw_once_more(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of that day are scaled by it; it is no reported run, and nothing missing means nothing run."""
+    file, threads = tmp_path / "r.json", torch.get_num_threads()
+    spec = study(tmp_path / "s.toml", steps=8, trials=1, fractions=[], fraction_seeds=[])
+    common = [str(spec), "--data", str(folder), "--results", str(file)]
+    day = {"hardware": "CPU, 1 threads"}
+
+    def go_on(date: str, *dropped: tuple[str, str, int]) -> list[tuple[str, str, int, str]]:
+        monkeypatch.setattr(runs, "clock_here", lambda: {**day, "day": date})
+        monkeypatch.setattr(compare_optimizers, "clock_here", runs.clock_here)
+        if file.exists():
+            rows = json.loads(file.read_text(encoding="utf-8"))
+            kept = [row for row in rows if (row["phase"], row["optimizer"], row["seed"]) not in dropped]
+            file.write_text(json.dumps(kept), encoding="utf-8")
+        compare_optimizers.main([*common, "--phases", "tune", "report"])
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        return [(r["phase"], r["optimizer"], r["seed"], r["day"]) for r in rows if r["phase"] != "tune"]
+
+    first = go_on("one")
+    assert {row[0] for row in first} == {"report"} and len(first) == 4
+    assert go_on("two") == first
+    missing = ("report", "lngd", 2)
+    second = go_on("two", missing)
+    assert second[-2:] == [("clock", "adamw", 1, "two"), (*missing, "two")] and len(second) == 5
+    third = go_on("three", missing)
+    assert third[-2:] == [("clock", "adamw", 1, "three"), (*missing, "three")]
+    torch.set_num_threads(threads)
+    results = runs.Results(file)
+    assert len(tables.reported(results, "adamw")) == 2
+    adamw = {row["day"]: row["seconds"] for row in results.find("clock", "adamw")}
+    usual = [row["seconds"] for row in results.find("report", "adamw")]
+    (row,) = results.find("report", "lngd", seed=2)
+    expected = row["seconds"] * sum(usual) / len(usual) / adamw["three"]
+    assert tables.reported(results, "lngd")[1]["seconds"] == pytest.approx(expected)
+
+
 def test_the_best_settings_are_the_best_over_tuning_seeds(tmp_path: Path) -> None:
     results = runs.Results(tmp_path / "r.json")
     for rate, values in ((1e-3, (3.0, 3.6)), (2e-3, (3.2, 3.2)), (4e-3, (2.9, None))):
