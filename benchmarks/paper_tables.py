@@ -165,14 +165,14 @@ def study_table(study: Study, results: Results, name_of: Callable[[str], str]) -
     return f"**{study.title}**\n\n{table(head, body)}"
 
 
-def draw_ablation(results: Results, name_of: Callable[[str], str], folder: Path) -> list[Path]:
-    """The paper's figure 7, on what is here: one picture a task that has the three variants; returns their paths."""
+def draw_ablation(results: Results, name_of: Callable[[str], str], folder: Path) -> Path | None:
+    """The paper's figure 7, on what is here, of a task that has the three variants; returns its path."""
     shown = [name for name in ABLATION if reported(results, name)]
     if len(shown) < len(ABLATION):
-        return []
+        return None
     path = folder / f"ablation-{results.path.stem}.png"
     draw(results, shown, name_of, path, "Ablation of the paper's LNGD")
-    return [path]
+    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -187,8 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
     (args.results / "paper.md").write_text(f"{HEAD}\n{text}", encoding="utf-8")
     for task in dict.fromkeys(study.task for study in STUDIES):
-        for path in draw_ablation(Results(args.results / f"{task}.json"), named(task).label, args.results):
-            print(f"drawn: {path}")
+        picture = draw_ablation(Results(args.results / f"{task}.json"), named(task).label, args.results)
+        if picture is not None:
+            print(f"drawn: {picture}")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ def reported(results: Results, name: str) -> list[Row]:
 
 
 def on_one_clock(results: Results, rows: Sequence[Row]) -> list[Row]:
-    """The rows with all seconds in those of the clock (:func:`clock_of`) on which AdamW ran most: rows of another clock are
-    scaled by what AdamW took here and there. Where AdamW did not run, seconds are left as they are."""
+    """The rows with all seconds in those of the clock (:func:`clock_of`) on which AdamW ran most: rows of another clock
+    are scaled by what AdamW took here and there. Where AdamW did not run, seconds are left as they are."""
     seconds: dict[Clock, list[float]] = {}
     for row in references(results):
         seconds.setdefault(clock_of(row), []).append(row["seconds"])
@@ -55,8 +55,7 @@ def on_one_clock(results: Results, rows: Sequence[Row]) -> list[Row]:
 
 
 def clock_of(row: Row) -> Clock:
-    """What seconds of rows that compare have in common: kind of hardware, and the day (rows of before November 27th 2026
-    have none, and are taken to be of one day)."""
+    """What rows have in common whose seconds compare: kind of hardware and day. Rows without one count as one day's."""
     return row.get("hardware", ""), row.get("day", "")
 
 

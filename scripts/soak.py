@@ -80,6 +80,84 @@ def growth(samples: list[float]) -> float:
     return statistics.median(samples[-third:]) - statistics.median(samples[third : 2 * third])
 
 
+class Training:
+    """A model in training, and what long trainings do in between.
+
+    Attributes:
+        done: how often each interruption came.
+    """
+
+    def __init__(self, config: LNGDConfig) -> None:
+        self.config, self.draw = config, torch.Generator().manual_seed(0)
+        self.model = Tiny()
+        self.optimizer = LNGD(self.model, config, lr=3e-3)
+        self.done = {"evaluations": 0, "checkpoints": 0, "restarts": 0, "faults": 0}
+
+    def step(self, step: int) -> float:
+        """One step, some with gradients of NaN; returns the loss."""
+        ids, mask, labels = batch(self.draw)
+        loss = nn.functional.cross_entropy(self.model(ids, mask), labels)
+        (loss * (math.nan if step % FAULT == 0 else 1.0)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done["faults"] += step % FAULT == 0
+        return float(loss.detach())
+
+    def interrupt(self, step: int, file: Path) -> None:
+        """What is due after this step; checkpoints go to a file."""
+        due = {"evaluations": EVALUATION, "checkpoints": CHECKPOINT, "restarts": RESTART}
+        for name, interval in due.items():
+            if step % interval == 0:
+                self.done[name] += 1
+                getattr(self, f"_{name}")(file)
+
+    def _evaluations(self, file: Path) -> None:
+        self.optimizer.eval()
+        with torch.no_grad():
+            self.model(*batch(self.draw)[:2])
+        self.optimizer.train()
+        self.optimizer.diagnostics()
+
+    def _checkpoints(self, file: Path) -> None:
+        torch.save(self.optimizer.state_dict(), file)
+        self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+    def _restarts(self, file: Path) -> None:
+        """A copy goes on; the old pair is dropped, without close()."""
+        state = self.optimizer.state_dict()
+        self.model = copy.deepcopy(self.model)
+        self.optimizer = LNGD(self.model, self.config, lr=3e-3)
+        self.optimizer.load_state_dict(state)
+
+
+class Memory:
+    """Two sizes, sampled `SAMPLES` times in a number of steps. Python's own is traced from the start on."""
+
+    def __init__(self, steps: int) -> None:
+        self.every = max(1, steps // SAMPLES)
+        self.samples: list[tuple[int, float, float]] = []
+        tracemalloc.start()
+
+    def sample(self, step: int) -> None:
+        """Look, if it is time: (step, MiB resident, KiB traced)."""
+        if step % self.every == 0 and len(self.samples) < SAMPLES:
+            gc.collect()
+            self.samples.append((step, resident_mib(), tracemalloc.get_traced_memory()[0] / 1024))
+
+    def stop(self) -> dict[str, Any]:
+        """How much they grew, beside the limits."""
+        tracemalloc.stop()
+        resident, traced = (growth([sample[which] for sample in self.samples]) for which in (1, 2))
+        return {
+            "traced_growth_kib": round(traced, 1),
+            "traced_limit_kib": TRACED_LIMIT_KIB,
+            "resident_growth_mib": round(resident, 2),
+            "resident_limit_mib": RESIDENT_LIMIT_MIB,
+            "flat": traced <= TRACED_LIMIT_KIB and resident <= RESIDENT_LIMIT_MIB,
+            "samples": [[step, round(mib, 2), round(kib, 1)] for step, mib, kib in self.samples],
+        }
+
+
 def soak(steps: int, config: LNGDConfig, each: Callable[[int], Any] = lambda step: None) -> dict[str, Any]:
     """Train for so many steps; what was seen.
 
@@ -87,73 +165,31 @@ def soak(steps: int, config: LNGDConfig, each: Callable[[int], Any] = lambda ste
         each: called after each step.
     """
     torch.manual_seed(0)
-    draw = torch.Generator().manual_seed(0)
-    model = Tiny()
-    optimizer = LNGD(model, config, lr=3e-3)
-    file = Path(tempfile.mkdtemp()) / "optimizer.pt"
-    done = {"evaluations": 0, "checkpoints": 0, "restarts": 0, "faults": 0}
-    losses: list[float] = []
-    resident: list[float] = []
-    traced: list[float] = []
-    at: list[int] = []
-    tracemalloc.start()
-    start = time.perf_counter()
-    for step in range(1, steps + 1):
-        ids, mask, labels = batch(draw)
-        loss = nn.functional.cross_entropy(model(ids, mask), labels)
-        (loss * (math.nan if step % FAULT == 0 else 1.0)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step <= steps // 10 or step > steps - steps // 10:
-            losses.append(float(loss.detach()))
-        done["faults"] += step % FAULT == 0
-        if step % EVALUATION == 0:
-            done["evaluations"] += 1
-            optimizer.eval()
-            with torch.no_grad():
-                model(*batch(draw)[:2])
-            optimizer.train()
-            optimizer.diagnostics()
-        if step % CHECKPOINT == 0:
-            done["checkpoints"] += 1
-            torch.save(optimizer.state_dict(), file)
-            optimizer.load_state_dict(torch.load(file, weights_only=True))
-        if step % RESTART == 0:  # a copy goes on, the old pair is dropped, without close()
-            done["restarts"] += 1
-            state = optimizer.state_dict()
-            model = copy.deepcopy(model)
-            optimizer = LNGD(model, config, lr=3e-3)
-            optimizer.load_state_dict(state)
-            del state
-        each(step)
-        if step % max(1, steps // SAMPLES) == 0 and len(at) < SAMPLES:
-            gc.collect()
-            at.append(step)
-            resident.append(resident_mib())
-            traced.append(tracemalloc.get_traced_memory()[0] / 1024)
+    training = Training(config)
+    first: list[float] = []
+    last: list[float] = []
+    memory, start = Memory(steps), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for step in range(1, steps + 1):
+            loss = training.step(step)
+            if step <= steps // 10:
+                first.append(loss)
+            elif step > steps - steps // 10:
+                last.append(loss)
+            training.interrupt(step, Path(folder) / "optimizer.pt")
+            each(step)
+            memory.sample(step)
     seconds = time.perf_counter() - start
-    tracemalloc.stop()
-    file.unlink(missing_ok=True)
-    file.parent.rmdir()
-    finite = all(bool(p.isfinite().all()) for p in model.parameters())
-    part = len(losses) // 2
-    first, last = statistics.mean(losses[:part]), statistics.mean(losses[part:])
-    traced_growth, resident_growth = growth(traced), growth(resident)
     return {
         "steps": steps,
         "config": config.to_dict(),
         "torch": torch.__version__,
         "seconds": round(seconds, 1),
-        **done,
-        "loss_of_the_first_tenth": round(first, 4),
-        "loss_of_the_last_tenth": round(last, 4),
-        "traced_growth_kib": round(traced_growth, 1),
-        "traced_limit_kib": TRACED_LIMIT_KIB,
-        "resident_growth_mib": round(resident_growth, 2),
-        "resident_limit_mib": RESIDENT_LIMIT_MIB,
-        "flat": traced_growth <= TRACED_LIMIT_KIB and resident_growth <= RESIDENT_LIMIT_MIB,
-        "finite": finite,
-        "samples": [[s, round(r, 2), round(t, 1)] for s, r, t in zip(at, resident, traced, strict=True)],
+        **training.done,
+        "loss_of_the_first_tenth": round(statistics.mean(first), 4),
+        "loss_of_the_last_tenth": round(statistics.mean(last), 4),
+        "finite": all(bool(p.isfinite().all()) for p in training.model.parameters()),
+        **memory.stop(),
     }
 
 
