@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rivals import split
 from hf_lngd import LNGD, LNGDConfig
@@ -135,14 +136,17 @@ class Inventory:
     parameters: tuple[int, ...]
     config: LNGDConfig = field(repr=False)
     others: tuple[int, ...] = ()  # AdamW's beside Muon
-    multiply_adds: int = 0  # of a forward through the matrices
+    model_flops: int = 0  # of forward and backward, as torch counts them: products, convolutions, attention
 
 
 def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfig) -> Inventory:
-    """Shapes of a model's step, from one forward and backward pass (on the meta device: nothing is computed).
+    """Shapes of a model's step, from two forward and backward passes (on the meta device: nothing is computed).
 
     `batch`: what the model is called with; its size sets N.
     """
+    with FlopCounterMode(display=False) as counter:  # of the model alone: before LNGD has its hooks there
+        model(**batch).loss.backward()
+    model.zero_grad()
     optimizer = LNGD(model, config)
     seen: dict[str, int] = {}
 
@@ -184,7 +188,6 @@ def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfi
         factors.append(Factor(layer.units, source.k, source.b, layer.columns, count, features, layer.is_convolution))
     matrices, tables, others = split(model)
     rotated = [r.shape for r in owned.values() if r.reason == ROTATED_EMBEDDING]
-    work = sum(bank.m * bank.d * (bank.count // bank.layers) * sum(bank.positions) for bank in banks)
     optimizer.close()
     return Inventory(
         tuple(banks),
@@ -195,7 +198,7 @@ def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfi
         tuple(p.numel() for p in model.parameters() if p.requires_grad),
         config,
         tuple(p.numel() for p in [*tables, *others]),
-        work,
+        counter.get_total_flops(),
     )
 
 

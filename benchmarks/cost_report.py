@@ -108,7 +108,7 @@ def large_row(inventory: cost_model.Inventory, optimizer: str, spread: bool) -> 
         state = cost_model.muon_state(inventory)
     else:
         ops, state = cost_model.lngd_ops(inventory, masked=True), cost_model.lngd_state(inventory)
-    model_seconds = 3 * 2 * inventory.multiply_adds / DEVICE.bfloat16
+    model_seconds = inventory.model_flops / DEVICE.bfloat16
     clusters = {}
     for count in DEVICES:
         cluster = Cluster(DEVICE, count, LINK)
@@ -149,15 +149,16 @@ def tables(result: dict[str, Any]) -> str:
         text += (
             f"\nOn accelerators of {device['bfloat16'] / 1e12:g} TFLOP/s in bfloat16, {device['float32'] / 1e12:g} in "
             f"float32, {device['bandwidth'] / 1e12:g} TB/s, links of {large['link'] / 1e9:g} GB/s (assumed), DDP, "
-            "nothing overlapped. Step: forward, backward and optimizer, beside AdamW's.\n\n"
+            "nothing overlapped. Sent: by each device a step. Step: forward, backward and optimizer, beside AdamW's; "
+            "forward and backward are torch's count of their products over the bfloat16 rate.\n\n"
         )
         text += table(
-            ["model, batch a device", "optimizer", "state, GiB", "TFLOP", "traffic, GB", "update, ms",
+            ["model, batch a device", "optimizer", "state, GiB", "TFLOP", "traffic, GB", "sent, GB", "update, ms",
              *(f"step × on {count}" for count in DEVICES)],
             [
                 [f"{row['model']}, {row['batch']}", row["optimizer"], f"{row['state_bytes'] / 2**30:.2f}",
                  f"{row['tflop']:.2f}", f"{row['traffic_gb']:.1f}",
-                 f"{update_ms(row):.1f}",
+                 f"{row['devices'][str(DEVICES[-1])]['bytes_sent'] / 1e9:.2f}", f"{update_ms(row):.1f}",
                  *(f"{row['devices'][str(count)]['over_adamw']:.3f}" for count in DEVICES)]
                 for row in large["rows"]
             ],
@@ -198,6 +199,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_ylabel("predicted, ms")
     left.set_title("Optimizer's part of a step (band: ± 20 %)", fontsize=10, loc="left")
     left.legend(frameon=False, fontsize=8)
+    over = [row["devices"][str(count)]["over_adamw"] for row in result["large"]["rows"] for count in DEVICES]
+    highest = 105 * (max(over, default=2.0) - 1)  # of all panels, so that they compare
     for axis, model in zip(others, models, strict=True):
         for (name, *_), colour in zip(CONTENDERS, COLOURS, strict=True):
             (row,) = [r for r in result["large"]["rows"] if (r["model"], r["optimizer"]) == (model, name)]
@@ -206,10 +209,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xticks(DEVICES, [str(count) for count in DEVICES])
         axis.minorticks_off()
         axis.set_xlabel("devices")
-        axis.set_title(model, fontsize=10, loc="left")
-        axis.set_ylim(bottom=-1)
+        batch = next(row["batch"] for row in result["large"]["rows"] if row["model"] == model)
+        axis.set_title(f"{model} (assumed)\n{batch} a device", fontsize=9, loc="left")
+        axis.set_ylim(-1, highest)
     if others:
-        others[0].legend(frameon=False, fontsize=7.5, loc="lower right", bbox_to_anchor=(1, 0.04))
+        others[0].legend(frameon=False, fontsize=7.5, loc="upper right")
         others[0].set_ylabel("step longer than AdamW's by, %")
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)

@@ -3,8 +3,8 @@
     python -m benchmarks.paper_tables
 
 Reads `benchmarks/results/TASK.json`, runs nothing. Writes the tables to `paper.md` there, and draws the ablation. The
-tasks are smaller than the paper's by orders of magnitude, so
-only places can be compared: a row says whether the optimizer's place among the compared ones is the published one.
+tasks are smaller than the paper's by orders of magnitude, so only places can be compared: a row says whether the
+optimizer's place among the compared ones is the published one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.runs import Results
-from benchmarks.spec import named
+from benchmarks.spec import Spec, named
 from benchmarks.tables import draw, metric_of, quality, reported, table, time_to_quality
 
 HERE = Path(__file__).resolve().parent
@@ -165,14 +165,20 @@ def study_table(study: Study, results: Results, name_of: Callable[[str], str]) -
     return f"**{study.title}**\n\n{table(head, body)}"
 
 
-def draw_ablation(results: Results, name_of: Callable[[str], str], folder: Path) -> Path | None:
+def draw_ablation(results: Results, spec: Spec, folder: Path) -> Path | None:
     """The paper's figure 7, on what is here, of a task that has the three variants; returns its path."""
     shown = [name for name in ABLATION if reported(results, name)]
     if len(shown) < len(ABLATION):
         return None
     path = folder / f"ablation-{results.path.stem}.png"
-    draw(results, shown, name_of, path, "Ablation of the paper's LNGD")
+    draw(results, shown, spec.label, path, f"{spec.title}: ablation of the paper's LNGD")
     return path
+
+
+def page(folder: Path) -> str:
+    """All tables, from the files of results in a folder."""
+    made = [study_table(s, Results(folder / f"{s.task}.json"), named(s.task).label) for s in STUDIES]
+    return f"{HEAD}\n" + "\n".join(made)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -180,14 +186,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the result files")
     args = parser.parse_args(arguments)
-    tables = []
-    for study in STUDIES:
-        tables.append(study_table(study, Results(args.results / f"{study.task}.json"), named(study.task).label))
-    text = "\n".join(tables)
+    text = page(args.results)
     print(text)
-    (args.results / "paper.md").write_text(f"{HEAD}\n{text}", encoding="utf-8")
+    (args.results / "paper.md").write_text(text, encoding="utf-8")
     for task in dict.fromkeys(study.task for study in STUDIES):
-        picture = draw_ablation(Results(args.results / f"{task}.json"), named(task).label, args.results)
+        picture = draw_ablation(Results(args.results / f"{task}.json"), named(task), args.results)
         if picture is not None:
             print(f"drawn: {picture}")
 

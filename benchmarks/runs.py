@@ -33,8 +33,7 @@ COARSE = {"weight_decay": 2}
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
-    """The factor of both rates: linear warm-up (a third of a shorter run at the most), then linear to 5 %."""
-    warmup = min(warmup, steps // 3)
+    """The factor of both rates: linear warm-up, then linear to 5 %."""
     if step < warmup:
         return (step + 1) / warmup
     return 1 - (1 - FINAL_RATE) * (step - warmup) / max(1, steps - warmup)
@@ -207,7 +206,7 @@ class Results:
         for row in self.find("tune", name):
             losses.setdefault(Settings(**row["settings"]), []).append(math.inf if row["diverged"] else row["loss"])
         if not losses:
-            raise ValueError(f"{self.path}: no tuning run of {name} yet; run with --tune first")
+            raise ValueError(f"{self.path}: no tuning run of {name} yet; run the phase tune first (--phases tune)")
         return min(losses, key=lambda settings: sum(losses[settings]) / len(losses[settings]))
 
 

@@ -44,7 +44,7 @@ class Spec:
         task: of `benchmarks.tasks.TASKS`; its name is that of the file of results.
         title: of the picture.
         steps: length of a run.
-        warmup: steps of rising rates.
+        warmup: steps of rising rates in a run of full length; shorter ones have as many of their own.
         threads: of torch.
         trials: tuning runs of every rival and tuning seed.
         tuned: what the searches move, of `RATES`; a rival may have a `tuned` of its own.
@@ -72,6 +72,10 @@ class Spec:
         shorter = self.rivals[name].shorter and seed in self.fraction_seeds
         parts = [1.0, *(sorted(self.fractions, reverse=True) if shorter else [])]
         return [round(self.steps * part) for part in parts]
+
+    def warmup_of(self, steps: int) -> int:
+        """Steps of rising rates in a run of this length: the schedule is the same, shorter."""
+        return max(1, round(self.warmup * steps / self.steps))
 
     def label(self, name: str) -> str:
         """A rival's name for tables and pictures."""

@@ -14,24 +14,34 @@ if TYPE_CHECKING:
 
 Curve = list[tuple[float, float]]
 Label = Callable[[str], str]
-Clock = tuple[str, str]
+Clock = tuple[str, str, str]
 REFERENCE = "adamw"
 # Whose final quality times are measured to.
 TARGETS = ("adamw", "adamw-one", "muon", "soap")
 CURVES = {"loss": "validation_curve", "accuracy": "accuracy_curve"}
-COLOURS = {"adamw": "#6b7280", "muon": "#d97706", "soap": "#7c3aed", "lngd": "#0f766e"}
-VARIANTS = (
-    "#be123c",
-    "#2563eb",
-    "#65a30d",
-    "#c026d3",
-    "#0891b2",
-    "#a16207",
-    "#4338ca",
-    "#15803d",
-    "#9f1239",
-    "#57534e",
-)
+# Colour, line and marker of each rival, the same in every picture: variants share their family's colour.
+STYLES = {
+    "adamw": ("#6b7280", "-", "o"),
+    "adamw-one": ("#6b7280", "--", "o"),
+    "sgd": ("#60a5fa", "-", "o"),
+    "muon": ("#d97706", "-", "o"),
+    "soap": ("#7c3aed", "-", "o"),
+    "shampoo": ("#c026d3", "-", "o"),
+    "lngd": ("#0f766e", "-", "o"),
+    "lngd-same": ("#0f766e", "--", "o"),
+    "lngd-gram": ("#0f766e", ":", "o"),
+    "lngd-paper": ("#be123c", "-", "s"),
+    "lngd-lr": ("#be123c", "--", "^"),
+    "lngd-sample": ("#be123c", ":", "v"),
+    "kfac": ("#1e3a8a", "-", "s"),
+    "ekfac": ("#1e3a8a", "--", "^"),
+    "tkfac": ("#1e3a8a", ":", "v"),
+    "ng+": ("#65a30d", "-", "D"),
+}
+UNKNOWN = ("#000000", "-", "x")
+# Drawn thicker, and with the range over seeds; with few rivals all have it.
+MAIN = ("adamw", "muon", "soap", "lngd")
+FEW = 6
 
 
 def reported(results: Results, name: str) -> list[Row]:
@@ -55,8 +65,9 @@ def on_one_clock(results: Results, rows: Sequence[Row]) -> list[Row]:
 
 
 def clock_of(row: Row) -> Clock:
-    """What rows have in common whose seconds compare: kind of hardware and day. Rows without one count as one day's."""
-    return row.get("hardware", ""), row.get("day", "")
+    """What rows have in common whose seconds compare: hardware, day (rows without one count as one day's), and whether
+    seconds are those on the wall or the process's own."""
+    return row.get("hardware", ""), row.get("day", ""), row.get("clock", "wall")
 
 
 def references(results: Results) -> list[Row]:
@@ -177,32 +188,39 @@ def results_table(results: Results, names: Sequence[str], label: Label) -> str:
     return table(head, body)
 
 
+def ratio(results: Results, name: str, other: str, metric: str) -> tuple[str, str]:
+    """Seconds of a rival to another one's final quality, over the other one's seconds: within its runs of full length,
+    and over its runs of several lengths, each with its schedule to its own end ("–": it has none)."""
+    rows, theirs = reported(results, name), reported(results, other)
+    target, seconds = quality(theirs, metric), mean(row["seconds"] for row in theirs)
+    within = time_to_quality(rows, target, metric)
+    ends = end_points(results, name, metric)
+    if len(ends) < 2:
+        return _number(within and within / seconds, "never" if rows else "–", 2), "–"
+    own = time_to(ends, target)
+    first = "≤ " if own is not None and own == ends[0][0] else ""
+    return _number(within and within / seconds, "never", 2), first + _number(own and own / seconds, "never", 2)
+
+
 def ratio_table(results: Results, names: Sequence[str], label: Label) -> str:
-    """Seconds to a rival's final quality over the rival's own seconds, within runs and over runs of several lengths,
-    each with its schedule to its own end."""
+    """:func:`ratio` of every rival to AdamW, Muon and SOAP."""
     metric = metric_of(results, names)
     targets = [name for name in names if name in TARGETS and reported(results, name)]
-    body = []
-    for name in names:
-        rows, ends = reported(results, name), end_points(results, name, metric)
-        cells = []
-        for other in targets:
-            theirs = reported(results, other)
-            target, seconds = quality(theirs, metric), mean(row["seconds"] for row in theirs)
-            within = time_to_quality(rows, target, metric)
-            own = time_to(ends, target) if len(ends) > 1 else None
-            first = "≤ " if own is not None and own == ends[0][0] else ""
-            cells.append(_number(within and within / seconds, "never" if rows else "–", 2))
-            missing = "–" if len(ends) < 2 else "never"
-            cells.append(first + _number(own and own / seconds, missing, 2))
-        if rows:
-            body.append([label(name), *cells])
-    if not body or not targets:
+    shown = [name for name in names if reported(results, name)]
+    if not shown or not targets:
         return ""
+    body = [[label(name), *(c for other in targets for c in ratio(results, name, other, metric))] for name in shown]
     head = ["seconds to a rival's quality / its seconds"]
     for other in targets:
         head += [f"{label(other)}, within runs", "own schedules"]
     return table(head, body)
+
+
+def effort(results: Results) -> str:
+    """What the study took: hours of training, evaluation left out."""
+    seconds = [row["seconds"] for row in results.rows]
+    hours, longest = sum(seconds) / 3600, max(seconds, default=0)
+    return f"{len(seconds)} runs, {hours:.1f} hours of training, the longest of {longest:.0f} s\n"
 
 
 def _number(value: float | None, otherwise: str, digits: int = 1) -> str:
@@ -224,33 +242,33 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     shown = [name for name in names if reported(results, name)]
     if not shown:
         raise ValueError(f"{results.path}: no reported runs to draw; run the phase report first")
-    extra = iter(VARIANTS)
-    colours = {name: COLOURS.get(name) or next(extra, "#000000") for name in shown}
     metric = metric_of(results, shown)
     sign = -100 if metric == "accuracy" else 1
     figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained", sharey=True)
     finals: dict[str, float] = {}
-    for name in sorted(shown, key=lambda name: name in COLOURS):  # those that matter most on top
+    for name in sorted(shown, key=lambda name: name in MAIN):  # those that matter most on top
         rows = reported(results, name)
         curve = quality_curve(rows, metric)
         finals[name] = sign * curve[-1][2]
-        strong = name in COLOURS
-        style = {"color": colours[name], "linewidth": 2.4 if name == "lngd" else 1.6 if strong else 1.0}
+        strong = name in MAIN
+        colour, line, marker = STYLES.get(name, UNKNOWN)
+        width = 2.4 if name == "lngd" else 1.6 if strong or len(shown) <= FEW else 1.1
+        style = {"color": colour, "linestyle": line, "marker": marker, "linewidth": width}
         values = [[abs(sign) * point[2] for point in row[CURVES[metric]]] for row in rows]
         low, high = ([pick(column) for column in zip(*values, strict=True)] for pick in (min, max))
         for axis, where in zip(axes, (0, 1), strict=True):
             x = [point[where] for point in curve]
-            if strong:
-                axis.fill_between(x, low, high, color=colours[name], alpha=0.15, linewidth=0)
-            axis.plot(x, [sign * p[2] for p in curve], marker="o", markersize=3.5, label=label(name), **style)
+            if strong or len(shown) <= FEW:
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.plot(x, [sign * p[2] for p in curve], markersize=3.5, label=label(name), **style)
         ends = end_points(results, name, metric)
         if len(ends) > 1:
             seconds, ended = zip(*((seconds, sign * value) for seconds, value in ends), strict=True)
-            axes[1].plot(seconds, ended, "o", markersize=6, markerfacecolor="none", color=colours[name])
+            axes[1].plot(seconds, ended, "o", markersize=6, markerfacecolor="none", color=colour)
     reference = finals.get(REFERENCE)
     for axis, name in zip(axes, ("steps", "seconds of training"), strict=True):
         if reference is not None:
-            axis.axhline(reference, color=COLOURS[REFERENCE], linewidth=0.8, linestyle=":")
+            axis.axhline(reference, color=STYLES[REFERENCE][0], linewidth=0.8, linestyle=":")
         axis.set_xlabel(name)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)

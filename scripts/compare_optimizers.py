@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks a
 from benchmarks.rivals import Settings
 from benchmarks.runs import Results, Row, clock_here, search, train
 from benchmarks.spec import Spec, read
-from benchmarks.tables import REFERENCE, clock_of, draw, ratio_table, references, results_table, tuning_table
+from benchmarks.tables import REFERENCE, clock_of, draw, effort, ratio_table, references, results_table, tuning_table
 from benchmarks.tasks import Task, load_task
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -83,7 +83,7 @@ class Runner:
             if step % 10 == 0:
                 self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
-        rival, warmup = self.spec.rivals[name].rival, self.spec.warmup
+        rival, warmup = self.spec.rivals[name].rival, self.spec.warmup_of(steps)
         made = train(rival, settings, seed, steps, warmup, self.task, progress, tuning=phase != "report")
         row = {"phase": phase, **made, "optimizer": name}
         self.bar.update(steps - done)
@@ -186,6 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(tuning_table(results, names, spec.label))
         print(results_table(results, names, spec.label))
         print(ratio_table(results, names, spec.label))
+        print(effort(results))
     if "plot" in args.phases:
         picture = results.path.with_suffix(".png")
         draw(results, names, spec.label, picture, spec.title)

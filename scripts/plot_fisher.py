@@ -199,7 +199,7 @@ def draw(network: dict[str, Tensor], layerwise: dict[str, Tensor], row: dict[str
                 continue
             _show(lower, _pooled(missed[:end, :end].abs() / unit), norm)
             error = row["layerwise" if top else "network"][key]["relative_frobenius"]
-            lower.set_title(f"error {error:.2f}", fontsize=9.5)
+            lower.set_title(f"error {error:.2f}" + " (whole block)" * bool(zoom), fontsize=9.5)
     assert image is not None
     bar = figure.colorbar(image, ax=axes, shrink=0.55, aspect=38, pad=0.012, extend="max")
     bar.set_label("|entry|, in units of the exact block's mean diagonal", fontsize=9.5)

@@ -170,7 +170,8 @@ def draw(seen: dict[str, tuple[Subject, digits.Seen]], path: Path) -> None:
             row[3].plot(normal, quantiles(value, QUANTILES), style, color=colour, linewidth=1.7, label=label)
         row[3].legend(frameon=False, fontsize=8, loc="upper left")
         row[3].set_ylim(-4, 4)
-        row[0].set_ylabel(subject.title, fontsize=9.5)
+        row[0].set_ylabel(f"{subject.title}\ndensity", fontsize=9)
+        row[3].set_ylabel("quantile, standard deviations", fontsize=8.5)
         for axis in row:
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8)
@@ -180,6 +181,9 @@ def draw(seen: dict[str, tuple[Subject, digits.Seen]], path: Path) -> None:
     for axis in axes[-1, :3]:
         axis.set_xlabel("standard deviations from the mean", fontsize=8.5)
     axes[-1, 3].set_xlabel("Gaussian quantile", fontsize=8.5)
+    figure.suptitle(
+        "Outputs of trained layers over inputs, standardised, beside N(0, 1) (dashed)", fontsize=11, x=0.01, ha="left"
+    )
     figure.savefig(path, dpi=125)
     plt.close(figure)
 
@@ -204,6 +208,7 @@ def _histogram(axis: Any, parts: list[tuple[Tensor, str, str]]) -> None:
             va="top",
             fontsize=8,
             color=colour,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1},
         )
     axis.plot(middle, (-(middle**2) / 2).exp() / (2 * torch.pi) ** 0.5, color="#111827", linewidth=1.2, linestyle="--")
     axis.set_ylim(0, TOP)

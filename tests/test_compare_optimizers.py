@@ -77,10 +77,24 @@ def test_schedule() -> None:
     assert runs.schedule(59, 300, 60) == runs.schedule(60, 300, 60) == 1
     assert runs.schedule(180, 300, 60) == pytest.approx(1 - 0.95 / 2)
     assert runs.schedule(300, 300, 60) == pytest.approx(0.05)
-    assert runs.schedule(24, 75, 60) == 1
 
 
-@pytest.mark.parametrize("name", RIVALS)
+def test_shorter_runs_have_the_same_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = spec.read(study(tmp_path / "s.toml", steps=300, warmup=60))
+    assert [read.warmup_of(steps) for steps in (300, 225, 150, 75, 1)] == [60, 45, 30, 15, 1]
+    seen = []
+
+    def train(*args: Any, **_: Any) -> runs.Row:
+        seen.append(args[3:5])
+        return row_of("lngd", 1, [(args[3], 1.0, 2.0)])
+
+    monkeypatch.setattr(compare_optimizers, "train", train)
+    runner = compare_optimizers.Runner(runs.Results(tmp_path / "r.json"), None, read, 1)  # type: ignore[arg-type]
+    for steps in (300, 150):
+        runner.run("report", "lngd", Settings(1e-2, 1e-2), 1, steps)
+    assert seen == [(300, 60), (150, 30)]
+
+
 def test_every_rival_owns_each_parameter_once(name: str) -> None:
     if name in ("soap", "shampoo"):
         pytest.importorskip("pytorch_optimizer")

@@ -1,0 +1,117 @@
+"""Writes the tables of results into README.md from the files of results; runs nothing.
+
+    python -m benchmarks.readme_tables
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`: NAME is a study of `benchmarks/specs/`,
+`goals` (what of the goal in time is met) or `one-flag` (AdamW and LNGD, each with one rate). A test asks whether README
+has them as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from benchmarks.runs import Results
+from benchmarks.spec import SPECS, Spec, named
+from benchmarks.tables import metric_of, ratio, reported, results_table, spread, table
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(?<=<!-- table: )([\w-]+)( -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
+STUDIES = ("multi30k", "cifar10-resnet", "cifar10-vit", "marian-multi30k", "marian-wmt", "cifar10-efficientnet")
+# Of `results_table`, what fits a page.
+LEFT_OUT = ("ms a step", "peak, MiB", "diverged")
+OURS = ("lngd", "lngd-same")
+# Whose quality, in what part of its time at most.
+GOALS = {"adamw": 0.5, "adamw-one": 0.5, "muon": 0.9, "soap": 0.9}
+
+
+def results_of(name: str) -> tuple[Spec, Results]:
+    """A study and the rows that it has."""
+    spec = named(name)
+    return spec, Results(SPECS.parent / "results" / f"{spec.task}.json")
+
+
+def study(name: str) -> str:
+    """`results_table` of a study, LNGD's rows in bold, with the number of tuning runs."""
+    spec, results = results_of(name)
+    lines = results_table(results, list(spec.rivals), spec.label).splitlines()
+    head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    kept = [i for i, title in enumerate(head) if title not in LEFT_OUT]
+    of_label = {spec.label(rival): rival for rival in spec.rivals}
+    rows = []
+    for cells in body:
+        rival = of_label[cells[0]]
+        first = f"**{cells[0]}**" if rival in OURS else cells[0]
+        rows.append([first, *(cells[i] for i in kept[1:]), str(len(results.find("tune", rival)))])
+    return table([*(head[i] for i in kept), "tuning runs"], rows)
+
+
+def goals() -> str:
+    """The time that LNGD takes to a rival's final quality over the rival's own: on schedules of their own where there
+    are such runs, else within runs of full length (in brackets); bold: the goal is met."""
+    body = []
+    for name in STUDIES:
+        spec, results = results_of(name)
+        for ours in OURS:
+            if not reported(results, ours):
+                continue
+            metric = metric_of(results, list(spec.rivals))
+            cells = [_goal(results, ours, other, metric, most) for other, most in GOALS.items()]
+            body.append([spec.title, spec.label(ours), *cells])
+    heads = {"adamw": "AdamW (two rates)", "adamw-one": "AdamW (one rate)", "muon": "Muon", "soap": "SOAP"}
+    return table(["task", "LNGD", *(f"{heads[other]}, ≤ {most}" for other, most in GOALS.items())], body)
+
+
+def _goal(results: Results, ours: str, other: str, metric: str, most: float) -> str:
+    if not reported(results, other):
+        return "–"
+    within, own = ratio(results, ours, other, metric)
+    value = within if own == "–" else own
+    number = value.removeprefix("≤ ")
+    met = number not in ("never", "–") and float(number) <= most
+    shown = f"({value})" if own == "–" and value != "never" else value
+    return f"**{shown}**" if met else shown
+
+
+def one_flag() -> str:
+    """AdamW with one rate for everything and LNGD at that rate."""
+    body = []
+    for name in STUDIES:
+        spec, results = results_of(name)
+        pair = [reported(results, rival) for rival in ("adamw-one", "lngd-same")]
+        if not all(pair):
+            continue
+        metric = metric_of(results, list(spec.rivals))
+        scale, digits = (100, 1) if metric == "accuracy" else (1, 3)
+        values = [spread([scale * row[metric] for row in rows], digits) for rows in pair]
+        within, own = ratio(results, "lngd-same", "adamw-one", metric)
+        unit = "accuracy, %" if metric == "accuracy" else "loss"
+        rate = f"{pair[0][0]['settings']['lr']:g}"
+        body.append([f"{spec.title}, {unit}", rate, *values, within, own])
+    head = ["task", "rate", "AdamW", "LNGD", "its seconds to AdamW's quality / AdamW's, within runs", "own schedules"]
+    return table(head, body)
+
+
+def render(text: str) -> str:
+    """The page with every marked table made anew. Raises ValueError for a table that there is not."""
+
+    def made(found: re.Match[str]) -> str:
+        name = found[1]
+        if name in STUDIES:
+            return f"{name}{found[2]}\n{study(name)}\n"
+        makers = {"goals": goals, "one-flag": one_flag}
+        if name not in makers:
+            raise ValueError(f"README.md: table: got {name!r}, accepted: {', '.join((*STUDIES, *makers))}")
+        return f"{name}{found[2]}\n{makers[name]()}\n"
+
+    return MARKED.sub(made, text)
+
+
+def main(page: Path = ROOT / "README.md") -> None:
+    """Rewrites the page."""
+    page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
