@@ -6,8 +6,8 @@ The spec file names task, budget, seeds and rivals. Every run becomes a row of `
 are there are not run again, so interrupted work goes on where it stopped. What DIR holds is said in
 `benchmarks/README.md`; the phases `table` and `plot` need no data.
 
-`--trial "lr=8e-3,other_lr=1e-2,chain=full"` runs LNGD once on a tuning seed with fields of its own: for finding
-defaults.
+`--trial "lr=8e-3,other_lr=1e-2,chain=full"` runs LNGD once on a tuning seed with fields of its own, for finding
+defaults; `--trial "rival=muon,lr=8e-3"` another rival of the study.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no installed package
 
-from benchmarks.rivals import Settings
+from benchmarks.rivals import RATES, Settings
 from benchmarks.runs import Results, Row, clock_here, search, train
 from benchmarks.spec import Spec, read
 from benchmarks.tables import REFERENCE, clock_of, draw, effort, ratio_table, references, results_table, tuning_table
@@ -42,7 +42,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, help="folder of the pretrained model, for a task that fine-tunes one")
     add("--phases", nargs="+", default=list(PHASES), choices=PHASES, help="what to do (default: all)")
     add("--rivals", nargs="+", metavar="NAME", help="only these of the spec's")
-    add("--trial", action="append", default=[], metavar="a=b,c=d", help="only run LNGD once on the first tuning seed")
+    add(
+        "--trial",
+        action="append",
+        default=[],
+        metavar="a=b,c=d",
+        help="one run on a tuning seed, of LNGD or rival=NAME",
+    )
     add("--results", type=Path, help="file of results (default: benchmarks/results/TASK.json)")
     add("--forget", nargs="+", default=[], metavar="NAME", help="first drop the rows of rivals whose code changed")
     return parser.parse_args(arguments)
@@ -53,8 +59,8 @@ def check(args: argparse.Namespace, spec: Spec) -> None:
     for name in args.rivals or ():
         if name not in spec.rivals:
             raise ValueError(f"--rivals: got {name!r}, accepted: {', '.join(spec.rivals)}")
-    if args.trial and "lngd" not in spec.rivals:
-        raise ValueError(f"--trial: {args.spec} has no rival named lngd, accepted: a study with one")
+    for text in args.trial:
+        parse_trial(text, spec)
     if args.data is None and (args.trial or {"tune", "report"} & set(args.phases)):
         raise ValueError("--data: got none, accepted: a folder; only --phases table plot do without")
 
@@ -148,19 +154,30 @@ def all_lengths(names: list[str], spec: Spec, seed: int) -> list[int]:
     return sorted({steps for name in names for steps in spec.lengths(name, seed)}, reverse=True)
 
 
-def try_fields(texts: list[str], spec: Spec, results: Results, task: Task) -> None:
-    """Single runs of LNGD; `lr`, `other_lr`, `fresh`, `weight_decay` are the settings', all else are LNGD's fields."""
-    parsed = []
-    for text in texts:
-        items = dict(item.partition("=")[::2] for item in text.split(",") if item)
-        own: dict[str, Any] = {
-            key: float(items.pop(key)) for key in ("lr", "other_lr", "fresh", "weight_decay") if key in items
-        }
+def parse_trial(text: str, spec: Spec) -> tuple[str, Settings]:
+    """(rival, settings) of ``rival=muon,lr=8e-3``: without a rival LNGD; what is no setting is a field of LNGD's.
+
+    Raises:
+        ValueError: no such rival in the study, or a field for one that is not LNGD.
+    """
+    items = dict(item.partition("=")[::2] for item in text.split(",") if item)
+    name = items.pop("rival", "lngd")
+    if name not in spec.rivals:
+        raise ValueError(f"--trial: rival: got {name!r}, accepted: {', '.join(spec.rivals)}")
+    own: dict[str, Any] = {key: float(items.pop(key)) for key in RATES if key in items}
+    if items:
+        if spec.rivals[name].rival != "lngd":
+            raise ValueError(f"--trial: got {', '.join(items)} for {name}, accepted: {', '.join(RATES)}")
         own["fields"] = ",".join(f"{key}={value}" for key, value in items.items())
-        parsed.append(Settings(**{**spec.rivals["lngd"].start.to_dict(), **own}))
+    return name, Settings(**{**spec.rivals[name].start.to_dict(), **own})
+
+
+def try_out(texts: list[str], spec: Spec, results: Results, task: Task) -> None:
+    """Single runs on the first tuning seed, see :func:`parse_trial`."""
+    parsed = [parse_trial(text, spec) for text in texts]
     runner = Runner(results, task, spec, len(parsed) * spec.steps)
-    for settings in parsed:
-        runner.run("trial", "lngd", settings, spec.tuning_seeds[0], spec.steps)
+    for name, settings in parsed:
+        runner.run("trial", name, settings, spec.tuning_seeds[0], spec.steps)
     runner.bar.close()
 
 
@@ -177,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.trial or {"tune", "report"} & set(args.phases):
         task = load_task(spec.task, args.data, args.model)
         if args.trial:
-            return try_fields(args.trial, spec, results, task)
+            return try_out(args.trial, spec, results, task)
         if "tune" in args.phases:
             tune(names, spec, results, task)
         if "report" in args.phases:

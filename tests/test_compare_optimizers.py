@@ -177,7 +177,7 @@ def test_a_true_fisher_gets_its_second_pass(folder: Path) -> None:
     assert math.isfinite(row["loss"]) and not row["diverged"]
 
 
-def test_one_trial_of_lngd_is_a_row(folder: Path, tmp_path: Path) -> None:
+def test_one_trial_is_a_row(folder: Path, tmp_path: Path) -> None:
     arguments = [
         str(study(tmp_path / "s.toml", steps=8, fractions=[])),
         "--data",
@@ -186,11 +186,12 @@ def test_one_trial_of_lngd_is_a_row(folder: Path, tmp_path: Path) -> None:
         str(tmp_path / "r.json"),
     ]
     threads = torch.get_num_threads()
-    compare_optimizers.main([*arguments, "--trial", "lr=1e-3,chain=full", "--trial", "fresh=0.5"])
+    compare_optimizers.main([*arguments, "--trial", "lr=1e-3,chain=full", "--trial", "rival=adamw,fresh=0.5"])
     torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert [(r["phase"], r["optimizer"], r["seed"]) for r in rows] == [("trial", "lngd", 101)] * 2
+    assert [(r["phase"], r["optimizer"], r["seed"]) for r in rows] == [("trial", n, 101) for n in ("lngd", "adamw")]
     assert [(r["settings"]["lr"], r["settings"]["fields"]) for r in rows] == [(1e-3, "chain=full"), (1e-2, "")]
+    assert rows[1]["settings"]["fresh"] == 0.5
 
 
 def test_every_spec_is_a_study_of_its_task() -> None:
@@ -478,12 +479,14 @@ def test_the_best_settings_are_the_best_over_tuning_seeds(tmp_path: Path) -> Non
         (["--phases", "tune", "--data", "no-such-folder"], "--data: no-such-folder has no train.json.gz"),
         (["--phases", "tune"], "--data: got none"),
         (["--trial", "lr=1"], "--data: got none"),
-        (["--trial", "lr=1", "--data", "x"], "--trial: .* has no rival named lngd"),
+        (["--trial", "rival=adam"], "--trial: rival: got 'adam', accepted: lngd"),
+        (["--trial", "lr=1"], "--trial: rival: got 'lngd', accepted: adamw"),
+        (["--trial", "rival=adamw,chain=full"], "--trial: got chain for adamw, accepted: weight_decay"),
         (["--phases", "plot"], "no reported runs"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
-    rivals = {"adamw": "lr = 1e-3"} if "named lngd" in message else {"lngd": "lr = 1e-3"}
+    rivals = {"adamw": "lr = 1e-3"} if "adamw" in message else {"lngd": "lr = 1e-3"}
     path = study(tmp_path / "s.toml", rivals=rivals)
     with pytest.raises(ValueError, match=message):
         compare_optimizers.main([str(path), *arguments, "--results", str(tmp_path / "none.json")])
