@@ -31,7 +31,7 @@ class Study:
         title: what was measured there, and on what it is remade here.
         task: whose results are read.
         unit: of the published numbers.
-        published: the paper's name of an optimizer, of `OURS` → its number.
+        published: the paper's name of an optimizer, of `OURS` → its number; infinite: never.
         kind: ``seconds``, ``steps`` (to AdamW's quality; fewer are better) or ``best`` (final metric).
     """
 
@@ -90,8 +90,15 @@ STUDIES = (
         "Table 2, ImageNet, ResNet-50: hours to 75.9 % (here: CIFAR-10, there is no ImageNet)",
         "cifar10-resnet",
         "h",
-        {"SGD": 11.28, "KFAC": 8.02, "LNGD": 6.46},
+        {"SGD": 11.28, "Adam": math.inf, "KFAC": 8.02, "LNGD": 6.46},
         "seconds",
+    ),
+    Study(
+        "Table 2, ImageNet, ResNet-50: epochs to 75.9 % (here: CIFAR-10)",
+        "cifar10-resnet",
+        "epochs",
+        {"SGD": 78, "Adam": math.inf, "KFAC": 39, "LNGD": 36},
+        "steps",
     ),
     Study(
         "Table 3, WMT en-de, Transformer-big: hours to BLEU 32 (here: Multi30k from scratch)",
@@ -99,6 +106,20 @@ STUDIES = (
         "h",
         {"Adam": 3.39, "KFAC": 3.75, "LNGD": 2.85},
         "seconds",
+    ),
+    Study(
+        "Table 3, WMT en-de, Transformer-big: thousands of steps to BLEU 32 (here: Multi30k from scratch)",
+        "multi30k",
+        "k",
+        {"Adam": 25, "KFAC": 22, "LNGD": 19},
+        "steps",
+    ),
+    Study(
+        "Table 3, WMT en-de, Transformer-big: best BLEU (here: validation loss on Multi30k from scratch)",
+        "multi30k",
+        "BLEU",
+        {"SGD": 31.87, "Adam": 33.05, "KFAC": 33.45, "LNGD": 33.55},
+        "best",
     ),
     Study(
         "Ablation, ImageNet: hours (here: CIFAR-10)",
@@ -113,6 +134,20 @@ STUDIES = (
         "h",
         {"LNGD-lr": 7.43, "LNGD-sample": 7.06, "LNGD": 6.46},
         "seconds",
+    ),
+    Study(
+        "Ablation, ImageNet: epochs (here: CIFAR-10)",
+        "cifar10-resnet",
+        "epochs",
+        {"LNGD-lr": 35, "LNGD-sample": 41, "LNGD": 36},
+        "steps",
+    ),
+    Study(
+        "Ablation, ImageNet: epochs (here: Multi30k from scratch)",
+        "multi30k",
+        "epochs",
+        {"LNGD-lr": 35, "LNGD-sample": 41, "LNGD": 36},
+        "steps",
     ),
 )
 
@@ -135,31 +170,34 @@ def measured(study: Study, results: Results) -> dict[str, float]:
     return found
 
 
-def places(values: dict[str, float], best_is_most: bool) -> dict[str, int]:
-    """1 for the best; equal values share a place."""
+def places(values: dict[str, float], best_is_most: bool) -> dict[str, str]:
+    """1 for the best; equal values share a place, but several that are never there have none."""
     sign = -1 if best_is_most else 1
     ranked = sorted({sign * value for value in values.values()})
-    return {name: 1 + ranked.index(sign * value) for name, value in values.items()}
+    nowhere = sum(map(math.isinf, values.values())) > 1
+    found = {name: str(1 + ranked.index(sign * value)) for name, value in values.items()}
+    return {name: "–" if nowhere and math.isinf(values[name]) else place for name, place in found.items()}
 
 
 def study_table(study: Study, results: Results, name_of: Callable[[str], str]) -> str:
     """Markdown: published number and place, ours, whether the place is the same; rivals not run here are named."""
     ours = measured(study, results)
     compared = {paper: OURS[paper] for paper in study.published if OURS[paper] in ours}
-    most = study.kind == "best"
-    theirs = places({paper: study.published[paper] for paper in compared}, most)
+    final = study.kind == "best"
+    theirs = places({paper: study.published[paper] for paper in compared}, final)
+    most = final and metric_of(results, ["adamw"]) == "accuracy"  # else a loss
     here = places({paper: ours[name] for paper, name in compared.items()}, most)
+    digits = 3 if final and not most else 1
     body = []
     for paper, number in study.published.items():
-        name = OURS[paper]
+        name, published = OURS[paper], "never" if math.isinf(number) else f"{number:g} {study.unit}"
         if paper not in compared:
-            body.append([paper, f"{number:g} {study.unit}", "–", f"{name_of(name)}: not run", "–", "–"])
+            body.append([paper, published, "–", f"{name_of(name)}: not run", "–", "–"])
             continue
         value = ours[name]
-        text = "never" if math.isinf(value) else f"{value:.1f}"
-        place = "–" if math.isinf(value) else str(here[paper])  # several that never are there share no place
-        same = "yes" if str(theirs[paper]) == place else "no"
-        body.append([paper, f"{number:g} {study.unit}", str(theirs[paper]), f"{name_of(name)}: {text}", place, same])
+        text = "never" if math.isinf(value) else f"{value:.{digits}f}"
+        same = "yes" if theirs[paper] == here[paper] else "no"
+        body.append([paper, published, theirs[paper], f"{name_of(name)}: {text}", here[paper], same])
     unit = {"seconds": "seconds to AdamW's quality", "steps": "steps to AdamW's quality", "best": "final metric"}
     head = ["paper", "published", "place", f"here ({unit[study.kind]})", "place", "same"]
     return f"**{study.title}**\n\n{table(head, body)}"

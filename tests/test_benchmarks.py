@@ -175,7 +175,7 @@ def test_the_papers_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     # AdamW ends at 50 %: SGD is there half way through its second half, the paper's LNGD never.
     assert seconds["SGD"] == ["3", "SGD + AdamW: 7.5", "1", "no"]
     assert seconds["Adam"] == ["2", "AdamW (two rates): 12.0", "2", "yes"]
-    assert seconds["LNGD"] == ["1", "LNGD, the paper's: never", "–", "no"]
+    assert seconds["LNGD"] == ["1", "LNGD, the paper's: never", "3", "no"]
     assert seconds["KFAC"][0] == "–" and seconds["KFAC"][1].endswith("not run")
     best = {row[0]: row[2:] for row in found["Table 6, CIFAR-10, ResNet-18: best accuracy"]}
     assert best["SGD"] == ["3", "SGD + AdamW: 60.0", "1", "no"]
@@ -190,6 +190,19 @@ def test_the_papers_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         results.add({**results.rows[-1], "optimizer": name})
     paper_tables.main(["--results", str(tmp_path)])
     assert [path.name for path in tmp_path.glob("*.png")] == ["ablation-cifar10-resnet.png"]
+
+
+def test_places_of_losses_and_of_what_is_never_reached(tmp_path: Path) -> None:
+    assert paper_tables.places({"a": 2.0, "b": math.inf, "c": 1.0}, False) == {"a": "2", "b": "3", "c": "1"}
+    assert paper_tables.places({"a": math.inf, "b": math.inf, "c": 1.0}, False) == {"a": "–", "b": "–", "c": "1"}
+    assert paper_tables.places({"a": 2.0, "b": 1.0}, True) == {"a": "1", "b": "2"}
+    results = runs.Results(tmp_path / "multi30k.json")
+    for name, loss in (("adamw", 3.0), ("sgd", 2.0), ("kfac", 4.0)):
+        results.add(row_of(name, 1, [(50, 5.0, 5.0), (100, 10.0, loss)]))
+    (study,) = (s for s in paper_tables.STUDIES if s.unit == "BLEU")
+    lines = paper_tables.study_table(study, results, str).splitlines()
+    assert "| SGD | 31.87 BLEU | 3 | sgd: 2.000 | 1 | no |" in lines  # the lowest loss is the best
+    assert "| Adam | 33.05 BLEU | 2 | adamw: 3.000 | 2 | yes |" in lines
 
 
 def test_compiled_and_other_steps_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
