@@ -21,6 +21,7 @@ from benchmarks import (
     cifar10_tasks,
     fine_tuning_tasks,
     multi30k_task,
+    readme_tables,
     runs,
     spec,
     tables,
@@ -403,6 +404,26 @@ def test_tables(tmp_path: Path) -> None:
     assert adamw[1:] == ["1.00", "–"]
     # On its own schedules: 12 s give 4.25, 24 s give 3.65, so 4.15 takes 14 of AdamW's 20 s.
     assert lngd[1:] == ["0.90", "0.70"]
+
+
+def test_whether_the_goal_in_time_is_met(tmp_path: Path) -> None:
+    """Bold: met; in brackets: within runs, as no shorter ones were made; what was not run has a dash."""
+    results = runs.Results(tmp_path / "r.json")
+    results.add(row_of("adamw", 1, [(50, 10.0, 5.0), (100, 20.0, 4.0)]))
+    results.add(row_of("muon", 1, [(50, 10.0, 5.0), (100, 20.0, 3.9)]))
+    results.add(row_of("lngd", 1, [(50, 9.0, 4.0), (100, 18.0, 3.8)]))
+    results.add(row_of("lngd-same", 1, [(50, 9.0, 5.0), (100, 22.0, 4.0)]))
+
+    def goal(ours: str, other: str, most: float) -> str:
+        return readme_tables._goal(results, ours, other, "loss", most)
+
+    assert goal("lngd", "adamw", 0.5) == "**(0.45)**" and goal("lngd", "adamw", 0.4) == "(0.45)"
+    assert goal("lngd-same", "adamw", 0.5) == "(1.10)" and goal("lngd-same", "muon", 0.9) == "never"
+    assert goal("lngd", "soap", 0.9) == "–"
+    results.add(row_of("lngd", 1, [(25, 4.0, 4.1)]))  # 3.8 after 18 s, 4.1 after 4
+    assert goal("lngd", "muon", 0.7) == "**0.67**"
+    results.add(row_of("lngd", 1, [(12, 2.0, 3.9)]))
+    assert goal("lngd", "muon", 0.7) == "**≤ 0.10**"
 
 
 def test_rows_of_two_kinds_of_hardware_are_on_one_clock(tmp_path: Path) -> None:
