@@ -56,8 +56,8 @@ def train(
     On one thread seconds are the process's own, so that other work on the machine does not count; on several they are
     those on the wall.
     """
-    clock = "cpu" if torch.get_num_threads() == 1 else "wall"
-    now = time.process_time if clock == "cpu" else time.perf_counter
+    clock = clock_here()
+    now = time.process_time if clock["clock"] == "cpu" else time.perf_counter
     reset_peak()
     model = task.make_model(seed)
     optimizer = RIVALS[name](model, settings)
@@ -111,7 +111,6 @@ def train(
         "settings": settings.to_dict(),
         "steps": steps,
         "seconds": round(seconds, 3),
-        "clock": clock,
         "loss": None if diverged else curves["loss"][-1][2],
         "diverged": diverged,
         "train_curve": train_curve,
@@ -124,7 +123,7 @@ def train(
     return row | {
         "state_mib": round(optimizer.state_bytes() / 2**20, 3),
         "peak_mib": peak,
-        **clock_here(),
+        **clock,
         "torch": torch.__version__,
     }
 
@@ -136,9 +135,10 @@ def hardware() -> str:
 
 
 def clock_here() -> dict[str, str]:
-    """What rows have in common whose seconds compare: the kind of hardware, and the day, as another may be on a faster
-    machine of that kind."""
-    return {"hardware": hardware(), "day": date.today().isoformat()}
+    """What rows have in common whose seconds compare: the kind of hardware; the day, as another may be on a faster
+    machine of that kind; and whether seconds are the process's own or those on the wall."""
+    clock = "cpu" if torch.get_num_threads() == 1 else "wall"
+    return {"hardware": hardware(), "day": date.today().isoformat(), "clock": clock}
 
 
 def reset_peak() -> None:

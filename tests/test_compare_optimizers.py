@@ -451,10 +451,10 @@ def test_a_study_that_goes_on_another_day_runs_adamw_once_more(
     file, threads = tmp_path / "r.json", torch.get_num_threads()
     spec = study(tmp_path / "s.toml", steps=8, trials=1, fractions=[], fraction_seeds=[])
     common = [str(spec), "--data", str(folder), "--results", str(file)]
-    day = {"hardware": "CPU, 1 threads"}
+    here = runs.clock_here()
 
     def go_on(date: str, *dropped: tuple[str, str, int]) -> list[tuple[str, str, int, str]]:
-        monkeypatch.setattr(runs, "clock_here", lambda: {**day, "day": date})
+        monkeypatch.setattr(runs, "clock_here", lambda: {**here, "clock": "cpu", "day": date})
         monkeypatch.setattr(compare_optimizers, "clock_here", runs.clock_here)
         if file.exists():
             rows = json.loads(file.read_text(encoding="utf-8"))
@@ -467,6 +467,7 @@ def test_a_study_that_goes_on_another_day_runs_adamw_once_more(
     first = go_on("one")
     assert {row[0] for row in first} == {"report"} and len(first) == 4
     assert go_on("two") == first
+    assert sorted(go_on("one", ("report", "lngd", 2))) == sorted(first)  # on the day of the others
     missing = ("report", "lngd", 2)
     second = go_on("two", missing)
     assert second[-2:] == [("clock", "adamw", 1, "two"), (*missing, "two")] and len(second) == 5
