@@ -97,7 +97,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     right.set_xticks(range(len(widths)), [str(w) for w in widths])
     right.set_yticks(range(len(names)), [n.replace("alpha", "α") for n in names])
     right.set_xlabel(f"width m (n = {two['n']}, d = {two['d']})")
-    right.set_title(f"bound holds: share of {seeds} problems, dense Ψ", fontsize=10.5, loc="left")
+    right.set_title(f"bound holds ({seeds} problems each)", fontsize=10.5, loc="left")
     for axis in (left, middle):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
