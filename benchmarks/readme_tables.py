@@ -66,12 +66,11 @@ def goals() -> str:
 def _goal(results: Results, ours: str, other: str, metric: str, most: float) -> str:
     if not reported(results, other):
         return "–"
-    within, own = ratio(results, ours, other, metric)
-    value = within if own == "–" else own
-    number = value.removeprefix("≤ ")
-    met = number not in ("never", "–") and float(number) <= most
-    shown = f"({value})" if own == "–" and value != "never" else value
-    return f"**{shown}**" if met else shown
+    found = ratio(results, ours, other, metric)
+    within, own = found.texts()
+    shown = own if found.shorter else within if found.within is None else f"({within})"
+    value = found.own if found.shorter else found.within
+    return f"**{shown}**" if value is not None and value <= most else shown
 
 
 def one_flag() -> str:
@@ -85,7 +84,7 @@ def one_flag() -> str:
         metric = metric_of(results, list(spec.rivals))
         scale, digits = (100, 1) if metric == "accuracy" else (1, 3)
         values = [spread([scale * row[metric] for row in rows], digits) for rows in pair]
-        within, own = ratio(results, "lngd-same", "adamw-one", metric)
+        within, own = ratio(results, "lngd-same", "adamw-one", metric).texts()
         unit = "accuracy, %" if metric == "accuracy" else "loss"
         rate = f"{pair[0][0]['settings']['lr']:g}"
         body.append([f"{spec.title}, {unit}", rate, *values, within, own])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -188,18 +189,40 @@ def results_table(results: Results, names: Sequence[str], label: Label) -> str:
     return table(head, body)
 
 
-def ratio(results: Results, name: str, other: str, metric: str) -> tuple[str, str]:
-    """Seconds of a rival to another one's final quality, over the other one's seconds: within its runs of full length,
-    and over its runs of several lengths, each with its schedule to its own end ("–": it has none)."""
+@dataclass(frozen=True)
+class Ratio:
+    """Seconds of a rival to another one's final quality, over the other one's seconds; none: never.
+
+    Attributes:
+        within: in its runs of full length.
+        own: over its runs of several lengths, each with its schedule to its own end.
+        bound: `own` is that of the shortest, and an upper bound.
+        shorter: it has such runs.
+        reached: it has runs at all.
+    """
+
+    within: float | None
+    own: float | None
+    bound: bool
+    shorter: bool
+    reached: bool
+
+    def texts(self) -> tuple[str, str]:
+        """Both, for a table."""
+        first = "≤ " if self.bound else ""
+        own = first + _number(self.own, "never", 2) if self.shorter else "–"
+        return _number(self.within, "never" if self.reached else "–", 2), own
+
+
+def ratio(results: Results, name: str, other: str, metric: str) -> Ratio:
+    """Of a rival's time to another one's quality."""
     rows, theirs = reported(results, name), reported(results, other)
     target, seconds = quality(theirs, metric), mean(row["seconds"] for row in theirs)
     within = time_to_quality(rows, target, metric)
     ends = end_points(results, name, metric)
-    if len(ends) < 2:
-        return _number(within and within / seconds, "never" if rows else "–", 2), "–"
-    own = time_to(ends, target)
-    first = "≤ " if own is not None and own == ends[0][0] else ""
-    return _number(within and within / seconds, "never", 2), first + _number(own and own / seconds, "never", 2)
+    own = time_to(ends, target) if len(ends) > 1 else None
+    bound = own is not None and own == ends[0][0]
+    return Ratio(within and within / seconds, own and own / seconds, bound, len(ends) > 1, bool(rows))
 
 
 def ratio_table(results: Results, names: Sequence[str], label: Label) -> str:
@@ -209,7 +232,9 @@ def ratio_table(results: Results, names: Sequence[str], label: Label) -> str:
     shown = [name for name in names if reported(results, name)]
     if not shown or not targets:
         return ""
-    body = [[label(name), *(c for other in targets for c in ratio(results, name, other, metric))] for name in shown]
+    body = [
+        [label(name), *(c for other in targets for c in ratio(results, name, other, metric).texts())] for name in shown
+    ]
     head = ["seconds to a rival's quality / its seconds"]
     for other in targets:
         head += [f"{label(other)}, within runs", "own schedules"]

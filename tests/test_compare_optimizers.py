@@ -96,6 +96,7 @@ def test_shorter_runs_have_the_same_schedule(tmp_path: Path, monkeypatch: pytest
     assert seen == [(300, 60), (150, 30)]
 
 
+@pytest.mark.parametrize("name", RIVALS)
 def test_every_rival_owns_each_parameter_once(name: str) -> None:
     if name in ("soap", "shampoo"):
         pytest.importorskip("pytorch_optimizer")
