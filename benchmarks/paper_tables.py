@@ -47,7 +47,8 @@ HEAD = """# The paper's tables beside ours
 Written by `python -m benchmarks.paper_tables` from the files of results in this folder. Published numbers: Liu et al.,
 NeurIPS 2024. Our tasks are smaller by orders of magnitude and other ones, so only places are compared, among those run
 here.
-"LNGD" is the paper's own (`preset=paper`), each rival tuned alike; "never": AdamW's final quality is not reached.
+"LNGD" is the paper's own (`preset=paper`, intervals of 20); rivals are tuned by the same search; "never": AdamW's final
+quality is not reached.
 """
 # What figure 7 compares, beside AdamW.
 ABLATION = ("adamw", "lngd-lr", "lngd-sample", "lngd-paper")

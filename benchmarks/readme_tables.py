@@ -9,6 +9,7 @@ has them as they are.
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -113,4 +114,5 @@ def main(page: Path = ROOT / "README.md") -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()  # a wrong argument is named
     main()
