@@ -209,8 +209,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_xticks(DEVICES, [str(count) for count in DEVICES])
         axis.minorticks_off()
         axis.set_xlabel("devices")
-        batch = next(row["batch"] for row in result["large"]["rows"] if row["model"] == model)
-        axis.set_title(f"{model} (assumed)\n{batch} a device", fontsize=9, loc="left")
+        axis.set_title(f"{model} (assumed)\n{row['batch']} a device", fontsize=9, loc="left")
         axis.set_ylim(-1, highest)
     if others:
         others[0].legend(frameon=False, fontsize=7.5, loc="upper right")

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from benchmarks.runs import Results
 from benchmarks.spec import SPECS, Spec, named
-from benchmarks.tables import metric_of, ratio, reported, results_table, spread, table
+from benchmarks.tables import metric_of, ratio, reported, results_rows, spread, table
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(?<=<!-- table: )([\w-]+)( -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 STUDIES = ("multi30k", "cifar10-resnet", "cifar10-vit", "marian-multi30k", "marian-wmt", "cifar10-efficientnet")
-# Of `results_table`, what fits a page.
+# Of `results_rows`, what does not fit a page.
 LEFT_OUT = ("ms a step", "peak, MiB", "diverged")
 OURS = ("lngd", "lngd-same")
 # Whose quality, in what part of its time at most.
@@ -34,18 +34,15 @@ def results_of(name: str) -> tuple[Spec, Results]:
 
 
 def study(name: str) -> str:
-    """`results_table` of a study, LNGD's rows in bold, with the number of tuning runs."""
+    """`results_rows` of a study, LNGD's in bold, with the number of tuning runs."""
     spec, results = results_of(name)
-    lines = results_table(results, list(spec.rivals), spec.label).splitlines()
-    head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    kept = [i for i, title in enumerate(head) if title not in LEFT_OUT]
-    of_label = {spec.label(rival): rival for rival in spec.rivals}
-    rows = []
-    for cells in body:
-        rival = of_label[cells[0]]
-        first = f"**{cells[0]}**" if rival in OURS else cells[0]
-        rows.append([first, *(cells[i] for i in kept[1:]), str(len(results.find("tune", rival)))])
-    return table([*(head[i] for i in kept), "tuning runs"], rows)
+    (first, *titles), rows = results_rows(results, list(spec.rivals))
+    kept = [i for i, title in enumerate(titles) if title not in LEFT_OUT]
+    body = []
+    for rival, cells in rows.items():
+        name = f"**{spec.label(rival)}**" if rival in OURS else spec.label(rival)
+        body.append([name, *(cells[i] for i in kept), str(len(results.find("tune", rival)))])
+    return table([first, *(titles[i] for i in kept), "tuning runs"], body)
 
 
 def goals() -> str:

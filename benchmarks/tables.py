@@ -155,18 +155,28 @@ def time_to_quality(rows: Sequence[Row], target: float, metric: str, axis: int =
 
 
 def results_table(results: Results, names: Sequence[str], label: Label) -> str:
-    """Final figures, seconds, and seconds and steps to AdamW's; a diverged run is counted, not hidden."""
+    """:func:`results_rows` as a table."""
+    head, rows = results_rows(results, names)
+    return table(head, [[label(name), *cells] for name, cells in rows.items()]) if rows else "no reported runs yet"
+
+
+def results_rows(results: Results, names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Final figures, seconds, and seconds and steps to AdamW's; a diverged run is counted, not hidden.
+
+    Returns:
+        titles, that of the rival first, and the cells of each rival that was reported, without its name.
+    """
     reference = reported(results, REFERENCE)
     metric = metric_of(results, names)
     target = quality(reference, metric) if reference else None
     has_bleu = any("bleu" in row for name in names for row in reported(results, name))
-    body = []
+    body: dict[str, list[str]] = {}
     for name in names:
         everything = results.find("report", name)
         rows = reported(results, name)
         if not everything:
             continue
-        cells = [label(name), spread([row["loss"] for row in rows], 3)]
+        cells = [spread([row["loss"] for row in rows], 3)]
         if metric == "accuracy":
             cells.append(spread([100 * row["accuracy"] for row in rows], 1))
         if has_bleu:
@@ -180,13 +190,11 @@ def results_table(results: Results, names: Sequence[str], label: Label) -> str:
         peaks = [row["peak_mib"] for row in rows if row.get("peak_mib")]
         cells.append(f"{mean(peaks):.0f}" if peaks else "–")
         diverged = sum(row["diverged"] for row in everything)
-        body.append([*cells, f"{len(rows)}", f"{diverged}"])
-    if not body:
-        return "no reported runs yet"
+        body[name] = [*cells, f"{len(rows)}", f"{diverged}"]
     head = ["optimizer", "loss", *(["accuracy, %"] if metric == "accuracy" else [])]
     head += [*(["BLEU"] if has_bleu else []), "seconds"]
     head += [f"seconds to AdamW's {metric}", "steps to it", "ms a step", "state, MiB", "peak, MiB", "seeds", "diverged"]
-    return table(head, body)
+    return head, body
 
 
 @dataclass(frozen=True)
@@ -198,20 +206,18 @@ class Ratio:
         own: over its runs of several lengths, each with its schedule to its own end.
         bound: `own` is that of the shortest, and an upper bound.
         shorter: it has such runs.
-        reached: it has runs at all.
     """
 
     within: float | None
     own: float | None
     bound: bool
     shorter: bool
-    reached: bool
 
     def texts(self) -> tuple[str, str]:
         """Both, for a table."""
         first = "≤ " if self.bound else ""
         own = first + _number(self.own, "never", 2) if self.shorter else "–"
-        return _number(self.within, "never" if self.reached else "–", 2), own
+        return _number(self.within, "never", 2), own
 
 
 def ratio(results: Results, name: str, other: str, metric: str) -> Ratio:
@@ -222,7 +228,7 @@ def ratio(results: Results, name: str, other: str, metric: str) -> Ratio:
     ends = end_points(results, name, metric)
     own = time_to(ends, target) if len(ends) > 1 else None
     bound = own is not None and own == ends[0][0]
-    return Ratio(within and within / seconds, own and own / seconds, bound, len(ends) > 1, bool(rows))
+    return Ratio(within and within / seconds, own and own / seconds, bound, len(ends) > 1)
 
 
 def ratio_table(results: Results, names: Sequence[str], label: Label) -> str:

@@ -81,14 +81,14 @@ def growth(samples: list[float]) -> float:
 
 
 class Training:
-    """A model in training, and what long trainings do in between.
+    """A model in training, and what long trainings do in between; checkpoints go to a file.
 
     Attributes:
         done: how often each interruption came.
     """
 
-    def __init__(self, config: LNGDConfig) -> None:
-        self.config, self.draw = config, torch.Generator().manual_seed(0)
+    def __init__(self, config: LNGDConfig, file: Path) -> None:
+        self.config, self.file, self.draw = config, file, torch.Generator().manual_seed(0)
         self.model = Tiny()
         self.optimizer = LNGD(self.model, config, lr=3e-3)
         self.done = {"evaluations": 0, "checkpoints": 0, "restarts": 0, "faults": 0}
@@ -103,26 +103,29 @@ class Training:
         self.done["faults"] += step % FAULT == 0
         return float(loss.detach())
 
-    def interrupt(self, step: int, file: Path) -> None:
-        """What is due after this step; checkpoints go to a file."""
-        due = {"evaluations": EVALUATION, "checkpoints": CHECKPOINT, "restarts": RESTART}
-        for name, interval in due.items():
+    def interrupt(self, step: int) -> None:
+        """What is due after this step."""
+        for name, interval, interruption in (
+            ("evaluations", EVALUATION, self._evaluate),
+            ("checkpoints", CHECKPOINT, self._save_and_load),
+            ("restarts", RESTART, self._restart),
+        ):
             if step % interval == 0:
                 self.done[name] += 1
-                getattr(self, f"_{name}")(file)
+                interruption()
 
-    def _evaluations(self, file: Path) -> None:
+    def _evaluate(self) -> None:
         self.optimizer.eval()
         with torch.no_grad():
             self.model(*batch(self.draw)[:2])
         self.optimizer.train()
         self.optimizer.diagnostics()
 
-    def _checkpoints(self, file: Path) -> None:
-        torch.save(self.optimizer.state_dict(), file)
-        self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+    def _save_and_load(self) -> None:
+        torch.save(self.optimizer.state_dict(), self.file)
+        self.optimizer.load_state_dict(torch.load(self.file, weights_only=True))
 
-    def _restarts(self, file: Path) -> None:
+    def _restart(self) -> None:
         """A copy goes on; the old pair is dropped, without close()."""
         state = self.optimizer.state_dict()
         self.model = copy.deepcopy(self.model)
@@ -165,18 +168,18 @@ def soak(steps: int, config: LNGDConfig, each: Callable[[int], Any] = lambda ste
         each: called after each step.
     """
     torch.manual_seed(0)
-    training = Training(config)
     first: list[float] = []
     last: list[float] = []
-    memory, start = Memory(steps), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
+        training = Training(config, Path(folder) / "optimizer.pt")
+        memory, start = Memory(steps), time.perf_counter()
         for step in range(1, steps + 1):
             loss = training.step(step)
             if step <= steps // 10:
                 first.append(loss)
             elif step > steps - steps // 10:
                 last.append(loss)
-            training.interrupt(step, Path(folder) / "optimizer.pt")
+            training.interrupt(step)
             each(step)
             memory.sample(step)
     seconds = time.perf_counter() - start
