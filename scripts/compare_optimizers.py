@@ -28,6 +28,7 @@ from benchmarks.runs import Results, Row, clock_here, search, train
 from benchmarks.spec import Spec, read
 from benchmarks.tables import REFERENCE, clock_of, draw, effort, ratio_table, references, results_table, tuning_table
 from benchmarks.tasks import Task, load_task
+from hf_lngd import LNGDConfig
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 PHASES = ("tune", "report", "table", "plot")
@@ -158,17 +159,25 @@ def parse_trial(text: str, spec: Spec) -> tuple[str, Settings]:
     """(rival, settings) of ``rival=muon,lr=8e-3``: without a rival LNGD; what is no setting is a field of LNGD's.
 
     Raises:
-        ValueError: no such rival in the study, or a field for one that is not LNGD.
+        ValueError: no such rival in the study, no number, a field of LNGD's for another one or that it does not have.
     """
     items = dict(item.partition("=")[::2] for item in text.split(",") if item)
     name = items.pop("rival", "lngd")
     if name not in spec.rivals:
         raise ValueError(f"--trial: rival: got {name!r}, accepted: {', '.join(spec.rivals)}")
-    own: dict[str, Any] = {key: float(items.pop(key)) for key in RATES if key in items}
+    own: dict[str, Any] = {}
+    for key in RATES:
+        if key in items:
+            value = items.pop(key)
+            try:
+                own[key] = float(value)
+            except ValueError:
+                raise ValueError(f"--trial: {key}: got {value!r}, accepted: a number") from None
     if items:
         if spec.rivals[name].rival != "lngd":
             raise ValueError(f"--trial: got {', '.join(items)} for {name}, accepted: {', '.join(RATES)}")
         own["fields"] = ",".join(f"{key}={value}" for key, value in items.items())
+        LNGDConfig.from_optim_args(own["fields"])
     return name, Settings(**{**spec.rivals[name].start.to_dict(), **own})
 
 
