@@ -16,7 +16,6 @@ from benchmarks.cost_model import (
     muon_ops,
     total_seconds,
 )
-from hf_lngd.curvature.inverses import POLAR_EXPRESS
 from hf_lngd.placement import SPEEDS, loads_of, placement
 
 
@@ -24,7 +23,8 @@ from hf_lngd.placement import SPEEDS, loads_of, placement
 class Device:
     """An accelerator by its sustained rates: FLOP/s by dtype, bytes/s of memory, seconds to launch a call.
 
-    There inverse roots are Newton's iteration: 4 products of n³ in each of its steps.
+    Inverses and the eigenvectors of embeddings are far below the rate of products: what the package itself assumes of
+    accelerators when it deals inverses out.
     """
 
     float32: float
@@ -37,9 +37,8 @@ class Device:
         once = Op(op.kind, op.shape)
         if op.kind == "eigh":
             batch, n = op.shape
-            return 4 * len(POLAR_EXPRESS) * self.seconds(Op("float32", (batch, n, n, n)))
+            return batch * n**3 / SPEEDS["accelerator"].eigh + self.launch
         if op.kind == "inverse":
-            # far below the rate of products: the package's own assumption, by which inverses are dealt out
             return once.flops / SPEEDS["accelerator"].cholesky + self.launch
         rate = self.bfloat16 if op.kind == "bfloat16" else self.float32
         busy = once.flops / rate if op.kind in PRODUCTS else 0.0

@@ -76,10 +76,10 @@ def collate(pairs: Encoded) -> Batch:
         longest = max(map(len, rows))
         return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
-    sources = pad([source for source, _ in pairs], PAD)
+    sources = [source for source, _ in pairs]
     return {
-        "input_ids": sources,
-        "attention_mask": (sources != PAD).long(),
+        "input_ids": pad(sources, PAD),
+        "attention_mask": pad([[1] * len(source) for source in sources], 0),  # other vocabularies use PAD for a token
         "labels": pad([target for _, target in pairs], IGNORED),
     }
 

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from benchmarks.rivals import Settings
 from benchmarks.runs import Results, train
-from benchmarks.spec import named
-from benchmarks.tasks import TASKS, check_task, load_task
+from benchmarks.spec import checked_steps, named
+from benchmarks.tables import table
+from benchmarks.tasks import load_task
 
 HERE = Path(__file__).resolve().parent
 
@@ -66,6 +67,7 @@ IMAGES: dict[str, float] = {
     "factor_interval=100,inverse_interval=100": 1.0,
 }
 VARIANTS = TRANSLATION | IMAGES
+VARIANTS_OF = {"multi30k": TRANSLATION, "cifar10-resnet": IMAGES, "cifar10-vit": IMAGES}
 
 
 def variant(fields: str, base: Settings) -> Settings:
@@ -78,15 +80,15 @@ def variant(fields: str, base: Settings) -> Settings:
     return settings
 
 
-def table(results: Results, base: Settings, seeds: list[int], variants: Iterable[str]) -> str:
-    """Markdown: variant, rate, mean loss, difference from the default paired by seed."""
+def effects(results: Results, base: Settings, seeds: list[int], variants: Iterable[str], steps: int) -> str:
+    """Markdown: variant, rate, mean loss, difference from the default paired by seed; of runs of this many steps."""
 
     def losses(fields: str) -> list[float]:
-        rows = [results.find("option", "lngd", variant(fields, base), seed=seed) for seed in seeds]
+        rows = [results.find("option", "lngd", variant(fields, base), seed=seed, steps=steps) for seed in seeds]
         return [math.inf if row[0]["diverged"] else row[0]["loss"] for row in rows if row]
 
     default = losses("")
-    lines = ["| changed | lr | loss | against the default |", "|---|---|---|---|"]
+    body = []
     for fields in variants:
         found = losses(fields)
         if len(found) < len(seeds) or len(default) < len(seeds):
@@ -96,23 +98,30 @@ def table(results: Results, base: Settings, seeds: list[int], variants: Iterable
         gap = mean - sum(default) / len(default)
         difference = "" if not fields else f"{gap:+.3f}" if math.isfinite(gap) else "diverged"
         loss = f"{mean:.3f}" if math.isfinite(mean) else "-"
-        lines.append(f"| {name} | {variant(fields, base).lr:g} | {loss} | {difference} |")
-    return "\n".join(lines)
+        body.append([name, f"{variant(fields, base).lr:g}", loss, difference])
+    return table(["changed", "lr", "loss", "against the default"], body)
 
 
 def base_of(results: Results, tuned: Path) -> Settings:
-    """The default's settings: those of the first row, which is the default's own, so that rows go on comparing with one
-    another when the study is tuned anew; without one the best of the study."""
-    if results.rows:
-        return Settings(**results.rows[0]["settings"])
-    return replace(Results(tuned).best("lngd"), fields="")
+    """The default's settings: those of its own row, so that rows go on comparing with one another when the study is
+    tuned anew; without one the best of the study. Raises ValueError for a file with rows of others alone."""
+    best = replace(Results(tuned).best("lngd"), fields="") if tuned.exists() else None
+    rows = [Settings(**row["settings"]) for row in results.rows]
+    if best in rows or not rows:
+        if best is None:
+            raise ValueError(f"--tuned: got {tuned}, which is no file; accepted: the results of a study")
+        return best
+    plain = [settings for settings in rows if not settings.fields and settings.weight_decay]
+    if not plain:
+        raise ValueError(f"{results.path}: has no row of the default; accepted: --part 0 N first, or a new --results")
+    return plain[0]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs what is missing, then prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--task", default="multi30k", metavar="TASK", help=f"of {', '.join(TASKS)} (default: %(default)s)")
+    add("--task", default="multi30k", metavar="TASK", help=f"of {', '.join(VARIANTS_OF)} (default: %(default)s)")
     add("--data", type=Path, help="folder of the task's data")
     add("--table", action="store_true", help="only print the table of what is there")
     add("--seeds", type=int, nargs="+", default=[11], help="default: 11")
@@ -122,23 +131,25 @@ def main(arguments: list[str] | None = None) -> None:
     add("--tuned", type=Path, help="where the default's rates are from (default: results/TASK.json)")
     add("--results", type=Path, help="file of results (default: results/options-TASK.json)")
     args = parser.parse_args(arguments)
-    check_task(args.task)
+    if args.task not in VARIANTS_OF:
+        raise ValueError(f"--task: got {args.task!r}, accepted: {', '.join(VARIANTS_OF)}")
+    spec = named(args.task)
+    steps = checked_steps(args.steps, spec)
     results = Results(args.results or HERE / "results" / f"options-{args.task}.json")
     base = base_of(results, args.tuned or HERE / "results" / f"{args.task}.json")
-    variants = TRANSLATION if args.task == "multi30k" else IMAGES
+    variants = VARIANTS_OF[args.task]
     if not args.table:
         if args.data is None:
             raise ValueError("--data: needed to run anything; only --table does without")
         torch.set_num_threads(args.threads)
-        task, spec = load_task(args.task, args.data), named(args.task)
+        task = load_task(args.task, args.data)
         for seed in args.seeds:
             for fields in tqdm(list(variants)[args.part[0] :: args.part[1]], desc=f"seed {seed}"):
                 settings = variant(fields, base)
-                if not results.find("option", "lngd", settings, seed=seed):
-                    steps = args.steps or spec.steps
-                    row = train("lngd", settings, seed, steps, spec.warmup, task, lambda step, loss: None)
+                if not results.find("option", "lngd", settings, seed=seed, steps=steps):
+                    row = train("lngd", settings, seed, steps, spec.warmup_of(steps), task, lambda step, loss: None)
                     results.add({"phase": "option", **row})
-    print(table(results, base, args.seeds, variants))
+    print(effects(results, base, args.seeds, variants, steps))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from benchmarks.pictures import draw
 from benchmarks.runs import Results
 from benchmarks.spec import Spec, named
-from benchmarks.tables import draw, metric_of, quality, reported, table, time_to_quality
+from benchmarks.tables import metric_of, quality, reported, table, time_to_quality
 
 HERE = Path(__file__).resolve().parent
 

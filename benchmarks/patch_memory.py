@@ -44,7 +44,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def measure(bound: int, rounds: int) -> dict[str, float]:
-    """MiB of the largest tensor, and seconds that the layer's hook took, at one `conv_memory`."""
+    """MiB of the largest tensor, and seconds of a forward with the layer's hook, at one `conv_memory`."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False))
     optimizer = LNGD(model, lr=0.0, conv_rows=1, conv_memory=bound)
@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [measure(bound, args.rounds) for bound in BOUNDS]
     whole = IMAGES * SIDE * SIDE * CHANNELS * 9 * 4 / 2**20
     result = {"patches_mib": round(whole, 1), "hardware": f"CPU, {args.threads} threads", "rows": rows}
+    args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"all patches at once: {whole:.0f} MiB\n")
     body = [[f"{r['bound']} MiB", f"{r['largest_mib']:.1f} MiB", f"{r['seconds']:.2f}"] for r in rows]

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,13 @@ def clock_here() -> dict[str, str]:
     """What rows have in common whose seconds compare: the kind of hardware; the day, as another may be on a faster
     machine of that kind; and whether seconds are the process's own or those on the wall."""
     clock = "cpu" if torch.get_num_threads() == 1 else "wall"
-    return {"hardware": hardware(), "day": date.today().isoformat(), "clock": clock}
+    return {"hardware": hardware(), "day": _today(), "clock": clock}
+
+
+@cache
+def _today() -> str:
+    """The day on which the process first asked: what goes on past midnight is still on one clock."""
+    return date.today().isoformat()
 
 
 def reset_peak() -> None:

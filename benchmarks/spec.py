@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -25,7 +26,7 @@ class Entrant:
         start: where its search starts.
         tuned: which of `RATES` the search moves: all, but `other_lr` where the start has none.
         label: its name in tables and pictures.
-        shorter: it is also reported at the study's `fractions`.
+        shorter: the seeds on which it is also reported at the study's `fractions`.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Entrant:
     start: Settings
     tuned: tuple[str, ...] = RATES
     label: str = ""
-    shorter: bool = False
+    shorter: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,12 @@ class Spec:
         task: of `benchmarks.tasks.TASKS`; its name is that of the file of results.
         title: of the picture.
         steps: length of a run.
-        warmup: steps of rising rates in a run of full length; shorter ones have as many of their own.
+        warmup: steps of rising rates in a run of full length; shorter ones have the same part of their own.
         threads: of torch.
         trials: tuning runs of every rival and tuning seed.
         tuned: what the searches move, of `RATES`; a rival may have a `tuned` of its own.
         tuning_seeds, seeds: of tuning and of the reported runs; none is both.
         fractions: lengths of shorter runs, each with its schedule to its own end, as parts of `steps`.
-        fraction_seeds: which of `seeds` those are run on.
         rivals: by name.
     """
 
@@ -65,12 +65,10 @@ class Spec:
     tuning_seeds: tuple[int, ...] = (101,)
     seeds: tuple[int, ...] = (1, 2, 3)
     fractions: tuple[float, ...] = ()
-    fraction_seeds: tuple[int, ...] = ()
 
     def lengths(self, name: str, seed: int) -> list[int]:
         """Steps of the reported runs of a rival on a seed, the longest first."""
-        shorter = self.rivals[name].shorter and seed in self.fraction_seeds
-        parts = [1.0, *(sorted(self.fractions, reverse=True) if shorter else [])]
+        parts = [1.0, *(sorted(self.fractions, reverse=True) if seed in self.rivals[name].shorter else [])]
         return [round(self.steps * part) for part in parts]
 
     def warmup_of(self, steps: int) -> int:
@@ -100,12 +98,11 @@ def read(path: Path) -> Spec:
     missing = [name for name in ("task", "title", "steps", "warmup", "rivals") if name not in content]
     if missing:
         raise ValueError(f"{path}: got no {', '.join(missing)}, accepted: all of task, title, steps, warmup, rivals")
-    tuned = tuple(content.get("tuned", RATES))
+    tuned = _tuples(content).get("tuned", RATES)
     _check_tuned(str(path), tuned)
     entrants = content.pop("rivals").items()
     rivals = {name: _entrant(f"{path}: rivals.{name}", name, value, tuned) for name, value in entrants}
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-    spec = Spec(rivals=rivals, **values)
+    spec = Spec(rivals=rivals, **_tuples(content))
     _check(path, spec)
     return spec
 
@@ -115,24 +112,54 @@ def named(name: str) -> Spec:
     return read(SPECS / f"{name}.toml")
 
 
+def checked_steps(given: int | None, spec: Spec) -> int:
+    """The steps of a run, from the command line or else the study's. Raises ValueError for too few."""
+    if given is not None and given < SHORTEST:
+        raise ValueError(f"--steps: got {given}, accepted: an integer at least {SHORTEST}")
+    return spec.steps if given is None else given
+
+
 def _known(where: str, found: dict[str, Any], accepted: set[str]) -> None:
     for key in found:
         if key not in accepted:
             raise ValueError(f"{where}: got an unknown field {key!r}, accepted: {', '.join(sorted(accepted))}")
 
 
-def _check_tuned(where: str, tuned: tuple[str, ...]) -> None:
+def _tuples(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+
+
+def _check_tuned(where: str, tuned: Any) -> None:
+    if not isinstance(tuned, tuple):
+        raise ValueError(f"{where}: tuned: got {tuned!r}, accepted: a list of {', '.join(RATES)}")
     if strange := [rate for rate in tuned if rate not in RATES]:
-        raise ValueError(f"{where}: tuned: got {', '.join(strange)}, accepted: {', '.join(RATES)}")
+        raise ValueError(f"{where}: tuned: got {', '.join(map(str, strange))}, accepted: {', '.join(RATES)}")
+
+
+# What a rival's settings may be, where a study gives them: whether a number is good, and what is accepted.
+_SETTINGS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (lambda x: x > 0, "a rate above 0 to start from"),
+    "other_lr": (lambda x: x > 0, "a rate above 0, or none: lr"),
+    "fresh": (lambda x: 0 < x < 1, "a number between 0 and 1 (1 - momentum)"),
+    "weight_decay": (lambda x: x >= 0, "a number from 0 on"),
+}
+
+
+def _check_settings(where: str, settings: dict[str, Any]) -> None:
+    for name, (good, accepted) in _SETTINGS.items():
+        value = settings.get(name)
+        if value is None and name != "lr":
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and good(value)):
+            raise ValueError(f"{where}: {name}: got {value!r}, accepted: {accepted}")
 
 
 def _entrant(where: str, name: str, content: dict[str, Any], tuned: tuple[str, ...]) -> Entrant:
     rates = {field.name for field in fields(Settings)}
     _known(where, content, rates | {field.name for field in fields(Entrant)} - {"name", "start"})
     settings = {key: content.pop(key) for key in list(content) if key in rates}
-    if not (isinstance(settings.get("lr"), float) and settings["lr"] > 0):
-        raise ValueError(f"{where}: lr: got {settings.get('lr')!r}, accepted: a rate above 0 to start from")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    _check_settings(where, settings)
+    values = _tuples(content)
     rival = values.pop("rival", name)
     if rival not in RIVALS:
         raise ValueError(f"{where}: rival: got {rival!r}, accepted: {', '.join(RIVALS)}")
@@ -164,13 +191,16 @@ def _check(path: Path, spec: Spec) -> None:
 
     need("task", lambda task: task in TASKS, ", ".join(TASKS))
     need("steps", lambda steps: is_count(steps, SHORTEST), f"an integer at least {SHORTEST}")
-    need("warmup", lambda steps: is_count(steps, 1), "an integer at least 1")
+    need("warmup", lambda steps: is_count(steps, 1) and steps < spec.steps, "an integer at least 1 and below steps")
     need("threads", lambda threads: is_count(threads, 1), "an integer at least 1")
     need("trials", lambda trials: is_count(trials, 1), "an integer at least 1")
     need("tuning_seeds", are_seeds, "a list of seeds")
     need("seeds", lambda seeds: are_seeds(seeds) and not set(seeds) & set(spec.tuning_seeds), "seeds not tuned on")
     shortest = SHORTEST / spec.steps
     inside = f"numbers from {shortest:.2g} (that is {SHORTEST} steps) to below 1"
-    need("fractions", lambda parts: all(shortest <= part < 1 for part in parts), inside)
-    need("fraction_seeds", lambda seeds: set(seeds) <= set(spec.seeds), f"of seeds = {list(spec.seeds)}")
+    need("fractions", lambda parts: isinstance(parts, tuple) and all(shortest <= part < 1 for part in parts), inside)
     need("rivals", bool, "at least one")
+    for name, entrant in spec.rivals.items():
+        if not (isinstance(entrant.shorter, tuple) and set(entrant.shorter) <= set(spec.seeds)):
+            got = list(entrant.shorter) if isinstance(entrant.shorter, tuple) else entrant.shorter
+            raise ValueError(f"{path}: rivals.{name}: shorter: got {got!r}, accepted: of seeds = {list(spec.seeds)}")

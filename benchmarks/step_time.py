@@ -291,18 +291,26 @@ def main(arguments: list[str] | None = None) -> None:
     args.results = args.results or HERE / "results" / ("step_time.json" if is_marian else "step_time_resnet.json")
     if args.rounds < 2 or args.warmup < 1 or args.threads < 1:
         raise ValueError("--rounds, --warmup, --threads: accepted: at least 2, 1, 1")
-    if is_marian and args.rounds % 100:
+    if args.memory_only and not is_marian:
+        raise ValueError("--memory-only: got --model resnet, accepted: for marian, whose memory is measured")
+    if is_marian and args.rounds % 100 and not args.memory_only:
         print("note: --rounds is no whole hundred, so interval 100's seldom work is over- or undercounted", flush=True)
     torch.set_num_threads(args.threads)
     known = json.loads(args.results.read_text(encoding="utf-8")) if args.results.exists() else {}
     lngd = [name for name, fields in CONTENDERS.items() if fields is not None]
+    if not args.memory_only:  # what is said of timings stays with them
+        known = {
+            "hardware": f"CPU, {args.threads} threads",
+            "torch": torch.__version__,
+            "rounds": args.rounds,
+            "timings": timing_rows(
+                time_steps(args.rounds, args.warmup, args.model), TARGETS if is_marian else IMAGE_TARGETS
+            ),
+        }
+    elif not known.get("timings"):
+        raise ValueError(f"--memory-only: {args.results} has no timings to keep; accepted: a file of an earlier run")
     result = {
-        "hardware": f"CPU, {args.threads} threads",
-        "torch": torch.__version__,
-        "rounds": args.rounds,
-        "timings": known.get("timings", [])
-        if args.memory_only
-        else timing_rows(time_steps(args.rounds, args.warmup, args.model), TARGETS if is_marian else IMAGE_TARGETS),
+        **known,
         "memory": [
             memory_row(name, model, device)
             for model, device in (("Marian d=256, 3+3", "cpu"), ("Transformer-big", "meta"))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.rivals import Settings, label
 from benchmarks.runs import Results, Row, train
-from benchmarks.spec import named
+from benchmarks.spec import checked_steps, named
 from benchmarks.tables import table
 from benchmarks.tasks import TASKS, check_task, load_task
 
@@ -78,14 +78,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     check_task(args.task)
     results, spec = Results(args.results), named(args.task)
-    steps = args.steps or spec.steps
+    steps = checked_steps(args.steps, spec)
     if not args.table:
         if args.data is None:
             raise ValueError("--data: got none, accepted: a folder; only --table does without")
         if bad := [rate for rate in args.rates if not rate > 0]:
             raise ValueError(f"--rates: got {bad[0]}, accepted: rates above 0")
         torch.set_num_threads(args.threads)
-        sweep(results, args, steps, spec.warmup)
+        sweep(results, args, steps, spec.warmup_of(steps))
     print(sweep_table(results, args.task, steps, args.seed))
 
 

@@ -254,11 +254,12 @@ def theorem_2(n: int, d: int, widths: list[int], seeds: int, steps: int) -> dict
                 spectrum = multipliers if psi == "dense" else diagonal_eigenvalues
                 t = spectrum(problem, problem.weight)
                 alpha = rate_of(name, t)
-                errors = run(problem, alpha, steps, psi)
+                alphas.append(alpha)
+                # where α* says that there is no rate, there is nothing to run, and the bound does not hold
+                errors = run(problem, alpha, steps, psi) if alpha > 0 else [1.0]
                 held += bound_holds(errors, alpha, steps)
                 up += errors[-1] > errors[0]
                 last.append(errors[-1] / errors[0])
-                alphas.append(alpha)
             if width == widths[-1] and psi == "dense":
                 curves.append({"rate": name, "alpha": alphas[-1], "errors": [e / errors[0] for e in errors]})
             rows.append({"width": width, "psi": psi, "rate": name, "alpha": sorted(alphas)[seeds // 2], "held": held,

@@ -23,10 +23,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the benchmarks are no installed package
 
+from benchmarks.clocks import REFERENCE, clock_of, references
+from benchmarks.pictures import draw_study
 from benchmarks.rivals import RATES, Settings
 from benchmarks.runs import Results, Row, clock_here, search, train
 from benchmarks.spec import Spec, read
-from benchmarks.tables import REFERENCE, clock_of, draw, effort, ratio_table, references, results_table, tuning_table
+from benchmarks.tables import effort, ratio_table, results_table, tuning_table
 from benchmarks.tasks import Task, load_task
 from hf_lngd import LNGDConfig
 
@@ -55,13 +57,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def check(args: argparse.Namespace, spec: Spec) -> None:
+def check(args: argparse.Namespace, spec: Spec, results: Results) -> None:
     """Raise ValueError for arguments that do not fit the study: names the argument, the value, what is accepted."""
     for name in args.rivals or ():
         if name not in spec.rivals:
             raise ValueError(f"--rivals: got {name!r}, accepted: {', '.join(spec.rivals)}")
     for text in args.trial:
         parse_trial(text, spec)
+    known = {*spec.rivals, *(row["optimizer"] for row in results.rows)}
+    for name in args.forget:
+        if name not in known:
+            raise ValueError(f"--forget: got {name!r}, accepted: {', '.join(sorted(known))}")
     if args.data is None and (args.trial or {"tune", "report"} & set(args.phases)):
         raise ValueError("--data: got none, accepted: a folder; only --phases table plot do without")
 
@@ -129,7 +135,8 @@ def tune(names: list[str], spec: Spec, results: Results, task: Task) -> None:
 def report(names: list[str], spec: Spec, results: Results, task: Task) -> None:
     """Paired, interleaved runs: for each seed and length every rival once, the first one another each time.
 
-    A study that goes on another day, perhaps on another machine, runs AdamW once more: seconds are compared through it.
+    A study that goes on another day, perhaps on another machine, runs AdamW once more (as soon as it is tuned), unless
+    it is among the missing runs: seconds are compared through it.
     """
     best = {name: results.best(name) for name in names}
     runs = [(turn, seed, steps) for turn, seed in enumerate(spec.seeds) for steps in all_lengths(names, spec, seed)]
@@ -140,8 +147,9 @@ def report(names: list[str], spec: Spec, results: Results, task: Task) -> None:
         if steps in spec.lengths(name, seed)
     ]
     missing = [run for run in planned if not results.find("report", run[0], best[run[0]], seed=run[1], steps=run[2])]
-    timed = references(results)
-    clock = bool(missing and timed) and clock_of(clock_here()) not in map(clock_of, timed)
+    timed = clock_of(clock_here()) in map(clock_of, references(results))
+    coming = any((name, steps) == (REFERENCE, spec.steps) for name, _, steps in missing)
+    clock = bool(missing) and not (timed or coming) and bool(results.find("tune", REFERENCE))
     runner = Runner(results, task, spec, sum(steps for _, _, steps in planned) + clock * spec.steps)
     if clock:
         runner.run("clock", REFERENCE, results.best(REFERENCE), spec.seeds[0], spec.steps)
@@ -194,14 +202,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Does what the command line asks for, in the order tuning, reported runs, tables, picture."""
     args = parse(arguments)
     spec = read(args.spec)
-    check(args, spec)
+    results = Results(args.results or RESULTS / f"{spec.task}.json")
+    check(args, spec, results)
     names = args.rivals or list(spec.rivals)
     torch.set_num_threads(spec.threads)
-    results = Results(args.results or RESULTS / f"{spec.task}.json")
+    runs = args.trial or {"tune", "report"} & set(args.phases)
+    task = load_task(spec.task, args.data, args.model) if runs else None  # before rows are dropped: it may fail
     if args.forget:
         print(f"{results.drop(args.forget)} rows dropped")
-    if args.trial or {"tune", "report"} & set(args.phases):
-        task = load_task(spec.task, args.data, args.model)
+    if task is not None:
         if args.trial:
             return try_out(args.trial, spec, results, task)
         if "tune" in args.phases:
@@ -214,9 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(ratio_table(results, names, spec.label))
         print(effort(results))
     if "plot" in args.phases:
-        picture = results.path.with_suffix(".png")
-        draw(results, names, spec.label, picture, spec.title)
-        print(f"drawn: {picture}")
+        for picture in draw_study(results, names, spec.label, results.path.with_suffix(".png"), spec.title):
+            print(f"drawn: {picture}")
 
 
 if __name__ == "__main__":

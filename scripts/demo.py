@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the benchmarks are no installed package
+
+from benchmarks.clocks import time_to  # noqa: E402
+
 SAMPLE = ROOT / "examples" / "data" / "tatoeba-en-de"
 TUNING = ROOT / "benchmarks" / "results" / "demo_tuning.json"
 TUNING_SEED = 7
@@ -143,22 +147,16 @@ def show_scores(results: dict[str, dict[str, Any]]) -> None:
     signature = next(iter(results.values())).get("eval_bleu_signature")
     if signature:
         print(f"\nBLEU's signature: {signature}")
-    reached = time_to(results["lngd"]["curves"]["validation"], results["adamw"]["curves"]["validation"][-1][2])
+    reached = seconds_to(results, "lngd", "adamw")
     if reached is not None:
         whole = results["adamw"]["curves"]["validation"][-1][1]
         print(f"LNGD is at AdamW's final validation loss after {reached:.0f} s; AdamW took {whole:.0f} s.")
 
 
-def time_to(curve: Curve, target: float) -> float | None:
-    """Seconds at which a curve reaches a loss, on straight lines between its points; none: never."""
-    before: tuple[float, float] | None = None
-    for _, seconds, loss in curve:
-        if loss <= target:
-            if before is None or before[1] == loss:
-                return seconds
-            return before[0] + (before[1] - target) / (before[1] - loss) * (seconds - before[0])
-        before = (seconds, loss)
-    return None
+def seconds_to(results: dict[str, dict[str, Any]], name: str, other: str) -> float | None:
+    """Seconds that one run takes to another's final validation loss; none: it never gets there."""
+    ours, theirs = (results[one]["curves"]["validation"] for one in (name, other))
+    return time_to(((seconds, loss) for _, seconds, loss in ours), theirs[-1][2])
 
 
 def smooth(values: list[float], weight: float = 0.3) -> list[float]:

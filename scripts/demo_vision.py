@@ -107,7 +107,7 @@ def show_scores(results: dict[str, dict[str, Any]]) -> None:
             f"{result['eval_loss']:>18.4f}{result['curves']['train'][-1][1]:>10.1f}{RUNS[name].learning_rate:>16g}"
         )
     adamw = results["adamw"]["curves"]["validation"]
-    reached = demo.time_to(results["lngd"]["curves"]["validation"], adamw[-1][2])
+    reached = demo.seconds_to(results, "lngd", "adamw")
     if reached is not None:
         print(f"LNGD is at AdamW's final validation loss after {reached:.1f} s; AdamW took {adamw[-1][1]:.1f} s.")
 

@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [row]
     if not args.only:
         for activation in digits.ACTIVATIONS:
-            for steps in (0, args.steps, 10 * args.steps):
+            for steps in sorted({0, args.steps, 10 * args.steps}):
                 if (activation, steps) != (args.activation, args.steps):
                     rows.append(measure(activation, steps, args.seed)[0])
     args.output.mkdir(parents=True, exist_ok=True)

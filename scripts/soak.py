@@ -137,13 +137,13 @@ class Memory:
     """Two sizes, sampled `SAMPLES` times in a number of steps. Python's own is traced from the start on."""
 
     def __init__(self, steps: int) -> None:
-        self.every = max(1, steps // SAMPLES)
+        self.steps = steps
         self.samples: list[tuple[int, float, float]] = []
         tracemalloc.start()
 
     def sample(self, step: int) -> None:
         """Look, if it is time: (step, MiB resident, KiB traced)."""
-        if step % self.every == 0 and len(self.samples) < SAMPLES:
+        if step * SAMPLES // self.steps > (step - 1) * SAMPLES // self.steps:  # from end to end, whatever the number
             gc.collect()
             self.samples.append((step, resident_mib(), tracemalloc.get_traced_memory()[0] / 1024))
 
@@ -205,7 +205,13 @@ def main(arguments: list[str] | None = None, each: Callable[[int], Any] = lambda
     given = parser.parse_args(arguments)
     if given.steps < SAMPLES:
         parser.error(f"--steps: got {given.steps}, accepted: an integer, at least {SAMPLES}")
-    result = soak(given.steps, LNGDConfig.from_optim_args(given.optim_args), each)
+    try:
+        config = LNGDConfig.from_optim_args(given.optim_args)
+    except ValueError as problem:
+        parser.error(f"--optim_args: {problem}")
+    if given.results is not None:  # now, not after hours
+        given.results.parent.mkdir(parents=True, exist_ok=True)
+    result = soak(given.steps, config, each)
     if given.results is not None:
         given.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shown = {name: value for name, value in result.items() if name not in ("samples", "config")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks import runs
 from benchmarks.rivals import Settings
@@ -40,3 +41,14 @@ def row_of(name: str, seed: int, curve: list[tuple[int, float, float]], phase: s
         "validation_curve": curve,
         "state_mib": 1.0,
     }
+
+
+def study(path: Path, **changes: Any) -> Path:
+    """A spec file: two rivals, short runs."""
+    rates = "lr = 1e-2\nother_lr = 1e-2\nshorter = [1, 2]"
+    values: dict[str, Any] = {"task": "multi30k", "title": "T", "steps": 12, "warmup": 4, "trials": 2, "seeds": [1, 2]}
+    values |= {"fractions": [0.67], **changes}
+    rivals = values.pop("rivals", {"adamw": rates, "lngd": rates})
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+    path.write_text("\n".join([*lines, *(f"[rivals.{k}]\n{v}" for k, v in rivals.items())]), encoding="utf-8")
+    return path

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,28 @@ def test_the_sweep_reads_one_task_and_names_bad_rates(folder: Path, tmp_path: Pa
     assert len(results.rows) == len(sweep_lr.FRESH)
     assert "0.001" in sweep_lr.sweep_table(results, "multi30k", 8, 101)
     assert "0.001" not in sweep_lr.sweep_table(results, "cifar10-vit", 8, 101)
+    with pytest.raises(ValueError, match="--steps: got 0, accepted: an integer at least 8"):
+        sweep_lr.main([*arguments[:-1], "0"])
+
+
+def test_short_runs_warm_up_for_a_part_of_their_own(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmups = []
+
+    def train(name: str, settings: Settings, seed: int, steps: int, warmup: int, *_: Any, **__: Any) -> runs.Row:
+        warmups.append((steps, warmup))
+        return {**row_of(name, seed, [(steps, 1.0, 3.0)]), "task": "multi30k", "settings": settings.to_dict()}
+
+    for module in (sweep_lr, option_effects):
+        monkeypatch.setattr(module, "train", train)
+    tuned = runs.Results(tmp_path / "tuned.json")
+    tuned.add(row_of("lngd", 101, [(10, 1.0, 3.0)], "tune"))
+    threads, common = torch.get_num_threads(), ["--data", str(folder), "--steps", "10", "--results"]
+    sweep_lr.main([*common, str(tmp_path / "sweep.json"), "--rates", "1e-3"])
+    option_effects.main([*common, str(tmp_path / "options.json"), "--tuned", str(tuned.path), "--part", "0", "20"])
+    torch.set_num_threads(threads)
+    assert set(warmups) == {(10, 2)} and len(warmups) == 3  # a fifth, as of the study's 300 steps
 
 
 def test_option_effects_run_what_is_missing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +144,21 @@ def test_option_effects_go_on_at_the_settings_of_their_first_row(tmp_path: Path)
     first = Settings(7e-3, 1e-2, 0.4)
     results.add({**row_of("lngd", 11, [(10, 1.0, 3.0)], "option"), "settings": first.to_dict()})
     assert option_effects.base_of(results, tuned.path) == first  # whatever the study has found since
+
+
+def test_option_effects_never_start_from_a_variant(tmp_path: Path) -> None:
+    """Parts run in any order: a variant's row, at a rate of its own, is not what the others are compared with."""
+    tuned, results = runs.Results(tmp_path / "tuned.json"), runs.Results(tmp_path / "options.json")
+    tuned.add(row_of("lngd", 101, [(10, 1.0, 3.0)], "tune"))
+    best = Settings(**tuned.rows[0]["settings"])
+    natural = option_effects.variant("direction=natural,damping_rho=0.3", best)
+    results.add({**row_of("lngd", 11, [(10, 1.0, 3.0)], "option"), "settings": natural.to_dict()})
+    with pytest.raises(ValueError, match="options.json: has no row of the default"):
+        option_effects.base_of(results, tuned.path)
+    results.add({**row_of("lngd", 11, [(10, 1.0, 3.0)], "option"), "settings": best.to_dict()})
+    assert option_effects.base_of(results, tuned.path) == best
+    with pytest.raises(ValueError, match="--task: got 'marian-wmt', accepted: multi30k, cifar10-resnet, cifar10-vit"):
+        option_effects.main(["--task", "marian-wmt", "--table"])
 
 
 @pytest.mark.parametrize("fields", sorted(option_effects.VARIANTS))

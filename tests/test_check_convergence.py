@@ -146,3 +146,19 @@ def test_the_whole_check_in_short(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_bad_arguments_are_named(arguments: list[str], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         check.main(arguments)
+
+
+def test_where_there_is_no_rate_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """α* of 0 or less says that the bound holds at no rate; run as one it would be a step uphill."""
+    rates = []
+
+    def run(problem: check.Problem, alpha: float, steps: int, psi: str) -> list[float]:
+        rates.append(alpha)
+        return [1.0] * (steps + 1)
+
+    monkeypatch.setattr(check, "run", run)
+    monkeypatch.setattr(check, "largest_rate", lambda t: -2.0)
+    rows = check.theorem_2(6, 2, [8], 2, 3)["rows"]
+    none = [row for row in rows if "alpha*" in row["rate"]]
+    assert none and all(row["alpha"] < 0 and row["held"] == 0 and row["diverged"] == 0 for row in none)
+    assert rates and min(rates) > 0

@@ -123,11 +123,13 @@ def test_ten_translations_stand_beside_their_references(tmp_path: Path, capsys: 
     assert test[0]["de"] in out and "lngd 0" in out and "adamw 0" in out
 
 
-def test_time_to() -> None:
-    curve = [(1, 10.0, 5.0), (2, 20.0, 4.0)]
-    assert demo.time_to(curve, 4.5) == pytest.approx(15)
-    assert demo.time_to(curve, 3.0) is None
-    assert demo.time_to(curve, 5.5) == 10
+def test_seconds_to_the_other_ones_loss() -> None:
+    results = {
+        "lngd": {"curves": {"validation": [(1, 10.0, 5.0), (2, 20.0, 4.0)]}},
+        "adamw": {"curves": {"validation": [(1, 7.0, 5.5), (2, 14.0, 4.5)]}},
+    }
+    assert demo.seconds_to(results, "lngd", "adamw") == pytest.approx(15)
+    assert demo.seconds_to(results, "adamw", "lngd") is None
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 
 import hf_lngd
 from benchmarks import cost_report, paper_tables, readme_tables
+from benchmarks.clocks import clock_of, references
 from hf_lngd import LNGD, LNGDConfig
 from hf_lngd.integrations.training_args import take_lr
 
@@ -134,6 +135,10 @@ def test_reported_runs_are_those_of_the_tuned_settings(name: str) -> None:
         assert len(set(runs)) == len(runs) and not {seed for seed, _ in runs} & set(spec.tuning_seeds), rival
         best = results.best(rival).to_dict() if rows else None
         assert all(row["settings"] == best for row in rows), rival
+        # seconds compare through AdamW's, run on the same clock
+        assert {clock_of(row) for row in rows} <= {clock_of(row) for row in references(results)}, rival
+    if results.find("report", "lngd-same"):  # which takes the rate that AdamW's own search found
+        assert results.best("lngd-same").lr == results.best("adamw-one").lr
 
 
 @pytest.mark.parametrize(("m", "d"), [(48, 24), (24, 48)])

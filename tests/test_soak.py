@@ -19,7 +19,7 @@ def test_a_short_soak_is_flat_and_does_everything(
     assert soak.main(["--steps", "60", "--results", str(tmp_path / "soak.json")]) == 0
     found = json.loads((tmp_path / "soak.json").read_text())
     assert [found[what] for what in ("evaluations", "checkpoints", "restarts", "faults")] == [8, 2, 1, 1]
-    assert found["finite"] and len(found["samples"]) == soak.SAMPLES
+    assert found["finite"] and len(found["samples"]) == soak.SAMPLES and found["samples"][-1][0] == 60
     assert '"flat": true' in capsys.readouterr().out
 
 
@@ -36,6 +36,9 @@ def test_too_few_steps_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         soak.main(["--steps", "3"])
     assert "--steps: got 3, accepted: an integer, at least 24" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        soak.main(["--optim_args", "chian=full"])
+    assert "error: --optim_args: " in capsys.readouterr().err
 
 
 def test_the_committed_run_is_the_whole_one() -> None:

@@ -1,0 +1,135 @@
+"""The picture of `scripts/compare_optimizers.py`: quality against steps and seconds, from the file of results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.clocks import CURVES, REFERENCE
+from benchmarks.tables import Label, end_points, metric_of, quality_curve, reported
+
+if TYPE_CHECKING:
+    from benchmarks.runs import Results
+
+# Colour, line and marker of each rival, the same in every picture: variants share their family's colour.
+STYLES = {
+    "adamw": ("#6b7280", "-", "o"),
+    "adamw-one": ("#6b7280", "--", "o"),
+    "sgd": ("#60a5fa", "-", "o"),
+    "muon": ("#d97706", "-", "o"),
+    "soap": ("#7c3aed", "-", "o"),
+    "shampoo": ("#c026d3", "-", "o"),
+    "lngd": ("#0f766e", "-", "o"),
+    "lngd-same": ("#0f766e", "--", "o"),
+    "lngd-gram": ("#0f766e", ":", "o"),
+    "lngd-paper": ("#be123c", "-", "s"),
+    "lngd-lr": ("#be123c", "--", "^"),
+    "lngd-sample": ("#be123c", ":", "v"),
+    "kfac": ("#1e3a8a", "-", "s"),
+    "ekfac": ("#1e3a8a", "--", "^"),
+    "tkfac": ("#1e3a8a", ":", "v"),
+    "ng+": ("#65a30d", "-", "D"),
+}
+UNKNOWN = ("#000000", "-", "x")
+# The ends of shorter runs of rivals that share a colour.
+RINGS = {"lngd-same": "s", "adamw-one": "s"}
+# Drawn thicker, and with the range over seeds; with few rivals all have it.
+MAIN = ("adamw", "muon", "soap", "lngd")
+# Of a study with many rivals, those of the picture for readers: the rest have one of their own with everybody.
+FEW = ("adamw", "adamw-one", "muon", "soap", "lngd", "lngd-same")
+
+
+def draw_study(results: Results, names: Sequence[str], label: Label, path: Path, title: str) -> list[Path]:
+    """:func:`draw` of the main rivals, and of all of them beside it (`TASK-all.png`) where there are many more."""
+    few = [name for name in names if name in FEW]
+    if len(names) <= len(FEW) + 1:
+        few = list(names)
+    draw(results, few, label, path, title)
+    if few == list(names):
+        return [path]
+    everyone = path.with_name(f"{path.stem}-all{path.suffix}")
+    draw(results, names, label, everyone, title)
+    return [path, everyone]
+
+
+def draw(results: Results, names: Sequence[str], label: Label, path: Path, title: str) -> None:
+    """Quality (validation loss, or test accuracy) against steps and against seconds, the range over seeds as a band;
+    in the right panel also the ends of shorter runs, each with its schedule to its own end, as hollow markers, unless
+    there are many rivals.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [name for name in names if reported(results, name)]
+    if not shown:
+        raise ValueError(f"{results.path}: no reported runs to draw; run the phase report first")
+    metric = metric_of(results, shown)
+    sign = -100 if metric == "accuracy" else 1
+    few = len(shown) <= len(FEW) + 1
+    size = (9.5, 4.9) if few else (12.5, 4.6)
+    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    finals: dict[str, float] = {}
+    for name in sorted(shown, key=lambda name: name in MAIN):  # those that matter most on top
+        rows = reported(results, name)
+        curve = quality_curve(rows, metric)
+        finals[name] = sign * curve[-1][2]
+        strong = name in MAIN
+        colour, line, marker = STYLES.get(name, UNKNOWN)
+        width = 2.4 if name == "lngd" else 1.6 if strong or few else 1.1
+        style = {"color": colour, "linestyle": line, "marker": marker, "linewidth": width}
+        values = [[abs(sign) * point[2] for point in row[CURVES[metric]]] for row in rows]
+        low, high = ([pick(column) for column in zip(*values, strict=True)] for pick in (min, max))
+        for axis, where in zip(axes, (0, 1), strict=True):
+            x = [point[where] for point in curve]
+            if strong or few:
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.plot(x, [sign * p[2] for p in curve], markersize=3.5, label=label(name), **style)
+        ends = end_points(results, name, metric)
+        if few and len(ends) > 1:
+            seconds, ended = zip(*((seconds, sign * value) for seconds, value in ends), strict=True)
+            ring = {**style, "marker": RINGS.get(name, "o"), "linewidth": 0.7, "alpha": 0.8}
+            axes[1].plot(seconds, ended, markersize=6, markerfacecolor="none", **ring)
+    reference = finals.get(REFERENCE)
+    for axis, name in zip(axes, ("steps", "seconds of training"), strict=True):
+        if reference is not None:
+            axis.axhline(reference, color=STYLES[REFERENCE][0], linewidth=0.8, linestyle=":")
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlim(left=0)
+    values = [sign * p[2] for name in shown for p in quality_curve(reported(results, name), metric)]
+    cut = "" if _frame(axes[0], values, metric) else " (start of training left out)"
+    axes[0].set_ylabel(("test accuracy, %" if metric == "accuracy" else "validation loss, nats") + cut)
+    digits = 1 if metric == "accuracy" else 3
+    handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
+    order = sorted(finals, key=lambda name: finals[name], reverse=metric == "accuracy")
+    entries = {f"{label(name)}: {finals[name]:.{digits}f}": handles[label(name)] for name in order}
+    shorter = few and any(len(end_points(results, name, metric)) > 1 for name in shown)
+    title_of = "final (hollow: ends of shorter runs)" if shorter else "final"
+    place = {"loc": "outside lower center", "ncols": 3} if few else {"loc": "outside right upper", "alignment": "left"}
+    figure.legend(  # outside the panels, where it would cover the curves
+        entries.values(), entries.keys(), frameon=False, fontsize=9, title=title_of, title_fontsize=9, **place
+    )
+    rows = reported(results, shown[0])
+    seeds = sorted({len(reported(results, name)) for name in shown})
+    of_seeds = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
+    figure.suptitle(f"{title}, {rows[0]['steps']} steps, mean of {of_seeds}", fontsize=12, x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _frame(axis: Any, values: list[float], metric: str) -> bool:
+    """Leave out the start of training and rivals that hardly learn: the better two thirds of all points are shown.
+    Returns whether all of them are."""
+    ranked = sorted(values, reverse=metric == "accuracy")
+    best, worst = ranked[0], ranked[min(len(ranked) - 1, 2 * len(ranked) // 3)]
+    low, high = sorted((best, worst))
+    pad = 0.08 * (high - low) or 1.0
+    axis.set_ylim(low - pad, high + pad)
+    return all(low - pad <= value <= high + pad for value in values)
