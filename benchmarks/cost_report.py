@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -180,9 +181,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     models = list(dict.fromkeys(row["model"] for row in result["large"]["rows"]))
-    figure, axes = plt.subplots(1, 1 + len(models), figsize=(3.0 * (1 + len(models)) + 0.6, 3.9), layout="constrained",
-                                width_ratios=[1.25, *(1.0 for _ in models)], squeeze=False)  # fmt: skip
-    left, *others = axes[0]
+    columns, count = min(2, 1 + len(models)), 1 + len(models)
+    lines = math.ceil(count / columns)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(4.7 * columns, 3.7 * lines), layout="constrained", squeeze=False
+    )
+    axes = list(grid.flat)
+    for unused in axes[count:]:
+        unused.remove()
+    left, *others = axes[:count]
     rows = result.get("check", [])
     for name, mark in MARKS.items():
         found = [row for row in rows if row["optimizer"] == name]
@@ -200,21 +207,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_title("Optimizer's part of a step (band: ± 20 %)", fontsize=10, loc="left")
     left.legend(frameon=False, fontsize=8)
     over = [row["devices"][str(count)]["over_adamw"] for row in result["large"]["rows"] for count in DEVICES]
-    highest = 105 * (max(over, default=2.0) - 1)  # of all panels, so that they compare
+    highest = 1 + 1.05 * (max(over, default=2.0) - 1)  # of all panels, so that they compare
     for axis, model in zip(others, models, strict=True):
         for (name, *_), colour in zip(CONTENDERS, COLOURS, strict=True):
             (row,) = [r for r in result["large"]["rows"] if (r["model"], r["optimizer"]) == (model, name)]
-            ratios = [100 * (row["devices"][str(count)]["over_adamw"] - 1) for count in DEVICES]
+            ratios = [row["devices"][str(count)]["over_adamw"] for count in DEVICES]
             axis.semilogx(DEVICES, ratios, "o-", color=colour, linewidth=1.8, markersize=4, label=name)
         axis.set_xticks(DEVICES, [str(count) for count in DEVICES])
         axis.minorticks_off()
         axis.set_xlabel("devices")
-        axis.set_title(f"{model} (assumed)\n{row['batch']} a device", fontsize=9, loc="left")
-        axis.set_ylim(-1, highest)
+        axis.set_title(f"{model} (assumed), {row['batch']} a device", fontsize=10, loc="left")
+        axis.set_ylim(0.98, highest)
+        axis.set_ylabel("step / AdamW's step")
     if others:
-        others[0].legend(frameon=False, fontsize=7.5, loc="upper right")
-        others[0].set_ylabel("step longer than AdamW's by, %")
-    for axis in axes[0]:
+        others[0].legend(frameon=False, fontsize=8, loc="upper right")
+    for axis in (left, *others):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
     figure.savefig(path, dpi=130)
