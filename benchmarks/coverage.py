@@ -259,7 +259,10 @@ def row_of(entry: Entry) -> dict[str, Any]:
         {"reason": reason, "share": round(numbers / owned.weights, 4), "example": example, "has_gradient": used}
         for reason, (numbers, example, used) in owned.rest.items()
     ]
-    weights, share = full_size(entry)
+    try:
+        weights, share = full_size(entry)
+    except Exception as problem:
+        return {**row, "step": failure(problem), "covered": False}
     row |= {"full_weights": weights, "full_share": round(share, 4)}
     row["follows"] = dict(sorted(owned.follows.items(), key=lambda item: (-item[1], item[0])))
     row["remark"] = remark(entry, owned.share)

@@ -103,8 +103,8 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
-    values = [sign * p[2] for name in shown for p in quality_curve(reported(results, name), metric)]
-    cut = "" if _frame(axes[0], values, metric) else " (start of training left out)"
+    points = [sign * p[2] for name in shown for p in quality_curve(reported(results, name), metric)]
+    cut = "" if _frame(axes[0], points, metric) else " (start of training left out)"
     axes[0].set_ylabel(("test accuracy, %" if metric == "accuracy" else "validation loss, nats") + cut)
     digits = 1 if metric == "accuracy" else 3
     handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))

@@ -53,7 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the neighbours, when this one runs as a command
 
 from scripts import digits  # noqa: E402
-from scripts.convergence_report import draw, table  # noqa: E402
+from scripts.convergence_report import draw, report  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 # Rates of Theorem 2, as multiples of what the derivation allows, and two that the text allows.
@@ -316,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
     kept = {**result, "theorem_1": {k: v for k, v in result["theorem_1"].items() if k != "gain_ratios"}}
     (args.output / "convergence.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     draw(result, args.output / "convergence.png")
-    print(table(result))
+    print(report(result))
     print(f"written: convergence.json, convergence.png in {args.output}")
 
 

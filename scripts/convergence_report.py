@@ -5,42 +5,53 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import table
+
 COLOURS = ("#99f6e4", "#14b8a6", "#0f766e", "#d97706", "#be123c", "#7c3aed", "#c026d3")
 LEAST = -6.5  # of the left axis: what is below is at the edge
 
 
-def table(result: dict[str, Any]) -> str:
+def report(result: dict[str, Any]) -> str:
     """Where each theorem holds, in Markdown."""
     one, two = result["theorem_1"], result["theorem_2"]
-    lines = ["Theorem 1, random quadratics", ""]
-    lines += [
-        "| layers | curvature between layers | μ | layer-wise ≤ single | layer-wise step goes up |",
-        "|" + " --- |" * 5,
-    ]
-    for r in one["random"]:
-        lines.append(
-            f"| {r['layers']} | {r['correlation']:g} | {r['mu']:g} | {r['holds']:.1%} of {r['count']:,} "
-            f"| {r['goes_up']:.1%} |"
-        )
-    lines += ["", "Theorem 1, digits' MLP along LNGD's directions: model value q, layer-wise / single", ""]
-    lines += ["| φ | steps | blocks alone (the theorem) | with the curvature between layers |", "|" + " --- |" * 4]
-    for r in one["networks"]:
-        lines.append(
-            f"| {r['activation']} | {r['steps']} | {r['layerwise_block']:.4g} / {r['single_block']:.4g} "
-            f"| {r['layerwise_full']:.4g} / {r['single_full']:.4g} |"
-        )
-    lines += [
-        "",
-        f"Theorem 2, n = {two['n']}, d = {two['d']}, {two['steps']} steps: problems in which the bound holds",
-        "",
-    ]
-    widths = sorted({r["width"] for r in two["rows"]})
-    lines += ["| Ψ | rate | α | " + " | ".join(f"m = {w}" for w in widths) + " |", "|" + " --- |" * (3 + len(widths))]
+    random = table(
+        ["layers", "curvature between layers", "μ", "layer-wise ≤ single", "layer-wise step goes up"],
+        [
+            [
+                str(r["layers"]),
+                f"{r['correlation']:g}",
+                f"{r['mu']:g}",
+                f"{r['holds']:.1%} of {r['count']:,}",
+                f"{r['goes_up']:.1%}",
+            ]
+            for r in one["random"]
+        ],
+    )
+    networks = table(
+        ["φ", "steps", "blocks alone (the theorem)", "with the curvature between layers"],
+        [
+            [
+                r["activation"],
+                str(r["steps"]),
+                *(f"{r[f'layerwise_{kind}']:.4g} / {r[f'single_{kind}']:.4g}" for kind in ("block", "full")),
+            ]
+            for r in one["networks"]
+        ],
+    )
+    widths, body = sorted({r["width"] for r in two["rows"]}), []
     for psi, name in dict.fromkeys((r["psi"], r["rate"]) for r in two["rows"]):
         found = [r for r in two["rows"] if (r["psi"], r["rate"]) == (psi, name)]
         cells = [f"{r['held']}/{r['seeds']}" + (f" ({r['diverged']} diverge)" if r["diverged"] else "") for r in found]
-        lines.append(f"| {psi} | {name} | {found[-1]['alpha']:.2g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        body.append([psi, name, f"{found[-1]['alpha']:.2g}", *cells])
+    size = f"n = {two['n']}, d = {two['d']}, {two['steps']} steps"
+    bound = table(["Ψ", "rate", "α", *(f"m = {width}" for width in widths)], body)
+    return "\n".join(
+        [
+            f"Theorem 1, random quadratics\n\n{random}",
+            f"Theorem 1, digits' MLP along LNGD's directions: model value q, layer-wise / single\n\n{networks}",
+            f"Theorem 2, {size}: problems in which the bound holds\n\n{bound}",
+        ]
+    )
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

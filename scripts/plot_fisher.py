@@ -31,6 +31,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the neighbours, when this one runs as a command
 
+from benchmarks.tables import table  # noqa: E402
 from scripts import digits  # noqa: E402
 
 LAYER = 3  # of digits.make_mlp's modules: 20 → 20
@@ -149,20 +150,19 @@ def measure(activation: str, steps: int, seed: int) -> tuple[dict[str, Any], dic
     return row, network, layerwise
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def error_table(rows: list[dict[str, Any]]) -> str:
     """Errors in Markdown, one line an activation, a training length, an exact block and an approximation."""
-    head = "| φ | steps (accuracy) | exact block | approximation | rel. Frobenius | shape error | trace error |"
-    lines = [head, "|" + " --- |" * 7]
+    head = ["φ", "steps (accuracy)", "exact block", "approximation", "rel. Frobenius", "shape error", "trace error"]
+    body = []
     for row in rows:
         for target, text in (("network", "the network's F"), ("layerwise", "layer-wise F_l")):
             for name, value in row[target].items():
                 matched = ", trace matched" if (target, name) == ("network", "lngd") else ""
-                lines.append(
-                    f"| {row['activation']} | {row['steps']} ({row['accuracy']:.1%}) "
-                    f"| {text} | {NAMES[name]}{matched} | "
-                    f"{value['relative_frobenius']:.3f} | {value['shape_error']:.3f} | {value['trace_error']:+.1%} |"
-                )
-    return "\n".join(lines) + "\n"
+                found = [f"{value[key]:.3f}" for key in ("relative_frobenius", "shape_error")]
+                steps = f"{row['steps']} ({row['accuracy']:.1%})"
+                which = [row["activation"], steps, text, NAMES[name] + matched]
+                body.append([*which, *found, f"{value['trace_error']:+.1%}"])
+    return table(head, body)
 
 
 def draw(network: dict[str, Tensor], layerwise: dict[str, Tensor], row: dict[str, Any], path: Path, zoom: int) -> None:
@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
     (args.output / "fisher.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     draw(network, layerwise, row, args.output / "fisher.png", 0)
     draw(network, layerwise, row, args.output / "fisher_zoom.png", args.zoom)
-    print(table(rows))
+    print(error_table(rows))
     print(f"written: fisher.json, fisher.png, fisher_zoom.png in {args.output}")
 
 

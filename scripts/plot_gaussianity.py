@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the neighbours, when this one runs as a command
 
+from benchmarks.tables import table  # noqa: E402
 from scripts import digits  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -126,11 +128,8 @@ def normal_quantiles(count: int) -> Tensor:
 
 def quantiles(x: Tensor, count: int) -> Tensor:
     """Those of the standardised numbers at the same places."""
-    ordered = standardized(x).sort().values
-    places = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(ordered) - 0.5
-    low = places.floor().clamp(0, len(ordered) - 1).long()
-    high = (low + 1).clamp(max=len(ordered) - 1)
-    return ordered[low].lerp(ordered[high], (places - low).clamp(0, 1))
+    places = (np.arange(count) + 0.5) / count
+    return torch.from_numpy(np.quantile(standardized(x).numpy(), places, method="hazen"))
 
 
 def describe(seen: digits.Seen) -> dict[str, Any]:
@@ -218,20 +217,18 @@ def _histogram(axis: Any, parts: list[tuple[Tensor, str, str]]) -> None:
         axis.text(0.02, 0.97, f"↑ to {highest:.1f}", transform=axis.transAxes, fontsize=8, va="top")
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def moment_table(rows: dict[str, dict[str, Any]]) -> str:
     """Moments in Markdown."""
-    lines = [
-        "| layer | output | skewness, excess kurtosis: pooled | mean of absolute values over units | of the norm |"
-    ]
-    lines.append("|" + " --- |" * 5)
+    pooled = "skewness, excess kurtosis: pooled"
+    head, body = ["layer", "output", pooled, "mean of absolute values over units", "of the norm"], []
     for row in rows.values():
         for name, text in (("pre", "s"), ("post", "φ(s)")):
             cells = [
                 f"{row[name][kind]['skewness']:+.2f}, {row[name][kind]['excess_kurtosis']:+.2f}"
                 for kind in ("pooled", "by_unit", "norm")
             ]
-            lines.append(f"| {row['title']} | {text} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            body.append([row["title"], text, *cells])
+    return table(head, body)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -261,7 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "gaussianity.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     draw(found, args.output / "gaussianity.png")
-    print(table(rows))
+    print(moment_table(rows))
     print(f"written: gaussianity.json, gaussianity.png in {args.output}")
 
 
