@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 from core_helpers import core_forget_watchers, core_marian
+from dist_pool import DistPool
 from study_helpers import row_of, write_multi30k
 
 from benchmarks import (
     compile_time,
+    factor_dtype,
+    invariance,
     option_effects,
     paper_tables,
     patch_memory,
     precision,
     runs,
+    sharding,
     step_time,
     sweep_lr,
 )
@@ -261,3 +265,28 @@ def test_compiled_and_other_steps_are_told_apart(monkeypatch: pytest.MonkeyPatch
 def test_the_committed_table_of_precisions_is_the_tests() -> None:
     rows = json.loads((precision.RESULTS / "precision.json").read_text(encoding="utf-8"))
     assert len(rows) == 48 and precision.text_of(rows) in (precision.RESULTS / "precision.md").read_text("utf-8")
+
+
+def test_errors_of_halved_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding moves factors and directions a little, and half the bytes of the factors are left."""
+    monkeypatch.setattr(factor_dtype, "STEPS", 2)
+    found = factor_dtype.measure({"damping_rho": 0.3})
+    halved, whole = found[factor_dtype.RANDOM], found[factor_dtype.PRODUCTS]
+    assert 0 < halved["factors"]["median"] <= halved["factors"]["greatest"] < 0.02 and halved["failed_inverses"] == 0
+    assert 0 < halved["direction"]["median"] < 0.2
+    assert whole["factors"]["greatest"] < 1e-4 < whole["direction"]["greatest"]  # products alone were rounded
+    assert halved["bytes"]["factors"] < 0.6 * whole["bytes"]["factors"]
+
+
+def test_the_distance_between_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invariance, "LAYOUTS", [(1, 2)])
+    assert 0 <= invariance.worst({}, "images", invariance.EXACT, "float64") < 1e-9
+    assert invariance.worst({}, "images", invariance.HALF, "float32") > 1e-6  # products in bfloat16 round otherwise
+
+
+def test_what_a_rank_keeps_and_sends(tmp_path: Path) -> None:
+    pool = DistPool(2, tmp_path, "benchmarks.sharding")
+    found = pool.run(sharding.measure)
+    pool.close()
+    assert len(found) == 2 and all(0 < own["step"] < own["factor_step"] for own in found)
+    assert all(own["state"]["total"] < 0.7 * sum(o["state"]["total"] for o in found) for own in found)
