@@ -40,23 +40,39 @@ MAIN = ("adamw", "muon", "soap", "lngd")
 FEW = ("adamw", "adamw-one", "muon", "soap", "lngd", "lngd-same")
 
 
-def draw_study(results: Results, names: Sequence[str], label: Label, path: Path, title: str) -> list[Path]:
-    """:func:`draw` of the main rivals, and of all of them beside it (`TASK-all.png`) where there are many more."""
-    few = [name for name in names if name in FEW]
+def pictures_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """Whom a study's pictures show, by the end of the file's name: the main rivals, and where there are many more of
+    them all in a second one."""
     if len(names) <= len(FEW) + 1:
-        few = list(names)
-    draw(results, few, label, path, title)
-    if few == list(names):
-        return [path]
-    everyone = path.with_name(f"{path.stem}-all{path.suffix}")
-    draw(results, names, label, everyone, title)
-    return [path, everyone]
+        return {"": list(names)}
+    return {"": [name for name in names if name in FEW], "-all": list(names)}
+
+
+def draw_study(results: Results, names: Sequence[str], label: Label, path: Path, title: str) -> list[Path]:
+    """:func:`draw` of each of :func:`pictures_of`, beside `path`; returns the files."""
+    paths = []
+    for end, shown in pictures_of(names).items():
+        paths.append(path.with_name(f"{path.stem}{end}{path.suffix}"))
+        draw(results, shown, label, paths[-1], title)
+    return paths
+
+
+def legend(results: Results, names: Sequence[str], label: Label) -> dict[str, str]:
+    """What the picture says of each rival that was reported, the best first: its name and where it ended."""
+    shown = [name for name in names if reported(results, name)]
+    metric = metric_of(results, shown)
+    scale, digits = (-100, 1) if metric == "accuracy" else (1, 3)
+    finals = {name: scale * quality_curve(reported(results, name), metric)[-1][2] for name in shown}
+    order = sorted(finals, key=lambda name: finals[name], reverse=metric == "accuracy")
+    return {name: f"{label(name)}: {finals[name]:.{digits}f}" for name in order}
 
 
 def draw(results: Results, names: Sequence[str], label: Label, path: Path, title: str) -> None:
     """Quality (validation loss, or test accuracy) against steps and against seconds, the range over seeds as a band;
     in the right panel also the ends of shorter runs, each with its schedule to its own end, as hollow markers, unless
     there are many rivals.
+
+    The file's `Description` is the legend, so that a picture of older rows is noticed.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -74,11 +90,9 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     few = len(shown) <= len(FEW) + 1
     size = (9.5, 4.9) if few else (12.5, 4.6)
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-    finals: dict[str, float] = {}
     for name in sorted(shown, key=lambda name: name in MAIN):  # those that matter most on top
         rows = reported(results, name)
         curve = quality_curve(rows, metric)
-        finals[name] = sign * curve[-1][2]
         strong = name in MAIN
         colour, line, marker = STYLES.get(name, UNKNOWN)
         width = 2.4 if name == "lngd" else 1.6 if strong or few else 1.1
@@ -95,7 +109,7 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
             seconds, ended = zip(*((seconds, sign * value) for seconds, value in ends), strict=True)
             ring = {**style, "marker": RINGS.get(name, "o"), "linewidth": 0.7, "alpha": 0.8}
             axes[1].plot(seconds, ended, markersize=6, markerfacecolor="none", **ring)
-    reference = finals.get(REFERENCE)
+    reference = sign * quality_curve(reported(results, REFERENCE), metric)[-1][2] if REFERENCE in shown else None
     for axis, name in zip(axes, ("steps", "seconds of training"), strict=True):
         if reference is not None:
             axis.axhline(reference, color=STYLES[REFERENCE][0], linewidth=0.8, linestyle=":")
@@ -106,10 +120,9 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     points = [sign * p[2] for name in shown for p in quality_curve(reported(results, name), metric)]
     cut = "" if _frame(axes[0], points, metric) else " (start of training left out)"
     axes[0].set_ylabel(("test accuracy, %" if metric == "accuracy" else "validation loss, nats") + cut)
-    digits = 1 if metric == "accuracy" else 3
     handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
-    order = sorted(finals, key=lambda name: finals[name], reverse=metric == "accuracy")
-    entries = {f"{label(name)}: {finals[name]:.{digits}f}": handles[label(name)] for name in order}
+    texts = legend(results, shown, label)
+    entries = {text: handles[label(name)] for name, text in texts.items()}
     shorter = few and any(len(end_points(results, name, metric)) > 1 for name in shown)
     title_of = "final (hollow: ends of shorter runs)" if shorter else "final"
     place = {"loc": "outside lower center", "ncols": 3} if few else {"loc": "outside right upper", "alignment": "left"}
@@ -120,7 +133,7 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     seeds = sorted({len(reported(results, name)) for name in shown})
     of_seeds = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
     figure.suptitle(f"{title}, {rows[0]['steps']} steps, mean of {of_seeds}", fontsize=12, x=0.01, ha="left")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata={"Description": "; ".join(entries)})
     plt.close(figure)
 
 

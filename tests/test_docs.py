@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import hf_lngd
-from benchmarks import cost_report, paper_tables, readme_tables
+from benchmarks import cost_report, paper_tables, pictures, readme_tables
 from benchmarks.clocks import clock_of, references
 from hf_lngd import LNGD, LNGDConfig
 from hf_lngd.integrations.training_args import take_lr
@@ -140,6 +141,15 @@ def test_reported_runs_are_those_of_the_tuned_settings(name: str) -> None:
         assert {clock_of(row) for row in rows} <= {clock_of(row) for row in references(results)}, rival
     if results.find("report", "lngd-same"):  # which takes the rate that AdamW's own search found
         assert results.best("lngd-same").lr == results.best("adamw-one").lr
+
+
+@pytest.mark.parametrize("name", readme_tables.STUDIES)
+def test_pictures_are_of_the_rows_that_there_are(name: str) -> None:
+    study, results = readme_tables.results_of(name)
+    for end, rivals in pictures.pictures_of(list(study.rivals)).items():
+        with Image.open(results.path.with_name(f"{name}{end}.png")) as picture:
+            said = picture.text["Description"]
+        assert said == "; ".join(pictures.legend(results, rivals, study.label).values()), "--phases plot"
 
 
 @pytest.mark.parametrize(("m", "d"), [(48, 24), (24, 48)])
