@@ -11,16 +11,18 @@ if TYPE_CHECKING:
 
 Clock = tuple[str, str, str]
 REFERENCE = "adamw"
+# Whose steps are AdamW's, whatever its rates.
+REFERENCES = (REFERENCE, "adamw-one")
 # Of a row, curves of (step, seconds, value): of the training loss, and of each metric.
 CURVES = {"loss": "validation_curve", "accuracy": "accuracy_curve"}
 
 
 def on_one_clock(results: Results, rows: Sequence[Row]) -> list[Row]:
     """The rows with all seconds in those of the clock (:func:`clock_of`) on which AdamW ran most: rows of another clock
-    are scaled by what AdamW took here and there. Where AdamW did not run, seconds are left as they are."""
+    are scaled by what a step of AdamW took here and there. Where AdamW did not run, seconds are left as they are."""
     seconds: dict[Clock, list[float]] = {}
     for row in references(results):
-        seconds.setdefault(clock_of(row), []).append(row["seconds"])
+        seconds.setdefault(clock_of(row), []).append(row["seconds"] / row["steps"])
     if len(seconds) < 2:
         return list(rows)
     most = max(seconds, key=lambda clock: len(seconds[clock]))
@@ -35,10 +37,10 @@ def clock_of(row: Row) -> Clock:
 
 
 def references(results: Results) -> list[Row]:
-    """AdamW's runs of full length, those included that were made for nothing but their seconds (phase `clock`)."""
-    rows = [row for phase in ("report", "clock") for row in results.find(phase, REFERENCE) if not row["diverged"]]
-    longest = max((row["steps"] for row in rows), default=0)
-    return [row for row in rows if row["steps"] == longest]
+    """AdamW's runs, with two rates and with one, those included that were made for nothing but their seconds (phase
+    `clock`)."""
+    found = [row for phase in ("report", "clock") for name in REFERENCES for row in results.find(phase, name)]
+    return [row for row in found if not row["diverged"]]
 
 
 def _scaled(row: Row, scale: float) -> Row:

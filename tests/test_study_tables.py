@@ -104,6 +104,9 @@ def test_rows_of_two_kinds_of_hardware_are_on_one_clock(tmp_path: Path) -> None:
     (lngd,) = tables.reported(results, "lngd")
     assert (lngd["seconds"], lngd["validation_curve"]) == (30.0, [(50, 15.0, 4.0), (100, 30.0, 3.0)])
     assert tables.reported(results, "muon")[0]["seconds"] == 14.0  # AdamW was not run there
+    # a step of AdamW's takes as long with one rate, in a run of any length: half as long there
+    results.add({**row_of("adamw-one", 1, [(25, 2.5, 5.0), (50, 5.0, 4.0)]), "hardware": "another"})
+    assert tables.reported(results, "muon")[0]["seconds"] == 28.0
     assert results.find("report", "lngd")[0]["seconds"] == 60.0  # the file keeps what was measured
     body = tables.ratio_table(results, ["adamw", "lngd"], label).splitlines()[2:]
     assert [line.split("|")[2].strip() for line in body if line] == ["1.00", "0.75"]
