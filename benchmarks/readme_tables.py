@@ -72,6 +72,8 @@ def _goal(results: Results, ours: str, other: str, metric: str, most: float) -> 
     within, own = found.texts()
     shown = own if found.seeds else within if found.within is None else f"({within})"
     value = found.own if found.seeds else found.within
+    if value is not None and value > most:  # 0.902 is not within 0.9
+        shown = shown.replace(f"{value:.2f}", f"{value:.3f}") if round(value, 2) <= most else shown
     met = value is not None and value <= most and found.seeds != 1
     return f"**{shown}**" if met else shown
 
