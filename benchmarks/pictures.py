@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.clocks import CURVES, REFERENCE
@@ -67,12 +68,20 @@ def legend(results: Results, names: Sequence[str], label: Label) -> dict[str, st
     return {name: f"{label(name)}: {finals[name]:.{digits}f}" for name in order}
 
 
+def described(results: Results, names: Sequence[str], label: Label) -> str:
+    """The legend and the mean seconds of each rival's runs, in one line."""
+    texts = legend(results, names, label)
+    return "; ".join(
+        f"{text}, {mean(row['seconds'] for row in reported(results, name)):.1f} s" for name, text in texts.items()
+    )
+
+
 def draw(results: Results, names: Sequence[str], label: Label, path: Path, title: str) -> None:
     """Quality (validation loss, or test accuracy) against steps and against seconds, the range over seeds as a band;
     in the right panel also the ends of shorter runs, each with its schedule to its own end, as hollow markers, unless
     there are many rivals.
 
-    The file's `Description` is the legend, so that a picture of older rows is noticed.
+    The file's `Description` is :func:`described`, so that a picture of older rows is noticed.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -133,7 +142,7 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     seeds = sorted({len(reported(results, name)) for name in shown})
     of_seeds = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
     figure.suptitle(f"{title}, {rows[0]['steps']} steps, mean of {of_seeds}", fontsize=12, x=0.01, ha="left")
-    figure.savefig(path, dpi=130, metadata={"Description": "; ".join(entries)})
+    figure.savefig(path, dpi=130, metadata={"Description": described(results, shown, label)})
     plt.close(figure)
 
 
