@@ -73,6 +73,17 @@ class Contender:
         self.rest()
 
 
+# Of a row: what the table calls it.
+COLUMNS = {
+    "optimizer": "optimizer",
+    "compiled": "compiled",
+    "watched": "watched, ms",
+    "others": "others, ms",
+    "mean": "mean, ms",
+    "first_seconds": "first, s",
+}
+
+
 def measure(rounds: int, backend: str) -> list[dict[str, Any]]:
     """A row for each contender: milliseconds are medians; `first_seconds` is the longest uncounted step, with what was
     compiled in it. All are in one process: whoever comes second finds the forward compiled already."""
@@ -107,9 +118,8 @@ def main(arguments: list[str] | None = None) -> None:
     result["graphs"] = counters["stats"]["unique_graphs"]
     args.results.parent.mkdir(parents=True, exist_ok=True)
     args.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    head = ["optimizer", "compiled", "watched, ms", "others, ms", "mean, ms", "first, s"]
-    keys = ["optimizer", "compiled", "watched", "others", "mean", "first_seconds"]
-    print(table(head, [[str(row[key]) for key in keys] for row in rows]), f"\ngraphs: {result['graphs']}")
+    body = [[str(row[key]) for key in COLUMNS] for row in rows]
+    print(table(list(COLUMNS.values()), body), f"\ngraphs: {result['graphs']}")
 
 
 if __name__ == "__main__":

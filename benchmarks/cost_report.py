@@ -181,15 +181,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     models = list(dict.fromkeys(row["model"] for row in result["large"]["rows"]))
-    columns, count = min(2, 1 + len(models)), 1 + len(models)
-    lines = math.ceil(count / columns)
-    figure, grid = plt.subplots(
-        lines, columns, figsize=(4.7 * columns, 3.7 * lines), layout="constrained", squeeze=False
-    )
-    axes = list(grid.flat)
-    for unused in axes[count:]:
-        unused.remove()
-    left, *others = axes[:count]
+    panels = 1 + len(models)
+    columns = min(2, panels)
+    lines = math.ceil(panels / columns)
+    figure = plt.figure(figsize=(4.7 * columns, 3.7 * lines), layout="constrained")
+    left, *others = (figure.add_subplot(lines, columns, 1 + i) for i in range(panels))
     rows = result.get("check", [])
     for name, mark in MARKS.items():
         found = [row for row in rows if row["optimizer"] == name]

@@ -243,6 +243,7 @@ def row_of(entry: Entry) -> dict[str, Any]:
     row: dict[str, Any] = {"model": entry.name, "architecture": entry.architecture, "class": entry.class_name}
     try:
         owned, parameters = check_step(entry)
+        weights, share = full_size(entry)
     except Exception as problem:
         return {**row, **dict.fromkeys(CHECKS, failure(problem)), "covered": False}
     row |= {"parameters": parameters, "weights": owned.weights, "share": round(owned.share, 4), "step": "yes"}
@@ -259,10 +260,6 @@ def row_of(entry: Entry) -> dict[str, Any]:
         {"reason": reason, "share": round(numbers / owned.weights, 4), "example": example, "has_gradient": used}
         for reason, (numbers, example, used) in owned.rest.items()
     ]
-    try:
-        weights, share = full_size(entry)
-    except Exception as problem:
-        return {**row, "step": failure(problem), "covered": False}
     row |= {"full_weights": weights, "full_share": round(share, 4)}
     row["follows"] = dict(sorted(owned.follows.items(), key=lambda item: (-item[1], item[0])))
     row["remark"] = remark(entry, owned.share)

@@ -23,7 +23,7 @@ from benchmarks.rivals import Settings
 from benchmarks.runs import Results, train
 from benchmarks.spec import checked_steps, named
 from benchmarks.tables import table
-from benchmarks.tasks import load_task
+from benchmarks.tasks import check_task, load_task
 
 HERE = Path(__file__).resolve().parent
 
@@ -105,16 +105,13 @@ def effects(results: Results, base: Settings, seeds: list[int], variants: Iterab
 def base_of(results: Results, tuned: Path) -> Settings:
     """The default's settings: those of its own row, so that rows go on comparing with one another when the study is
     tuned anew; without one the best of the study. Raises ValueError for a file with rows of others alone."""
-    best = replace(Results(tuned).best("lngd"), fields="") if tuned.exists() else None
-    rows = [Settings(**row["settings"]) for row in results.rows]
-    if best in rows or not rows:
-        if best is None:
-            raise ValueError(f"--tuned: got {tuned}, which is no file; accepted: the results of a study")
-        return best
-    plain = [settings for settings in rows if not settings.fields and settings.weight_decay]
-    if not plain:
-        raise ValueError(f"{results.path}: has no row of the default; accepted: --part 0 N first, or a new --results")
-    return plain[0]
+    if not results.rows:
+        return replace(Results(tuned).best("lngd"), fields="")
+    for row in results.rows:
+        settings = Settings(**row["settings"])
+        if not settings.fields and settings.weight_decay:
+            return settings
+    raise ValueError(f"{results.path}: has no row of the default; accepted: --part 0 N first, or a new --results")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -131,8 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--tuned", type=Path, help="where the default's rates are from (default: results/TASK.json)")
     add("--results", type=Path, help="file of results (default: results/options-TASK.json)")
     args = parser.parse_args(arguments)
-    if args.task not in VARIANTS_OF:
-        raise ValueError(f"--task: got {args.task!r}, accepted: {', '.join(VARIANTS_OF)}")
+    check_task(args.task, VARIANTS_OF)
+    if not 0 <= args.part[0] < args.part[1]:
+        raise ValueError(f"--part: got {args.part[0]} {args.part[1]}, accepted: I N with I from 0 to N - 1")
     spec = named(args.task)
     steps = checked_steps(args.steps, spec)
     results = Results(args.results or HERE / "results" / f"options-{args.task}.json")
@@ -141,6 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.table:
         if args.data is None:
             raise ValueError("--data: needed to run anything; only --table does without")
+        if args.threads < 1:
+            raise ValueError(f"--threads: got {args.threads}, accepted: at least 1")
         torch.set_num_threads(args.threads)
         task = load_task(args.task, args.data)
         for seed in args.seeds:

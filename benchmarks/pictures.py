@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -68,9 +68,8 @@ def legend(results: Results, names: Sequence[str], label: Label) -> dict[str, st
     return {name: f"{label(name)}: {finals[name]:.{digits}f}" for name in order}
 
 
-def described(results: Results, names: Sequence[str], label: Label) -> str:
-    """The legend and the mean seconds of each rival's runs, in one line."""
-    texts = legend(results, names, label)
+def described(results: Results, texts: Mapping[str, str]) -> str:
+    """The :func:`legend` and the mean seconds of each rival's runs, in one line."""
     return "; ".join(
         f"{text}, {mean(row['seconds'] for row in reported(results, name)):.1f} s" for name, text in texts.items()
     )
@@ -91,58 +90,59 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [name for name in names if reported(results, name)]
-    if not shown:
+    rows = {name: own for name in names if (own := reported(results, name))}
+    if not rows:
         raise ValueError(f"{results.path}: no reported runs to draw; run the phase report first")
-    metric = metric_of(results, shown)
+    metric, texts = metric_of(results, list(rows)), legend(results, list(rows), label)
+    curves = {name: quality_curve(own, metric) for name, own in rows.items()}
     sign = -100 if metric == "accuracy" else 1
-    few = len(shown) <= len(FEW) + 1
+    few = len(rows) <= len(FEW) + 1
+    ends = {name: curve for name in rows if few and len(curve := end_points(results, name, metric)) > 1}
     size = (9.5, 4.9) if few else (12.5, 4.6)
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-    for name in sorted(shown, key=lambda name: name in MAIN):  # those that matter most on top
-        rows = reported(results, name)
-        curve = quality_curve(rows, metric)
+    for name in sorted(rows, key=lambda name: name in MAIN):  # those that matter most on top
         strong = name in MAIN
         colour, line, marker = STYLES.get(name, UNKNOWN)
         width = 2.4 if name == "lngd" else 1.6 if strong or few else 1.1
         style = {"color": colour, "linestyle": line, "marker": marker, "linewidth": width}
-        values = [[abs(sign) * point[2] for point in row[CURVES[metric]]] for row in rows]
+        values = [[abs(sign) * point[2] for point in row[CURVES[metric]]] for row in rows[name]]
         low, high = ([pick(column) for column in zip(*values, strict=True)] for pick in (min, max))
         for axis, where in zip(axes, (0, 1), strict=True):
-            x = [point[where] for point in curve]
+            x = [point[where] for point in curves[name]]
             if strong or few:
                 axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-            axis.plot(x, [sign * p[2] for p in curve], markersize=3.5, label=label(name), **style)
-        ends = end_points(results, name, metric)
-        if few and len(ends) > 1:
-            seconds, ended = zip(*((seconds, sign * value) for seconds, value in ends), strict=True)
+            axis.plot(x, [sign * p[2] for p in curves[name]], markersize=3.5, label=texts[name], **style)
+        if name in ends:
+            seconds, ended = zip(*((seconds, sign * value) for seconds, value in ends[name]), strict=True)
             ring = {**style, "marker": RINGS.get(name, "o"), "linewidth": 0.7, "alpha": 0.8}
             axes[1].plot(seconds, ended, markersize=6, markerfacecolor="none", **ring)
-    reference = sign * quality_curve(reported(results, REFERENCE), metric)[-1][2] if REFERENCE in shown else None
     for axis, name in zip(axes, ("steps", "seconds of training"), strict=True):
-        if reference is not None:
-            axis.axhline(reference, color=STYLES[REFERENCE][0], linewidth=0.8, linestyle=":")
+        if REFERENCE in rows:
+            axis.axhline(sign * curves[REFERENCE][-1][2], color=STYLES[REFERENCE][0], linewidth=0.8, linestyle=":")
         axis.set_xlabel(name)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
-    points = [sign * p[2] for name in shown for p in quality_curve(reported(results, name), metric)]
+    points = [sign * point[2] for curve in curves.values() for point in curve]
     cut = "" if _frame(axes[0], points, metric) else " (start of training left out)"
     axes[0].set_ylabel(("test accuracy, %" if metric == "accuracy" else "validation loss, nats") + cut)
     handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
-    texts = legend(results, shown, label)
-    entries = {text: handles[label(name)] for name, text in texts.items()}
-    shorter = few and any(len(end_points(results, name, metric)) > 1 for name in shown)
-    title_of = "final (hollow: ends of shorter runs)" if shorter else "final"
+    title_of = "final (hollow: ends of shorter runs)" if ends else "final"
     place = {"loc": "outside lower center", "ncols": 3} if few else {"loc": "outside right upper", "alignment": "left"}
     figure.legend(  # outside the panels, where it would cover the curves
-        entries.values(), entries.keys(), frameon=False, fontsize=9, title=title_of, title_fontsize=9, **place
+        [handles[text] for text in texts.values()],
+        texts.values(),
+        frameon=False,
+        fontsize=9,
+        title=title_of,
+        title_fontsize=9,
+        **place,
     )
-    rows = reported(results, shown[0])
-    seeds = sorted({len(reported(results, name)) for name in shown})
+    seeds = sorted({len(own) for own in rows.values()})
     of_seeds = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
-    figure.suptitle(f"{title}, {rows[0]['steps']} steps, mean of {of_seeds}", fontsize=12, x=0.01, ha="left")
-    figure.savefig(path, dpi=130, metadata={"Description": described(results, shown, label)})
+    steps = next(iter(curves.values()))[-1][0]
+    figure.suptitle(f"{title}, {steps} steps, mean of {of_seeds}", fontsize=12, x=0.01, ha="left")
+    figure.savefig(path, dpi=130, metadata={"Description": described(results, texts)})
     plt.close(figure)
 
 

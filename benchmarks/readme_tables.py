@@ -69,11 +69,9 @@ def _goal(results: Results, ours: str, other: str, metric: str, most: float) -> 
     if any(row[DIVERGED] for name in (ours, other) for row in results.find("report", name)):
         return DIVERGED  # quality of the runs that are left would be that of the lucky ones
     found = ratio(results, ours, other, metric)
-    within, own = found.texts()
-    shown = own if found.seeds else within if found.within is None else f"({within})"
     value = found.own if found.seeds else found.within
-    if value is not None and value > most:  # 0.902 is not within 0.9
-        shown = shown.replace(f"{value:.2f}", f"{value:.3f}") if round(value, 2) <= most else shown
+    within, own = found.texts(3 if value is not None and round(value, 2) <= most < value else 2)  # 0.902 is above 0.9
+    shown = own if found.seeds else within if found.within is None else f"({within})"
     met = value is not None and value <= most and found.seeds != 1
     return f"**{shown}**" if met else shown
 

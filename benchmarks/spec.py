@@ -145,7 +145,8 @@ _SETTINGS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-def _check_settings(where: str, settings: dict[str, Any]) -> None:
+def check_settings(where: str, settings: dict[str, Any]) -> None:
+    """Raise ValueError for a rate, momentum or decay that is no number or out of range."""
     for name, (good, accepted) in _SETTINGS.items():
         value = settings.get(name)
         if value is None and name != "lr":
@@ -158,7 +159,7 @@ def _entrant(where: str, name: str, content: dict[str, Any], tuned: tuple[str, .
     rates = {field.name for field in fields(Settings)}
     _known(where, content, rates | {field.name for field in fields(Entrant)} - {"name", "start"})
     settings = {key: content.pop(key) for key in list(content) if key in rates}
-    _check_settings(where, settings)
+    check_settings(where, settings)
     values = _tuples(content)
     rival = values.pop("rival", name)
     if rival not in RIVALS:

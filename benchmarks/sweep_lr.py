@@ -84,6 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError("--data: got none, accepted: a folder; only --table does without")
         if bad := [rate for rate in args.rates if not rate > 0]:
             raise ValueError(f"--rates: got {bad[0]}, accepted: rates above 0")
+        if args.threads < 1:
+            raise ValueError(f"--threads: got {args.threads}, accepted: at least 1")
         torch.set_num_threads(args.threads)
         sweep(results, args, steps, spec.warmup_of(steps))
     print(sweep_table(results, args.task, steps, args.seed))

@@ -151,11 +151,11 @@ class Ratio:
     bound: bool
     seeds: int
 
-    def texts(self) -> tuple[str, str]:
+    def texts(self, digits: int = 2) -> tuple[str, str]:
         """Both, for a table; a single seed is told."""
         first, alone = "≤ " if self.bound else "", " (one seed)" if self.seeds == 1 else ""
-        own = first + _number(self.own, "never", 2) + alone if self.seeds else "–"
-        return _number(self.within, "never", 2), own
+        own = first + _number(self.own, "never", digits) + alone if self.seeds else "–"
+        return _number(self.within, "never", digits), own
 
 
 def ratio(results: Results, name: str, other: str, metric: str) -> Ratio:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +35,10 @@ FINE_TUNING = ("cifar10-efficientnet", "marian-multi30k", "marian-wmt")
 TASKS = (*FROM_SCRATCH, *FINE_TUNING)
 
 
-def check_task(name: str) -> None:
-    """Raise ValueError for a task that there is not."""
-    if name not in TASKS:
-        raise ValueError(f"--task: got {name!r}, accepted: {', '.join(TASKS)}")
+def check_task(name: str, accepted: Collection[str] = TASKS) -> None:
+    """Raise ValueError for a task that there is not, or that is none of those `accepted`."""
+    if name not in accepted:
+        raise ValueError(f"--task: got {name!r}, accepted: {', '.join(accepted)}")
 
 
 def load_task(name: str, data: Path, model: Path | None = None) -> Task:

@@ -27,7 +27,7 @@ from benchmarks.clocks import REFERENCE, REFERENCES, clock_of, references
 from benchmarks.pictures import draw_study
 from benchmarks.rivals import RATES, Settings
 from benchmarks.runs import Results, Row, clock_here, search, train
-from benchmarks.spec import Spec, read
+from benchmarks.spec import Spec, check_settings, read
 from benchmarks.tables import effort, ratio_table, results_table, tuning_table
 from benchmarks.tasks import Task, load_task
 from hf_lngd import LNGDConfig
@@ -57,6 +57,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def trains(args: argparse.Namespace) -> bool:
+    """Whether anything is to be run, for which data are needed."""
+    return bool(args.trial or {"tune", "report"} & set(args.phases))
+
+
 def check(args: argparse.Namespace, spec: Spec, results: Results) -> None:
     """Raise ValueError for arguments that do not fit the study: names the argument, the value, what is accepted."""
     for name in args.rivals or ():
@@ -68,7 +73,7 @@ def check(args: argparse.Namespace, spec: Spec, results: Results) -> None:
     for name in args.forget:
         if name not in known:
             raise ValueError(f"--forget: got {name!r}, accepted: {', '.join(sorted(known))}")
-    if args.data is None and (args.trial or {"tune", "report"} & set(args.phases)):
+    if args.data is None and trains(args):
         raise ValueError("--data: got none, accepted: a folder; only --phases table plot do without")
 
 
@@ -167,7 +172,8 @@ def parse_trial(text: str, spec: Spec) -> tuple[str, Settings]:
     """(rival, settings) of ``rival=muon,lr=8e-3``: without a rival LNGD; what is no setting is a field of LNGD's.
 
     Raises:
-        ValueError: no such rival in the study, no number, a field of LNGD's for another one or that it does not have.
+        ValueError: no such rival in the study, no number or one out of range, a field of LNGD's for another one or that
+            it does not have.
     """
     items = dict(item.partition("=")[::2] for item in text.split(",") if item)
     name = items.pop("rival", "lngd")
@@ -186,7 +192,9 @@ def parse_trial(text: str, spec: Spec) -> tuple[str, Settings]:
             raise ValueError(f"--trial: got {', '.join(items)} for {name}, accepted: {', '.join(RATES)}")
         own["fields"] = ",".join(f"{key}={value}" for key, value in items.items())
         LNGDConfig.from_optim_args(own["fields"])
-    return name, Settings(**{**spec.rivals[name].start.to_dict(), **own})
+    settings = {**spec.rivals[name].start.to_dict(), **own}
+    check_settings("--trial", settings)
+    return name, Settings(**settings)
 
 
 def try_out(texts: list[str], spec: Spec, results: Results, task: Task) -> None:
@@ -206,8 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     check(args, spec, results)
     names = args.rivals or list(spec.rivals)
     torch.set_num_threads(spec.threads)
-    runs = args.trial or {"tune", "report"} & set(args.phases)
-    task = load_task(spec.task, args.data, args.model) if runs else None  # before rows are dropped: it may fail
+    task = load_task(spec.task, args.data, args.model) if trains(args) else None  # may fail: before rows are dropped
     if args.forget:
         print(f"{results.drop(args.forget)} rows dropped")
     if task is not None:

@@ -94,6 +94,9 @@ def test_the_sweep_reads_one_task_and_names_bad_rates(folder: Path, tmp_path: Pa
         sweep_lr.main(["--task", "mnist", "--table"])
     with pytest.raises(ValueError, match="--data: got none"):
         sweep_lr.main([])
+    for module in (sweep_lr, option_effects):
+        with pytest.raises(ValueError, match="--threads: got 0"):
+            module.main(["--data", str(folder), "--threads", "0"])
     threads = torch.get_num_threads()
     for _ in range(2):
         sweep_lr.main([*arguments, "--rates", "1e-3"])
@@ -163,6 +166,9 @@ def test_option_effects_never_start_from_a_variant(tmp_path: Path) -> None:
     assert option_effects.base_of(results, tuned.path) == best
     with pytest.raises(ValueError, match="--task: got 'marian-wmt', accepted: multi30k, cifar10-resnet, cifar10-vit"):
         option_effects.main(["--task", "marian-wmt", "--table"])
+    for part in (["2", "2"], ["0", "0"], ["-1", "2"]):
+        with pytest.raises(ValueError, match=f"--part: got {' '.join(part)}, accepted: I N"):
+            option_effects.main(["--part", *part, "--table"])
 
 
 @pytest.mark.parametrize("fields", sorted(option_effects.VARIANTS))

@@ -371,6 +371,8 @@ def test_a_study_that_goes_on_another_day_runs_adamw_once_more(
         (["--trial", "lr=1"], "--trial: rival: got 'lngd', accepted: adamw"),
         (["--trial", "lr=fast"], "--trial: lr: got 'fast', accepted: a number"),
         (["--trial", "lr"], "--trial: lr: got '', accepted: a number"),
+        (["--trial", "lr=-1"], "--trial: lr: got -1.0, accepted: a rate above 0"),
+        (["--trial", "fresh=1"], "--trial: fresh: got 1.0, accepted: a number between 0 and 1"),
         (["--trial", "chian=full"], "chian"),
         (["--trial", "rival=adamw,chain=full"], "--trial: got chain for adamw, accepted: weight_decay"),
         (["--phases", "plot"], "no reported runs"),

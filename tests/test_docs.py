@@ -149,7 +149,8 @@ def test_pictures_are_of_the_rows_that_there_are(name: str) -> None:
     for end, rivals in pictures.pictures_of(list(study.rivals)).items():
         with Image.open(results.path.with_name(f"{name}{end}.png")) as picture:
             said = picture.text["Description"]
-        assert said == pictures.described(results, rivals, study.label), "--phases plot"
+        texts = pictures.legend(results, rivals, study.label)
+        assert said == pictures.described(results, texts), "--phases plot"
 
 
 @pytest.mark.parametrize(("m", "d"), [(48, 24), (24, 48)])

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 from study_helpers import row_of
 
-from benchmarks import readme_tables, runs, spec, tables
+from benchmarks import clocks, readme_tables, runs, spec, tables
 from benchmarks.rivals import Settings, label
+
+
+def test_time_to() -> None:
+    curve = [(10.0, 5.0), (20.0, 4.0), (30.0, 3.5)]
+    assert clocks.time_to(curve, 4.5) == pytest.approx(15)
+    assert clocks.time_to(curve, 3.5) == pytest.approx(30)
+    assert clocks.time_to(curve, 6.0) == clocks.time_to(curve, 5.5) == 10
+    assert clocks.time_to(curve, 3.0) is None
 
 
 def test_tables(tmp_path: Path) -> None:
