@@ -1,10 +1,10 @@
-"""Large models on paper, tables and the picture of `benchmarks.cost_check`."""
+"""Models on paper, tables and the picture of `benchmarks.cost_check` and `benchmarks.cost_predict`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,22 @@ from benchmarks.cost_cluster import Cluster, Device, cluster_step
 from benchmarks.tables import table
 from hf_lngd import LNGDConfig
 
-# An accelerator of today in round numbers, sustained and not peak: assumptions, not measurements.
-DEVICE = Device(float32=50e12, bfloat16=400e12, bandwidth=3e12)
-LINK = 50e9  # bytes a second of each device's link
-DEVICES = (8, 64, 512)
+
+@dataclass(frozen=True)
+class Machines:
+    """Clusters of several sizes: `counts` devices, `link` bytes/s of each. By default an accelerator of today in round
+    numbers, sustained and not peak: assumptions, not measurements."""
+
+    device: Device = Device(float32=50e12, bfloat16=400e12, bandwidth=3e12)
+    link: float = 50e9
+    counts: tuple[int, ...] = (8, 64, 512)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a file of results says of them; the numbers of devices stand in its rows."""
+        return {"device": asdict(self.device), "link": self.link}
+
+
+ASSUMED = Machines()
 SETTLED: dict[str, Any] = {"early_factors": False}
 # (name, optimizer, LNGD's fields, inverses spread over devices)
 CONTENDERS: list[tuple[str, str, dict[str, Any], bool]] = [
@@ -55,7 +67,9 @@ def vit_huge() -> nn.Module:
     return ViTForImageClassification._from_config(config, attn_implementation="eager")
 
 
-def _text(rows: int, tokens: int) -> Callable[[], dict[str, Any]]:
+def text(rows: int, tokens: int) -> Callable[[], dict[str, Any]]:
+    """A batch of so many pairs of sentences of so many tokens, when it is asked for."""
+
     def batch() -> dict[str, Any]:
         ids = torch.ones(rows, tokens, dtype=torch.long)
         return {"input_ids": ids, "decoder_input_ids": ids, "labels": ids}
@@ -63,15 +77,20 @@ def _text(rows: int, tokens: int) -> Callable[[], dict[str, Any]]:
     return batch
 
 
-def _images() -> dict[str, Any]:
-    return {"pixel_values": torch.empty(64, 3, 224, 224), "labels": torch.ones(64, dtype=torch.long)}
+def images(rows: int, size: int, channels: int = 3) -> Callable[[], dict[str, Any]]:
+    """A batch of so many images, when it is asked for."""
+
+    def batch() -> dict[str, Any]:
+        return {"pixel_values": torch.empty(rows, channels, size, size), "labels": torch.ones(rows, dtype=torch.long)}
+
+    return batch
 
 
 # What a device gets of a batch.
 LARGE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], str]] = {
-    "Transformer-big": (step_time.transformer_big, _text(128, 64), "128 × 64 tokens"),
-    "NLLB-3.3B": (nllb, _text(32, 128), "32 × 128 tokens"),
-    "ViT-H/14": (vit_huge, _images, "64 images"),
+    "Transformer-big": (step_time.transformer_big, text(128, 64), "128 × 64 tokens"),
+    "NLLB-3.3B": (nllb, text(32, 128), "32 × 128 tokens"),
+    "ViT-H/14": (vit_huge, images(64, 224), "64 images"),
 }
 
 
@@ -85,22 +104,36 @@ def large_rows(names: list[str] | None) -> dict[str, Any]:
     for name in names:
         if name not in LARGE:
             raise ValueError(f"--large: got {name!r}, accepted: {', '.join(LARGE)}")
+    return {**ASSUMED.to_dict(), "rows": [row for name in names for row in rows_of(name, *LARGE[name], ASSUMED)]}
+
+
+def rows_of(
+    name: str,
+    build: Callable[[], nn.Module],
+    feed: Callable[[], dict[str, Any]],
+    per_device: str,
+    machines: Machines,
+) -> list[dict[str, Any]]:
+    """Of one model, a row for each of the contenders.
+
+    Args:
+        build, feed: make it, and what a device gets of a batch; on the meta device, whatever its size.
+        per_device: the batch in words.
+    """
+    inventories: dict[str, cost_model.Inventory] = {}
     rows = []
-    for name in names:
-        build, feed, per_device = LARGE[name]
-        inventories: dict[str, cost_model.Inventory] = {}
-        for label, optimizer, fields, spread in CONTENDERS:
-            key = repr(fields)
-            if key not in inventories:
-                with torch.device("meta"):
-                    config = LNGDConfig(**{**SETTLED, **fields})
-                    inventories[key] = cost_model.take_inventory(build().eval(), feed(), config)
-            rows.append({"model": name, "batch": per_device, "optimizer": label,
-                         **large_row(inventories[key], optimizer, spread)})  # fmt: skip
-    return {"device": asdict(DEVICE), "link": LINK, "rows": rows}
+    for label, optimizer, fields, spread in CONTENDERS:
+        key = repr(fields)
+        if key not in inventories:
+            with torch.device("meta"):
+                config = LNGDConfig(**{**SETTLED, **fields})
+                inventories[key] = cost_model.take_inventory(build().eval(), feed(), config)
+        predicted = predict(inventories[key], optimizer, spread, machines)
+        rows.append({"model": name, "batch": per_device, "optimizer": label, **predicted})
+    return rows
 
 
-def large_row(inventory: cost_model.Inventory, optimizer: str, spread: bool) -> dict[str, Any]:
+def predict(inventory: cost_model.Inventory, optimizer: str, spread: bool, machines: Machines) -> dict[str, Any]:
     """State, arithmetic and memory traffic of a mean step, and its seconds and bytes sent on each number of devices."""
     if optimizer == "adamw":
         ops, state = cost_model.adamw_ops(inventory.parameters), cost_model.adamw_state(inventory)
@@ -109,10 +142,10 @@ def large_row(inventory: cost_model.Inventory, optimizer: str, spread: bool) -> 
         state = cost_model.muon_state(inventory)
     else:
         ops, state = cost_model.lngd_ops(inventory, masked=True), cost_model.lngd_state(inventory)
-    model_seconds = inventory.model_flops / DEVICE.bfloat16
+    model_seconds = inventory.model_flops / machines.device.bfloat16
     clusters = {}
-    for count in DEVICES:
-        cluster = Cluster(DEVICE, count, LINK)
+    for count in machines.counts:
+        cluster = Cluster(machines.device, count, machines.link)
         parts = cluster_step(inventory, cluster, optimizer, spread)
         reference = cluster_step(inventory, cluster, "adamw")["total"]
         clusters[str(count)] = {
@@ -144,32 +177,36 @@ def tables(result: dict[str, Any]) -> str:
                 for row in rows
             ],
         )  # fmt: skip
-    large = result["large"]
-    if large["rows"]:
-        device = large["device"]
-        text += (
-            f"\nOn accelerators of {device['bfloat16'] / 1e12:g} TFLOP/s in bfloat16, {device['float32'] / 1e12:g} in "
-            f"float32, {device['bandwidth'] / 1e12:g} TB/s, links of {large['link'] / 1e9:g} GB/s (assumed), DDP, "
-            "nothing overlapped. Sent: by each device a step. Step: forward, backward and optimizer, beside AdamW's; "
-            "forward and backward are torch's count of their products over the bfloat16 rate.\n\n"
-        )
-        text += table(
-            ["model, batch a device", "optimizer", "state, GiB", "TFLOP", "traffic, GB", "sent, GB", "update, ms",
-             *(f"step × on {count}" for count in DEVICES)],
-            [
-                [f"{row['model']}, {row['batch']}", row["optimizer"], f"{row['state_bytes'] / 2**30:.2f}",
-                 f"{row['tflop']:.2f}", f"{row['traffic_gb']:.1f}",
-                 f"{row['devices'][str(DEVICES[-1])]['bytes_sent'] / 1e9:.2f}", f"{update_ms(row):.1f}",
-                 *(f"{row['devices'][str(count)]['over_adamw']:.3f}" for count in DEVICES)]
-                for row in large["rows"]
-            ],
-        )  # fmt: skip
+    return text + (f"\n{predictions(result['large'])}" if result["large"]["rows"] else "")
+
+
+def predictions(large: dict[str, Any]) -> str:
+    """Assumptions and table of models on clusters, in Markdown."""
+    rows, device = large["rows"], large["device"]
+    counts = list(rows[0]["devices"])
+    text = (
+        f"On accelerators of {device['bfloat16'] / 1e12:g} TFLOP/s in bfloat16, {device['float32'] / 1e12:g} in "
+        f"float32, {device['bandwidth'] / 1e12:g} TB/s, links of {large['link'] / 1e9:g} GB/s (assumed), DDP, "
+        "nothing overlapped. Sent: by each device a step. Step: forward, backward and optimizer, beside AdamW's; "
+        "forward and backward are torch's count of their products over the bfloat16 rate.\n\n"
+    )
+    text += table(
+        ["model, batch a device", "optimizer", "state, GiB", "TFLOP", "traffic, GB", "sent, GB", "update, ms",
+         *(f"step × on {count}" for count in counts)],
+        [
+            [f"{row['model']}, {row['batch']}", row["optimizer"], f"{row['state_bytes'] / 2**30:.2f}",
+             f"{row['tflop']:.2f}", f"{row['traffic_gb']:.1f}",
+             f"{row['devices'][counts[-1]]['bytes_sent'] / 1e9:.2f}", f"{update_ms(row):.1f}",
+             *(f"{row['devices'][count]['over_adamw']:.3f}" for count in counts)]
+            for row in rows
+        ],
+    )  # fmt: skip
     return text
 
 
 def update_ms(row: dict[str, Any]) -> float:
     """Of the fewest devices, with the inverses."""
-    parts = row["devices"][str(DEVICES[0])]
+    parts = next(iter(row["devices"].values()))
     return 1e3 * (parts["update"] + parts["inverses"])
 
 
@@ -202,14 +239,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_ylabel("predicted, ms")
     left.set_title("Optimizer's part of a step (band: ± 20 %)", fontsize=10, loc="left")
     left.legend(frameon=False, fontsize=8)
-    over = [row["devices"][str(count)]["over_adamw"] for row in result["large"]["rows"] for count in DEVICES]
+    over = [cluster["over_adamw"] for row in result["large"]["rows"] for cluster in row["devices"].values()]
     highest = 1 + 1.05 * (max(over, default=2.0) - 1)  # of all panels, so that they compare
     for axis, model in zip(others, models, strict=True):
         for (name, *_), colour in zip(CONTENDERS, COLOURS, strict=True):
             (row,) = [r for r in result["large"]["rows"] if (r["model"], r["optimizer"]) == (model, name)]
-            ratios = [row["devices"][str(count)]["over_adamw"] for count in DEVICES]
-            axis.semilogx(DEVICES, ratios, "o-", color=colour, linewidth=1.8, markersize=4, label=name)
-        axis.set_xticks(DEVICES, [str(count) for count in DEVICES])
+            counts = list(map(int, row["devices"]))
+            ratios = [cluster["over_adamw"] for cluster in row["devices"].values()]
+            axis.semilogx(counts, ratios, "o-", color=colour, linewidth=1.8, markersize=4, label=name)
+        axis.set_xticks(counts, map(str, counts))
         axis.minorticks_off()
         axis.set_xlabel("devices")
         axis.set_title(f"{model} (assumed), {row['batch']} a device", fontsize=10, loc="left")

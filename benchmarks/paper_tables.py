@@ -33,7 +33,7 @@ class Study:
         task: whose results are read.
         unit: of the published numbers.
         published: the paper's name of an optimizer, of `OURS` → its number; infinite: never.
-        kind: ``seconds``, ``steps`` (to AdamW's quality; fewer are better) or ``best`` (final metric).
+        kind: of `UNITS`; of all but ``best`` the least is the best.
     """
 
     title: str
@@ -43,6 +43,13 @@ class Study:
     kind: str
 
 
+# What a study compares: its kind → our unit.
+UNITS = {
+    "seconds": "seconds to AdamW's quality",
+    "steps": "steps to AdamW's quality",
+    "cost": "milliseconds a step",
+    "best": "final metric",
+}
 HEAD = """# The paper's tables beside ours
 
 Written by `python -m benchmarks.paper_tables` from the files of results in this folder. Published numbers: Liu et al.,
@@ -82,6 +89,13 @@ STUDIES = (
         "steps",
     ),
     Study(
+        "Table 1, CIFAR-10, ResNet-18: seconds an epoch",
+        "cifar10-resnet",
+        "s",
+        {"SGD": 3.4, "Adam": 3.77, "KFAC": 5.87, "LNGD": 5.08},
+        "cost",
+    ),
+    Study(
         "Table 6, CIFAR-10, ResNet-18: best accuracy",
         "cifar10-resnet",
         "%",
@@ -103,6 +117,13 @@ STUDIES = (
         "steps",
     ),
     Study(
+        "Table 2, ImageNet, ResNet-50: seconds an epoch (here: CIFAR-10)",
+        "cifar10-resnet",
+        "s",
+        {"SGD": 521, "KFAC": 740, "LNGD": 646},
+        "cost",
+    ),
+    Study(
         "Table 3, WMT en-de, Transformer-big: hours to BLEU 32 (here: Multi30k from scratch)",
         "multi30k",
         "h",
@@ -115,6 +136,13 @@ STUDIES = (
         "k",
         {"Adam": 25, "KFAC": 22, "LNGD": 19},
         "steps",
+    ),
+    Study(
+        "Table 3, WMT en-de, Transformer-big: seconds a thousand steps (here: Multi30k from scratch)",
+        "multi30k",
+        "s",
+        {"Adam": 488, "KFAC": 614, "LNGD": 540},
+        "cost",
     ),
     Study(
         "Table 3, WMT en-de, Transformer-big: best BLEU (here: validation loss on Multi30k from scratch)",
@@ -165,6 +193,8 @@ def measured(study: Study, results: Results) -> dict[str, float]:
             continue
         if study.kind == "best":
             found[name] = mean(100 * row["accuracy"] if metric == "accuracy" else row["loss"] for row in rows)
+        elif study.kind == "cost":
+            found[name] = mean(1e3 * row["seconds"] / row["steps"] for row in rows)
         else:
             axis = 1 if study.kind == "seconds" else 0
             time = time_to_quality(rows, quality(reference, metric), metric, axis)
@@ -200,8 +230,7 @@ def study_table(study: Study, results: Results, name_of: Callable[[str], str]) -
         text = "never" if math.isinf(value) else f"{value:.{digits}f}"
         same = "yes" if theirs[paper] == here[paper] else "no"
         body.append([paper, published, theirs[paper], f"{name_of(name)}: {text}", here[paper], same])
-    unit = {"seconds": "seconds to AdamW's quality", "steps": "steps to AdamW's quality", "best": "final metric"}
-    head = ["paper", "published", "place", f"here ({unit[study.kind]})", "place", "same"]
+    head = ["paper", "published", "place", f"here ({UNITS[study.kind]})", "place", "same"]
     return f"**{study.title}**\n\n{table(head, body)}"
 
 

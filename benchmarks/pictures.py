@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.clocks import CURVES, REFERENCE
-from benchmarks.tables import Label, end_points, metric_of, quality_curve, reported
+from benchmarks.tables import Label, end_points, metric_of, quality_curve, reported, seeds_of_all_lengths
 
 if TYPE_CHECKING:
     from benchmarks.runs import Results
@@ -77,8 +77,8 @@ def described(results: Results, texts: Mapping[str, str]) -> str:
 
 def draw(results: Results, names: Sequence[str], label: Label, path: Path, title: str) -> None:
     """Quality (validation loss, or test accuracy) against steps and against seconds, the range over seeds as a band;
-    in the right panel also the ends of shorter runs, each with its schedule to its own end, as hollow markers, unless
-    there are many rivals.
+    in the right panel also the ends of shorter runs, each with its schedule to its own end, as hollow markers (of the
+    seeds with runs of all lengths), unless there are many rivals or one alone has them.
 
     The file's `Description` is :func:`described`, so that a picture of older rows is noticed.
 
@@ -97,7 +97,10 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     curves = {name: quality_curve(own, metric) for name, own in rows.items()}
     sign = -100 if metric == "accuracy" else 1
     few = len(rows) <= len(FEW) + 1
-    ends = {name: curve for name in rows if few and len(curve := end_points(results, name, metric)) > 1}
+    whole = {name: seeds for name in rows if few and (seeds := seeds_of_all_lengths(results, name))}
+    if len(whole) < 2:  # beside rivals without shorter runs they would speak for one side
+        whole = {}
+    ends = {name: end_points(results, name, metric, seeds) for name, seeds in whole.items()}
     size = (9.5, 4.9) if few else (12.5, 4.6)
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     for name in sorted(rows, key=lambda name: name in MAIN):  # those that matter most on top
@@ -127,7 +130,7 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
     cut = "" if _frame(axes[0], points, metric) else " (start of training left out)"
     axes[0].set_ylabel(("test accuracy, %" if metric == "accuracy" else "validation loss, nats") + cut)
     handles = dict(zip(*reversed(axes[1].get_legend_handles_labels()), strict=True))
-    title_of = "final (hollow: ends of shorter runs)" if ends else "final"
+    title_of = "final" + (f" (hollow: ends of shorter runs, {_counted(map(len, whole.values()))})" if ends else "")
     place = {"loc": "outside lower center", "ncols": 3} if few else {"loc": "outside right upper", "alignment": "left"}
     figure.legend(  # outside the panels, where it would cover the curves
         [handles[text] for text in texts.values()],
@@ -138,12 +141,18 @@ def draw(results: Results, names: Sequence[str], label: Label, path: Path, title
         title_fontsize=9,
         **place,
     )
-    seeds = sorted({len(own) for own in rows.values()})
-    of_seeds = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed" + "s" * (seeds[0] > 1)
+    of_seeds = _counted(map(len, rows.values()))
     steps = next(iter(curves.values()))[-1][0]
     figure.suptitle(f"{title}, {steps} steps, mean of {of_seeds}", fontsize=12, x=0.01, ha="left")
     figure.savefig(path, dpi=130, metadata={"Description": described(results, texts)})
     plt.close(figure)
+
+
+def _counted(numbers: Iterable[int]) -> str:
+    """How many seeds."""
+    found = sorted(numbers)
+    least, most = found[0], found[-1]
+    return f"{least} to {most} seeds" if most > least else f"{most} seed" + "s" * (most > 1)
 
 
 def _frame(axis: Any, values: list[float], metric: str) -> bool:

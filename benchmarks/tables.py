@@ -140,8 +140,8 @@ class Ratio:
 
     Attributes:
         within: in its runs of full length.
-        own: over its runs of several lengths, each with its schedule to its own end; both sides' quality is that of
-            the same seeds, on which it ran at each of its lengths.
+        own: over its runs of several lengths, each with its schedule to its own end; quality and seconds of both sides
+            are those of the same seeds, on which it ran at each of its lengths.
         bound: `own` is that of the shortest, and an upper bound.
         seeds: how many these are; 0: it has no shorter runs.
     """
@@ -160,16 +160,19 @@ class Ratio:
 
 def ratio(results: Results, name: str, other: str, metric: str) -> Ratio:
     """Of a rival's time to another one's quality."""
+
+    def parts(seconds: float | None, of: Sequence[Row]) -> float | None:
+        return seconds and seconds / mean(row["seconds"] for row in of)
+
     rows, theirs = reported(results, name), reported(results, other)
-    seconds = mean(row["seconds"] for row in theirs)
-    within = time_to_quality(rows, quality(theirs, metric), metric)
+    within = parts(time_to_quality(rows, quality(theirs, metric), metric), theirs)
     seeds = seeds_of_all_lengths(results, name) & {row["seed"] for row in theirs}
     if not seeds:
-        return Ratio(within and within / seconds, None, False, 0)
+        return Ratio(within, None, False, 0)
+    theirs = [row for row in theirs if row["seed"] in seeds]
     ends = end_points(results, name, metric, seeds)
-    own = time_to(ends, quality([row for row in theirs if row["seed"] in seeds], metric))
-    bound = own is not None and own == ends[0][0]
-    return Ratio(within and within / seconds, own and own / seconds, bound, len(seeds))
+    seconds = time_to(ends, quality(theirs, metric))
+    return Ratio(within, parts(seconds, theirs), seconds == ends[0][0], len(seeds))
 
 
 def seeds_of_all_lengths(results: Results, name: str) -> set[int]:

@@ -43,7 +43,7 @@ def traffic(optimizer: LNGD) -> dict[str, int]:
     for group in groups:
         members = [layers[name] for name in group.members]
         first, (k, b) = members[0], factor_blocks(members, config.max_factor_dim)
-        estimated = bool(group.links) or config.fisher != "expected"
+        estimated = group.estimates_psi(config.fisher)
         matrices += first.units * k * math.prod(packed_shape(b))
         numbers += first.units * first.out_features * estimated + 1 + 2
     dtype = torch.promote_types(next(iter(layers.values())).weight.dtype, torch.float32)

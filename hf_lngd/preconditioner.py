@@ -83,8 +83,8 @@ class Preconditioner:
 
     def _spec(self, group: Group) -> FactorSpec:
         first = self.layers[group.name]
-        plain = not group.links and self.config.fisher == "expected"
-        return FactorSpec(group.name, first.columns, float(first.out_features) if plain else 1.0, first.units)
+        scale = 1.0 if group.estimates_psi(self.config.fisher) else float(first.out_features)
+        return FactorSpec(group.name, first.columns, scale, first.units)
 
     def _make_layer_banks(self, topology: Topology) -> None:
         keyed: dict[tuple, list[Layer]] = {}
@@ -92,7 +92,7 @@ class Preconditioner:
             group = topology.of_layer[layer.name]
             shared = id(self._bank_of_group[group.name])
             ours = self.config.family == "lngd"
-            estimated = ours and (bool(group.links) or self.config.fisher != "expected")
+            estimated = ours and group.estimates_psi(self.config.fisher)
             key = (layer.units, layer.out_features, layer.columns, layer.bias_name is None, shared, estimated)
             keyed.setdefault(key, []).append(layer)
         before = 0

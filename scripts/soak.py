@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None, each: Callable[[int], Any] = lambda
     try:
         config = LNGDConfig.from_optim_args(given.optim_args)
     except ValueError as problem:
-        parser.error(f"--optim_args: {problem}")
+        parser.error(f"--optim_args: {str(problem).removeprefix('optim_args: ')}")
     if given.results is not None:  # now, not after hours
         given.results.parent.mkdir(parents=True, exist_ok=True)
     result = soak(given.steps, config, each)

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig
 
-from benchmarks import cost_calibration, cost_check, cost_model, cost_report, step_time
+from benchmarks import cost_calibration, cost_check, cost_model, cost_predict, cost_report, step_time
 from benchmarks.cost_cluster import Cluster, Device, cluster_step, makespan
 from benchmarks.cost_model import PRODUCTS, Factor, Inventory, Op
 from hf_lngd import LNGD, LNGDConfig
@@ -188,7 +189,7 @@ def test_the_check_in_short(
     monkeypatch.setattr(cost_check, "MODELS", {"tiny": MODELS["mlp"]})
     monkeypatch.setattr(cost_calibration, "SIZES", [2**10, 2**12])
     monkeypatch.setattr(cost_calibration, "COLD", 2**14)
-    monkeypatch.setattr(cost_report, "LARGE", {"tiny": (MODELS["marian"][0], cost_report._text(3, 5), "15 tokens")})
+    monkeypatch.setattr(cost_report, "LARGE", {"tiny": (MODELS["marian"][0], cost_report.text(3, 5), "15 tokens")})
     threads = torch.get_num_threads()
     cost_check.main(["--models", "tiny", "--rounds", "1", "--results", str(tmp_path / "c.json")])
     torch.set_num_threads(threads)
@@ -201,7 +202,7 @@ def test_the_check_in_short(
     with torch.device("meta"):
         model = MODELS["marian"][0]()
         optimizer = LNGD(model, direction="natural", early_factors=False)
-        model(**cost_report._text(3, 5)()).loss.backward()
+        model(**cost_report.text(3, 5)()).loss.backward()
         for route in optimizer.routing():
             if route.owner == "fallback" and "rotated" not in route.reason:
                 model.get_parameter(route.parameter).grad = None
@@ -222,3 +223,47 @@ def test_bad_arguments_are_named(arguments: list[str], named: str, tmp_path: Pat
     with pytest.raises(ValueError, match=named):
         cost_check.main(["--large-only", "--results", str(tmp_path / "c.json"), *arguments])
     torch.set_num_threads(threads)
+
+
+def test_a_config_is_predicted_as_the_model_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = MODELS["marian"][0]()
+    model.config.save_pretrained(tmp_path)
+    sheet = ["--bfloat16", "100", "--float32", "10", "--bandwidth", "1", "--link", "20", "--devices", "4", "1"]
+    common = ["--batch", "3", "--tokens", "5", *sheet, "--json", str(tmp_path / "c.json")]
+    for name in (tmp_path, tmp_path / "config.json"):
+        cost_predict.main([str(name), *common])
+        found = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
+        assert found["device"]["float32"] == 10e12 and found["link"] == 20e9
+        machines = cost_report.Machines(Device(10e12, 100e12, 1e12), 20e9, (1, 4))
+        rows = cost_report.rows_of("", MODELS["marian"][0], cost_report.text(3, 5), "", machines)
+        for got, row in zip(found["rows"], rows, strict=True):
+            assert {**got, "model": "", "batch": ""} == row
+    assert "| config, 3 × 5 tokens | AdamW |" in capsys.readouterr().out
+    assert [found["rows"][0]["devices"][count]["gradients"] > 0 for count in ("1", "4")] == [False, True]
+
+
+def test_a_config_of_images_is_predicted_at_its_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cost_check._vit(32, 1, 8).config.save_pretrained(tmp_path)
+    cost_predict.main([str(tmp_path), "--batch", "2", "--devices", "8"])
+    assert "2 images of 32 × 32 | LNGD fast, inverses spread |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"--batch": "0"}, "--batch: got 0, accepted: above 0"),
+        ({"--link": "nan"}, "--link: got nan"),
+        ({"--devices": "0"}, "--devices: got 0, accepted: at least 1"),
+        ({}, "CONFIG: got model_type 'bert', accepted: one that AutoModelForSeq2SeqLM"),
+    ],
+)
+def test_bad_predictions_are_named(changed: dict[str, str], named: str, tmp_path: Path) -> None:
+    BertConfig().save_pretrained(tmp_path)
+    items = {"--batch": "2", **changed}
+    with pytest.raises(ValueError, match=named):
+        cost_predict.main([str(tmp_path), *(part for item in items.items() for part in item)])
+
+
+def test_a_config_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="CONFIG: got '.*nowhere'"):
+        cost_predict.main([str(tmp_path / "nowhere"), "--batch", "2"])

@@ -41,10 +41,10 @@ def test_tables(tmp_path: Path) -> None:
 
 
 def test_runs_of_several_lengths_compare_on_the_seeds_that_have_them_all(tmp_path: Path) -> None:
-    """A seed that ended lower, and has no shorter run, makes neither side better."""
+    """A seed that ended lower or on a slower day, and has no shorter run, makes neither side better."""
     results = runs.Results(tmp_path / "r.json")
-    for seed, loss in ((1, 4.0), (2, 5.0)):
-        results.add(row_of("adamw", seed, [(50, 10.0, 6.0), (100, 20.0, loss)]))
+    for seed, loss, slower in ((1, 4.0, 1.0), (2, 5.0, 2.0)):
+        results.add(row_of("adamw", seed, [(50, slower * 10.0, 6.0), (100, slower * 20.0, loss)]))
     results.add(row_of("lngd", 1, [(25, 6.0, 5.0), (50, 10.0, 4.5)]))
     results.add(row_of("lngd", 1, [(50, 10.0, 5.0), (100, 20.0, 3.5)]))
     results.add(row_of("lngd", 2, [(50, 10.0, 4.0), (100, 20.0, 3.0)]))
@@ -54,8 +54,10 @@ def test_runs_of_several_lengths_compare_on_the_seeds_that_have_them_all(tmp_pat
     assert found.texts()[1] == "0.75 (one seed)"
     results.add(row_of("lngd", 2, [(25, 6.0, 5.0), (50, 10.0, 4.5)]))
     found = tables.ratio(results, "lngd", "adamw", "loss")
-    # the mean of both: 4.5 is reached after 10 s
-    assert (found.own, found.seeds, found.texts()[1]) == (pytest.approx(0.5), 2, "≤ 0.50")
+    # the mean of both: 4.5 is reached after 10 of 30 s
+    assert (found.own, found.seeds, found.texts()[1]) == (pytest.approx(1 / 3), 2, "≤ 0.33")
+    results.add(row_of("adamw", 1, [(25, 5.0, 6.0), (50, 10.0, 5.0)]))
+    assert tables.ratio(results, "adamw", "adamw", "loss").own == pytest.approx(1.0)  # whatever the other seeds took
 
 
 def test_diverged_runs_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -363,7 +363,7 @@ class Capture:
         """What this step's sums of a group begin with."""
         members = [self.layers[name] for name in group.members]
         basis = None if self._basis_of is None else self._basis_of(group.name)
-        return new_sums(members, self.config, basis, bool(group.links))
+        return new_sums(members, self.config, basis, group.estimates_psi(self.config.fisher))
 
     def _keep_rows(self, layer: Layer, a: Tensor, output: Tensor) -> None:
         if not output.requires_grad:

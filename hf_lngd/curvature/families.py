@@ -341,16 +341,15 @@ class NGPlus(FamilyBank):
 FAMILIES: dict[str, type[FamilyBank]] = {"kfac": KFAC, "ekfac": EKFAC, "tkfac": TKFAC, "ng+": NGPlus}
 
 
-def new_sums(members: list[Layer], config: LNGDConfig, basis: Basis | None, linked: bool) -> GroupSums | FamilySums:
+def new_sums(members: list[Layer], config: LNGDConfig, basis: Basis | None, estimated: bool) -> GroupSums | FamilySums:
     """Empty sums for a factor step of these layers, which share a factor; other families than LNGD share none.
 
     Args:
         basis: of the family's bank, see `FamilyBank.basis_of`.
-        linked: something that φ is made of follows the layers.
+        estimated: Ψ is, see `Group.estimates_psi`.
     """
     first = members[0]
     if config.family == "lngd":
-        estimated = linked or config.fisher != "expected"
         shape = (first.units, first.out_features if estimated else None)
         return GroupSums(factor_blocks(members, config.max_factor_dim), *shape)
     most = config.conv_memory * MIB_OF_FLOATS

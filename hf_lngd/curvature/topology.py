@@ -59,6 +59,14 @@ class Group:
         """The first member."""
         return self.members[0]
 
+    def estimates_psi(self, fisher: str) -> bool:
+        """Whether g² is anything but one at every position, so that Ψ (Eq. 5) has to be estimated.
+
+        Args:
+            fisher: the field of `LNGDConfig`.
+        """
+        return bool(self.links) or fisher != "expected"
+
 
 @dataclass
 class Topology:
