@@ -1,15 +1,16 @@
 """`make demo`: a small Marian learns English-German from nothing, with `--optim lngd` and then with AdamW.
 
     python scripts/demo.py                # both runs, BLEU of each, ten translations, a picture: minutes on two cores
-    python scripts/demo.py --tune         # how the learning rates were found: the same number of runs for both
+    python scripts/demo.py --tune         # how rates were found, and AdamW's weight decay, which LNGD has of itself
 
 Each run is `scripts/run_translation.py` with the arguments that are printed, on the bundled Tatoeba sample. All that
-differs between the runs is `--optim` and `--learning_rate`.
+differs between the runs is `--optim`, `--learning_rate` and `--weight_decay`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gzip
 import json
 import shlex
@@ -19,6 +20,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +39,30 @@ Curve = list[tuple[int, float, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """One of the two runs: what it is called, its optimizer, and the rates that `--tune` tries."""
+    """One of the two runs: what it is called, its optimizer, the rates that `--tune` tries, and at the best of them the
+    weight decays. A decay of 0 is the Trainer's default, and LNGD's own is used."""
 
     label: str
     optim: str
     learning_rate: float
     rates: tuple[float, ...]
     colour: str
+    weight_decay: float = 0.0
+    decays: tuple[float, ...] = ()
+
+    def trials(self) -> list[Run]:
+        """The runs of `--tune`."""
+        rates = [dataclasses.replace(self, learning_rate=rate, weight_decay=0.0) for rate in self.rates]
+        return rates + [dataclasses.replace(self, weight_decay=decay) for decay in self.decays]
 
 
 RUNS = {
     "lngd": Run("LNGD", "lngd", 2e-3, (5e-4, 1e-3, 2e-3, 4e-3), "#0f766e"),
-    "adamw": Run("AdamW", "adamw_torch_fused", 2e-3, (5e-4, 1e-3, 2e-3, 4e-3), "#d97706"),
+    "adamw": Run("AdamW", "adamw_torch_fused", 2e-3, (5e-4, 1e-3, 2e-3, 4e-3), "#d97706", 0.5, (0.1, 0.5, 1.5)),
 }
 
 
-def command(run: Run, output: Path, seed: int, learning_rate: float, extra: list[str]) -> list[str]:
+def command(run: Run, output: Path, seed: int, extra: list[str]) -> list[str]:
     """The arguments of `run_translation.py`, paths relative to the repository."""
     sample = SAMPLE.relative_to(ROOT)
     options: dict[str, Any] = {
@@ -67,7 +77,8 @@ def command(run: Run, output: Path, seed: int, learning_rate: float, extra: list
         "max_target_length": 64,
         "num_beams": 4,
         "optim": run.optim,
-        "learning_rate": learning_rate,
+        "learning_rate": run.learning_rate,
+        "weight_decay": run.weight_decay,
         "num_train_epochs": 4,
         "warmup_steps": 100,
         "lr_scheduler_type": "linear",
@@ -86,9 +97,9 @@ def command(run: Run, output: Path, seed: int, learning_rate: float, extra: list
     return ["scripts/run_translation.py", *flags, *arguments, *extra]
 
 
-def train(run: Run, output: Path, seed: int, learning_rate: float, extra: list[str]) -> dict[str, Any]:
+def train(run: Run, output: Path, seed: int, extra: list[str]) -> dict[str, Any]:
     """Trains once; see `execute`."""
-    return execute(run.label, command(run, output, seed, learning_rate, extra), output)
+    return execute(run.label, command(run, output, seed, extra), output)
 
 
 def execute(label: str, arguments: list[str], output: Path) -> dict[str, Any]:
@@ -227,24 +238,24 @@ def draw(results: dict[str, dict[str, Any]], path: Path, labels: Labels = LABELS
 
 
 def tune(output: Path, extra: list[str]) -> None:
-    """Trains both at each of their rates on a seed of its own, in turns, and writes the validation losses.
+    """Trains both at each of their settings on a seed of its own, in turns, and writes the validation losses.
 
     Runs that the file has already are not run again.
     """
     rows = json.loads(TUNING.read_text(encoding="utf-8")) if TUNING.exists() else []
-    for turn in range(max(len(run.rates) for run in RUNS.values())):
-        for name, run in RUNS.items():
-            rate = run.rates[turn]
-            if any((row["optimizer"], row["learning_rate"]) == (name, rate) for row in rows):
-                continue
-            brief = ["--eval_strategy", "no", "--num_beams", "1", "--max_predict_samples", "100"]
-            result = train(run, output / f"tune-{name}", TUNING_SEED, rate, [*brief, *extra])
-            row = {"optimizer": name, "learning_rate": rate, "seed": TUNING_SEED, "loss": result["eval_loss"]}
-            rows.append({**row, "seconds": result["curves"]["train"][-1][1], "bleu": result["eval_bleu"]})
-            TUNING.parent.mkdir(parents=True, exist_ok=True)
-            TUNING.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+    turns = zip_longest(*([(name, trial) for trial in run.trials()] for name, run in RUNS.items()))
+    for name, run in (trial for turn in turns for trial in turn if trial is not None):
+        what = {"optimizer": name, "learning_rate": run.learning_rate, "weight_decay": run.weight_decay}
+        if any(what.items() <= row.items() for row in rows):
+            continue
+        brief = ["--eval_strategy", "no", "--num_beams", "1", "--max_predict_samples", "100"]
+        result = train(run, output / f"tune-{name}", TUNING_SEED, [*brief, *extra])
+        found = {"loss": result["eval_loss"], "seconds": result["curves"]["train"][-1][1], "bleu": result["eval_bleu"]}
+        rows.append({**what, "seed": TUNING_SEED, **found})
+        TUNING.parent.mkdir(parents=True, exist_ok=True)
+        TUNING.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
     for row in sorted(rows, key=lambda row: (row["optimizer"], row["loss"])):
-        print(f"{row['optimizer']:8}{row['learning_rate']:>10g}{row['loss']:>10.4f}")
+        print(f"{row['optimizer']:8}{row['learning_rate']:>10g}{row['weight_decay']:>8g}{row['loss']:>10.4f}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -252,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, from the repository's root")
     parser.add_argument("--seed", type=int, default=1, help="of weights and data order (default: %(default)s)")
-    parser.add_argument("--tune", action="store_true", help="find the learning rates instead")
+    parser.add_argument("--tune", action="store_true", help="find the rates and decays instead")
     args, extra = parser.parse_known_args(arguments)
     if args.tune:
         tune(args.output, extra)
@@ -263,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print(textwrap.fill(f"{words} Other arguments go to scripts/run_translation.py.", 100))
     folders = {name: args.output / name for name in RUNS}
-    results = {name: train(run, folders[name], args.seed, run.learning_rate, extra) for name, run in RUNS.items()}
+    results = {name: train(run, folders[name], args.seed, extra) for name, run in RUNS.items()}
     picture = ROOT / args.output / "loss.png"
     draw(results, picture)
     write_results(results, args.output)

@@ -18,7 +18,7 @@ CONFIGS = [
     {"chain": "full"},
     {"direction": "natural", "rate": "trust"},
     {"preset": "paper", "fisher": "expected", "factor_interval": 2, "inverse_interval": 2},
-    *({"family": family} for family in ("kfac", "tkfac", "ng+")),  # EKFAC: test_families.py
+    *({"family": family} for family in ("kfac", "tkfac", "ng+")),  # EKFAC: test_family_bank.py
     {"embedding": "exact"},
 ]
 

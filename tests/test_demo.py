@@ -70,19 +70,21 @@ def test_stopwatch_without_a_script_says_what_it_needs() -> None:
 
 
 def test_the_runs_differ_in_optimizer_and_rate_alone() -> None:
-    commands = [demo.command(run, Path("out"), 1, run.learning_rate, []) for run in demo.RUNS.values()]
+    commands = [demo.command(run, Path("out"), 1, []) for run in demo.RUNS.values()]
     different = {before for before, a, b in zip(commands[0], commands[0][1:], commands[1][1:], strict=False) if a != b}
     assert len(commands[0]) == len(commands[1])
-    assert different <= {"--optim", "--learning_rate"} and "--optim" in different
+    assert different <= {"--optim", "--learning_rate", "--weight_decay"} and "--optim" in different
 
 
 def test_both_were_tuned_alike_and_run_at_their_best() -> None:
+    """AdamW no less than LNGD, whose decay is its own."""
     assert len({len(run.rates) for run in demo.RUNS.values()}) == 1
+    assert demo.RUNS["lngd"].weight_decay == 0 and not demo.RUNS["lngd"].decays
     rows = json.loads(demo.TUNING.read_text(encoding="utf-8"))
     for name, run in demo.RUNS.items():
-        losses = {row["learning_rate"]: row["loss"] for row in rows if row["optimizer"] == name}
-        assert sorted(losses) == sorted(run.rates)
-        assert run.learning_rate == min(losses, key=lambda rate: losses[rate])
+        losses = {(r["learning_rate"], r["weight_decay"]): r["loss"] for r in rows if r["optimizer"] == name}
+        assert sorted(losses) == sorted((trial.learning_rate, trial.weight_decay) for trial in run.trials())
+        assert (run.learning_rate, run.weight_decay) == min(losses, key=lambda settings: losses[settings])
         assert run.learning_rate not in (min(run.rates), max(run.rates)), "the best rate is not bracketed"
 
 
