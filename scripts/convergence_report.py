@@ -63,9 +63,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     one, two = result["theorem_1"], result["theorem_2"]
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(11.2, 3.9), layout="constrained", width_ratios=[1, 1.15, 1.05]
-    )
+    figure = plt.figure(figsize=(11.6, 5.2), layout="constrained")
+    grid = figure.add_gridspec(2, 3, width_ratios=[1, 1.1, 1.05])
+    left, middle = (figure.add_subplot(grid[:, column]) for column in (0, 1))
     ratios, floor = np.array(one["gain_ratios"][::10]), LEAST + 0.3
     random = np.maximum(ratios, floor)
     across = np.linspace(-0.35, 0.35, len(random))
@@ -82,6 +82,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     left.set_ylim(LEAST, max(10, 1.4 * max(full)))
     names = [f"{r['activation']}, {r['steps']}" for r in networks]
     left.set_xticks(range(len(networks) + 1), ["random", *names], rotation=60, ha="right", fontsize=8)
+    left.set_xlabel("random quadratics; activation and steps of the MLP's training", fontsize=9)
     left.set_ylabel("model's change, one best rate = −1", fontsize=9)
     left.set_title("Theorem 1: rates of each layer", fontsize=10.5, loc="left")
     left.legend(frameon=False, fontsize=8, loc="upper right")
@@ -92,24 +93,32 @@ def draw(result: dict[str, Any], path: Path) -> None:
         middle.semilogy(errors, color=colour, linewidth=1.8, label=label)
         steps = np.arange(two["steps"] + 1)
         middle.semilogy(np.maximum((1 - curve["alpha"]) ** steps, 1e-24), color=colour, linewidth=0.8, linestyle=":")
-    middle.set_ylim(1e-13, 1e16)
+    middle.set_ylim(1e-13, 1e7)
     middle.set_xlabel("step k")
     middle.set_ylabel("‖y − v$_k$‖² / ‖y − v$_0$‖² (drawn to 10⁶)", fontsize=9)
     middle.set_title("Theorem 2: errors and their bounds (dotted)", fontsize=10.5, loc="left")
-    middle.legend(frameon=False, fontsize=7.5, loc="upper right", ncols=2)
-    rows = [r for r in two["rows"] if r["psi"] == "dense"]
-    seeds = rows[0]["seeds"]
-    widths, names = sorted({r["width"] for r in rows}), list(dict.fromkeys(r["rate"] for r in rows))
-    share = np.array([[next(r["held"] / r["seeds"] for r in rows if (r["rate"], r["width"]) == (name, width))
-                       for width in widths] for name in names])  # fmt: skip
-    right.imshow(share, cmap="BuGn", vmin=0, vmax=1.25, aspect="auto")
-    for y, x in np.ndindex(share.shape):
-        right.text(x, y, f"{share[y, x]:.0%}", ha="center", va="center", fontsize=8.5)
-    right.set_xticks(range(len(widths)), [str(w) for w in widths])
-    right.set_yticks(range(len(names)), [n.replace("alpha", "α") for n in names])
-    right.set_xlabel(f"width m (n = {two['n']}, d = {two['d']})")
-    right.set_title(f"bound holds ({seeds} problems each)", fontsize=10.5, loc="left")
+    figure.legend(*middle.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=7)
+    for line, psi in enumerate(("dense", "diagonal")):
+        _held(figure.add_subplot(grid[line, 2]), two, psi)
     for axis in (left, middle):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def _held(axis: Any, two: dict[str, Any], psi: str) -> None:
+    """In what share of the problems Theorem 2's bound holds, by rate and width."""
+    import numpy as np
+
+    rows = [r for r in two["rows"] if r["psi"] == psi]
+    widths, names = sorted({r["width"] for r in rows}), list(dict.fromkeys(r["rate"] for r in rows))
+    share = np.array([[next(r["held"] / r["seeds"] for r in rows if (r["rate"], r["width"]) == (name, width))
+                       for width in widths] for name in names])  # fmt: skip
+    axis.imshow(share, cmap="BuGn", vmin=0, vmax=1.25, aspect="auto")
+    for y, x in np.ndindex(share.shape):
+        axis.text(x, y, f"{share[y, x]:.0%}", ha="center", va="center", fontsize=8.5)
+    axis.set_xticks(range(len(widths)), [str(w) for w in widths])
+    axis.set_yticks(range(len(names)), [n.replace("alpha", "α") for n in names], fontsize=8)
+    axis.set_ylabel("rate α", fontsize=9)
+    axis.set_xlabel(f"width m (n = {two['n']}, d = {two['d']})", fontsize=9)
+    axis.set_title(f"{psi} Ψ: bound holds, of {rows[0]['seeds']} problems", fontsize=10, loc="left")

@@ -89,6 +89,7 @@ def command(run: Run, output: Path, seed: int, extra: list[str]) -> list[str]:
         "eval_strategy": "epoch",
         "save_strategy": "no",
         "report_to": "none",
+        "data_license": "cc-by-2.0",
         "seed": seed,
         "output_dir": output,
     }

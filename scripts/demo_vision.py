@@ -89,6 +89,7 @@ def command(run: demo.Run, folder: Path, output: Path, seed: int, learning_rate:
         "eval_strategy": "epoch",
         "save_strategy": "no",
         "report_to": "none",
+        "data_license": "cc-by-4.0",
         "seed": seed,
         "output_dir": output,
     }

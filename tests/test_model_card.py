@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_lngd import LNGDConfig, LNGDTrainingArguments
-from hf_lngd.integrations.card_command import command_of, optimizer_options, without_authors
+from hf_lngd.integrations.card_command import command_of, inputs, optimizer_options, without_authors
 from hf_lngd.integrations.model_card import CardFacts, Score, write_model_card
 from hf_lngd.integrations.training_args import lngd_settings
 
@@ -180,3 +180,16 @@ def test_losses_are_thinned_and_end_with_the_last(tmp_path: Path) -> None:
 def test_what_is_not_known_is_left_out(missing: str, tmp_path: Path) -> None:
     card_of(tmp_path, **{missing: None})
     assert "None" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_a_command_reads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("model", "images", "out", "en"):
+        (tmp_path / folder).mkdir()
+    Path("train.json").write_text("", encoding="utf-8")
+    command = ["python", "run.py", "--model_name_or_path", "model", "--train-file=train.json", "--train_dir", "images"]
+    command += ["--config_name", "model", "--test_file", "gone.json", "--output_dir", "out", "--source_lang", "en"]
+    assert inputs(command) == ["model", "train.json", "images"]
+    text = card_of(tmp_path, command=command).text
+    assert "With the versions below and `model`, `train.json`, `images` where it is run, this makes" in text
+    assert "With the versions below, this makes" in card_of(tmp_path, command=["python", "run.py", "--do_train"]).text

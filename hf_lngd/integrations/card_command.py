@@ -7,6 +7,7 @@ resumed run ends where an uninterrupted one does).
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from .training_args import is_lngd, lngd_settings
 
 # Options that are left out. argparse takes beginnings of names, too.
 _AUTHORS = re.compile(r"--(tok|toke|token|hub.*|push.*|resume.*)$")
+# Options that name what is read: a file, a folder, or something on the Hub.
+_READ = re.compile(r"--.*(_file|_path|_name|(train|validation|test)_dir)$")
 _ADAMW = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
@@ -46,6 +49,14 @@ def without_authors(given: Sequence[str]) -> list[str]:
         if not skipping:
             shown.append(part)
     return shown
+
+
+def inputs(command: Sequence[str]) -> list[str]:
+    """The files and folders of the author's that a command reads."""
+    parts = [piece for part in command for piece in (part.split("=", 1) if part.startswith("--") else [part])]
+    pairs = zip(parts, parts[1:], strict=False)
+    read = (value for option, value in pairs if _READ.match(option.replace("-", "_").replace("__", "--", 1)))
+    return [value for value in dict.fromkeys(read) if os.path.exists(value)]
 
 
 def _from_json(path: str) -> list[str]:

@@ -37,12 +37,13 @@ def losses_by_step(history: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, 
     return dict(sorted(rows.items()))
 
 
-def draw_losses(folder: str | Path, history: Sequence[Mapping[str, Any]]) -> bool:
+def draw_losses(folder: str | Path, history: Sequence[Mapping[str, Any]], title: str) -> bool:
     """Draw :data:`LOSSES` into a folder; True if it is there now.
 
     Args:
         folder: the model's.
         history: a Trainer's log; without two training losses there is no curve, and an old picture is removed.
+        title: the model's name.
     """
     path, rows = Path(folder) / LOSSES, losses_by_step(history)
     plt = pyplot() if sum("loss" in row for row in rows.values()) > 1 else None
@@ -57,7 +58,8 @@ def draw_losses(folder: str | Path, history: Sequence[Mapping[str, Any]]) -> boo
             axis.plot(*zip(*points, strict=True), label=name, color=colour, marker="o" if few else None, markersize=3)
     axis.set_xlabel("step")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_ylabel("loss")
+    axis.set_ylabel("loss, nats")
+    axis.set_title(title, loc="left", fontsize=11)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .card_command import folded, optimizer_options, without_authors
+from .card_command import folded, inputs, optimizer_options, without_authors
 from .card_pictures import LOSSES, draw_losses, losses_by_step
 from .training_args import is_lngd, lngd_settings
 
@@ -101,7 +101,7 @@ def write_model_card(folder: str | Path, facts: CardFacts, args: Any) -> Path:
     """
     path = Path(folder) / "README.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    curves = facts.trained and draw_losses(folder, facts.log_history)
+    curves = facts.trained and draw_losses(folder, facts.log_history, facts.name)
     card = ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{_body(facts, args, curves)}")
     card.save(path)
     return path
@@ -153,7 +153,9 @@ def _body(facts: CardFacts, args: Any, curves: bool) -> str:
     if facts.command:
         what = "makes this model again" if facts.trained else "gives these results again"
         command = folded(without_authors(facts.command))
-        sections += ["## Command", f"With the versions below, this {what}:", f"```bash\n{command}\n```"]
+        read = ", ".join(f"`{name}`" for name in inputs(facts.command))
+        given = f" and {read} where it is run" if read else ""
+        sections += ["## Command", f"With the versions below{given}, this {what}:", f"```bash\n{command}\n```"]
     sections += ["## Versions", "\n".join(f"- {name} {number}" for name, number in _versions(facts.libraries))]
     return "\n\n".join(sections) + "\n"
 
