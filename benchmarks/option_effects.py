@@ -2,9 +2,10 @@
 
     python -m benchmarks.option_effects --task multi30k --data DIR
 
-Each variant runs on the same seed or seeds at the default's tuned rates (`benchmarks/results/TASK.json`); directions
-and rates of another size at a rate of their own, given in the table. Rows go to `results/options-TASK.json`; what is
-there is not run again. `--table` alone prints the table and needs no data.
+Each variant runs on the same seed or seeds as the default does with one flag, at AdamW's best rate
+(`benchmarks/results/TASK.json`); directions and rates of another size have a rate of their own for LNGD's layers, given
+in the table, which changes neither their weight decay nor the rate of all else. Rows go to `results/options-TASK.json`;
+what is there is not run again. `--table` alone prints the table and needs no data.
 """
 
 from __future__ import annotations
@@ -24,22 +25,27 @@ from benchmarks.runs import Results, train
 from benchmarks.spec import checked_steps, named
 from benchmarks.tables import table
 from benchmarks.tasks import check_task, load_task
+from hf_lngd import LNGDConfig
 
 HERE = Path(__file__).resolve().parent
 
-# fields → factor on the default's `lr`: natural and adaptive updates have a size of their own.
+# Whose settings are the default's: a user's with one flag.
+DEFAULT = "lngd-same"
+PAPER = "preset=paper,factor_interval=20,inverse_interval=20,momentum=0.9"
+# fields → factor on the layers' rate: natural and adaptive updates have a size of their own, the paper's is where it is
+# best on Multi30k.
 TRANSLATION: dict[str, float] = {
     "": 1.0,
     "direction=gram": 1.0,
     "direction=natural,damping_rho=0.3": 0.25,
-    "direction=natural,damping_rho=0.3,rate=adaptive": 1.0,
-    "preset=paper,factor_interval=20,inverse_interval=20": 1.0,
+    "direction=natural,damping_rho=0.3,rate=adaptive": 5.0,
+    PAPER: 33.0,
     "fisher=sampled": 1.0,
     "damping_rho=0.1": 1.0,
     "damping_rho=1000": 1.0,
-    "momentum=0.9": 0.5,
+    "momentum=0.9": 1.0,
     "nesterov=false": 1.0,
-    "momentum_on=update": 1.0,
+    "momentum_on=update": 0.2,  # which is 1 / (1 - momentum) longer
     "factor_interval=100,inverse_interval=100": 1.0,
     "early_factors=false": 1.0,
     "matrix_dtype=full": 1.0,
@@ -61,7 +67,7 @@ IMAGES: dict[str, float] = {
     "damping_rho=1000": 1.0,
     "direction=gram": 1.0,
     "direction=natural,damping_rho=0.3": 0.25,
-    "preset=paper,factor_interval=20,inverse_interval=20": 1.0,
+    PAPER: 33.0,
     "row_decay=0": 1.0,
     "bias=factor": 1.0,
     "factor_interval=100,inverse_interval=100": 1.0,
@@ -72,12 +78,16 @@ VARIANTS_OF = {"multi30k": TRANSLATION, "cifar10-resnet": IMAGES, "cifar10-vit":
 
 def variant(fields: str, base: Settings) -> Settings:
     """The settings of a variant: `weight_decay` is the harness's own setting, all else are LNGD's fields."""
-    settings = replace(base, lr=float(f"{base.lr * VARIANTS[fields]:.3g}"), fields=fields)
-    if "momentum_on" in fields or "paper" in fields:  # momentum on the update makes it 1 / (1 - momentum) longer
-        settings = replace(settings, lr=float(f"{settings.lr * base.fresh:.3g}"))
     if fields.startswith("weight_decay="):
-        settings = replace(settings, weight_decay=float(fields.partition("=")[2]), fields="")
-    return settings
+        return replace(base, weight_decay=float(fields.partition("=")[2]), fields="")
+    factor, default = VARIANTS[fields], LNGDConfig()
+    if factor != 1:
+        others = {
+            "fallback_lr": base.lr * default.fallback_lr_scale,
+            "weight_decay_scale": default.weight_decay_scale / factor,
+        }
+        fields += "".join(f",{name}={value:.4g}" for name, value in others.items())
+    return replace(base, lr=float(f"{base.lr * factor:.3g}"), fields=fields)
 
 
 def effects(results: Results, base: Settings, seeds: list[int], variants: Iterable[str], steps: int) -> str:
@@ -106,7 +116,7 @@ def base_of(results: Results, tuned: Path) -> Settings:
     """The default's settings: those of its own row, so that rows go on comparing with one another when the study is
     tuned anew; without one the best of the study. Raises ValueError for a file with rows of others alone."""
     if not results.rows:
-        return replace(Results(tuned).best("lngd"), fields="")
+        return replace(Results(tuned).best(DEFAULT), fields="")
     for row in results.rows:
         settings = Settings(**row["settings"])
         if not settings.fields and settings.weight_decay:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,7 +122,7 @@ def test_short_runs_warm_up_for_a_part_of_their_own(
     for module in (sweep_lr, option_effects):
         monkeypatch.setattr(module, "train", train)
     tuned = runs.Results(tmp_path / "tuned.json")
-    tuned.add(row_of("lngd", 101, [(10, 1.0, 3.0)], "tune"))
+    tuned.add(row_of("lngd-same", 101, [(10, 1.0, 3.0)], "tune"))
     threads, common = torch.get_num_threads(), ["--data", str(folder), "--steps", "10", "--results"]
     sweep_lr.main([*common, str(tmp_path / "sweep.json"), "--rates", "1e-3"])
     option_effects.main([*common, str(tmp_path / "options.json"), "--tuned", str(tuned.path), "--part", "0", "20"])
@@ -131,7 +132,7 @@ def test_short_runs_warm_up_for_a_part_of_their_own(
 
 def test_option_effects_run_what_is_missing(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = runs.Results(tmp_path / "tuned.json")
-    results.add(row_of("lngd", 101, [(10, 1.0, 3.0)], "tune"))
+    results.add(row_of("lngd-same", 101, [(10, 1.0, 3.0)], "tune"))
     arguments = ["--data", str(folder), "--tuned", str(tmp_path / "tuned.json"), "--steps", "8"]
     arguments += ["--results", str(tmp_path / "options.json"), "--part", "0", str(len(option_effects.TRANSLATION) // 2)]
     threads = torch.get_num_threads()
@@ -140,13 +141,15 @@ def test_option_effects_run_what_is_missing(folder: Path, tmp_path: Path, capsys
     torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))
     chosen = list(option_effects.TRANSLATION)[:: len(option_effects.TRANSLATION) // 2]
-    assert [row["settings"]["fields"] for row in rows] == chosen and chosen[0] == ""
+    base = results.best("lngd-same")
+    assert [row["settings"] for row in rows] == [option_effects.variant(name, base).to_dict() for name in chosen]
+    assert rows[0]["settings"] == base.to_dict() and chosen[0] == ""
     assert "| nothing (the default) |" in capsys.readouterr().out
 
 
 def test_option_effects_go_on_at_the_settings_of_their_first_row(tmp_path: Path) -> None:
     tuned, results = runs.Results(tmp_path / "tuned.json"), runs.Results(tmp_path / "options.json")
-    tuned.add(row_of("lngd", 101, [(10, 1.0, 3.0)], "tune"))
+    tuned.add(row_of("lngd-same", 101, [(10, 1.0, 3.0)], "tune"))
     assert option_effects.base_of(results, tuned.path) == Settings(**tuned.rows[0]["settings"])
     first = Settings(7e-3, 1e-2, 0.4)
     results.add({**row_of("lngd", 11, [(10, 1.0, 3.0)], "option"), "settings": first.to_dict()})
@@ -156,7 +159,7 @@ def test_option_effects_go_on_at_the_settings_of_their_first_row(tmp_path: Path)
 def test_option_effects_never_start_from_a_variant(tmp_path: Path) -> None:
     """Parts run in any order: a variant's row, at a rate of its own, is not what the others are compared with."""
     tuned, results = runs.Results(tmp_path / "tuned.json"), runs.Results(tmp_path / "options.json")
-    tuned.add(row_of("lngd", 101, [(10, 1.0, 3.0)], "tune"))
+    tuned.add(row_of("lngd-same", 101, [(10, 1.0, 3.0)], "tune"))
     best = Settings(**tuned.rows[0]["settings"])
     natural = option_effects.variant("direction=natural,damping_rho=0.3", best)
     results.add({**row_of("lngd", 11, [(10, 1.0, 3.0)], "option"), "settings": natural.to_dict()})
@@ -169,6 +172,23 @@ def test_option_effects_never_start_from_a_variant(tmp_path: Path) -> None:
     for part in (["2", "2"], ["0", "0"], ["-1", "2"]):
         with pytest.raises(ValueError, match=f"--part: got {' '.join(part)}, accepted: I N"):
             option_effects.main(["--part", *part, "--table"])
+
+
+def test_a_variant_of_another_size_changes_that_alone() -> None:
+    base = Settings(2e-3, None, 0.2)
+    for fields, factor in option_effects.VARIANTS.items():
+        if fields.startswith("weight_decay="):
+            continue
+        settings = option_effects.variant(fields, base)
+        config = LNGDConfig.from_optim_args(settings.fields)
+        default = LNGDConfig.from_optim_args(fields)
+        assert settings.lr == pytest.approx(factor * base.lr, rel=1e-2)
+        if factor != 1:
+            assert config.fallback_lr == pytest.approx(3 * base.lr)
+            assert settings.lr * config.weight_decay_scale == pytest.approx(15 * base.lr, rel=1e-2)
+            assert replace(config, fallback_lr=None, weight_decay_scale=default.weight_decay_scale) == default
+        else:
+            assert config == default
 
 
 @pytest.mark.parametrize("fields", sorted(option_effects.VARIANTS))
