@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml scripts/make_env.py
 	$(PYTHON) scripts/make_env.py $(VENV) demo,test
 	@touch $@
 
-demo: $(STAMP) ## train en-de translation from scratch with LNGD, then with AdamW; BLEU, translations, a picture (7 minutes)
+demo: $(STAMP) ## train en-de translation from scratch with LNGD, then with AdamW; BLEU, translations, a picture (11 minutes)
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
 demo-vision: $(STAMP) ## train a small ResNet on digits with LNGD, then with AdamW; accuracy, pictures (1 minute)
