@@ -22,16 +22,17 @@ from typing import Any
 from torch import nn
 
 from benchmarks.cost_cluster import Device
-from benchmarks.cost_report import ASSUMED, Machines, images, predictions, rows_of, text
+from benchmarks.cost_report import ASSUMED, Machines, image_feed, predictions, rows_of, text_feed
 
 IMAGE_SIZE = 224
 
 
-def read_model(name: str) -> tuple[Callable[[], nn.Module], int | None]:
-    """(how to make the model, the side of its images or None for a translation model) of a config.
+def read_model(name: str, rows: int, tokens: int) -> tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], str]:
+    """(how to make the model, how to make its batch, the batch in words) of a config.
 
     Args:
         name: a folder with a config.json, that file, or a model of the Hub.
+        rows: sentences, of so many `tokens`, or images, of the size and channels that the config has.
 
     Raises:
         ValueError: no such config, or of a model that neither translates nor classifies images.
@@ -50,14 +51,16 @@ def read_model(name: str) -> tuple[Callable[[], nn.Module], int | None]:
         raise ValueError(f"CONFIG: got {name!r}: {problem}") from problem
     auto: Any
     if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        auto, side = AutoModelForSeq2SeqLM, None
+        auto, feed, words = AutoModelForSeq2SeqLM, text_feed(rows, tokens), f"{rows} × {tokens} tokens"
     elif type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         size = getattr(config, "image_size", None) or IMAGE_SIZE
-        auto, side = AutoModelForImageClassification, size if isinstance(size, int) else max(size)
+        side = size if isinstance(size, int) else max(size)
+        feed = image_feed(rows, side, getattr(config, "num_channels", 3))
+        auto, words = AutoModelForImageClassification, f"{rows} images of {side} × {side}"
     else:
         accepted = "one that AutoModelForSeq2SeqLM or AutoModelForImageClassification takes"
         raise ValueError(f"CONFIG: got model_type {config.model_type!r}, accepted: {accepted}")
-    return lambda: auto.from_config(config, attn_implementation="eager"), side
+    return lambda: auto.from_config(config, attn_implementation="eager"), feed, words
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -88,15 +91,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table."""
     args = parse(arguments)
-    build, side = read_model(args.config)
-    if side is None:
-        feed, batch = text(args.batch, args.tokens), f"{args.batch} × {args.tokens} tokens"
-    else:
-        feed, batch = images(args.batch, side), f"{args.batch} images of {side} × {side}"
     device = Device(args.float32 * 1e12, args.bfloat16 * 1e12, args.bandwidth * 1e12)
     machines = Machines(device, args.link * 1e9, tuple(sorted(set(args.devices))))
     name = Path(args.config).stem if Path(args.config).is_file() else Path(args.config).name
-    result = {**machines.to_dict(), "rows": rows_of(name, build, feed, batch, machines)}
+    result = {**machines.to_dict(), "rows": rows_of(name, *read_model(args.config, args.batch, args.tokens), machines)}
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(predictions(result))

@@ -67,7 +67,7 @@ def vit_huge() -> nn.Module:
     return ViTForImageClassification._from_config(config, attn_implementation="eager")
 
 
-def text(rows: int, tokens: int) -> Callable[[], dict[str, Any]]:
+def text_feed(rows: int, tokens: int) -> Callable[[], dict[str, Any]]:
     """A batch of so many pairs of sentences of so many tokens, when it is asked for."""
 
     def batch() -> dict[str, Any]:
@@ -77,7 +77,7 @@ def text(rows: int, tokens: int) -> Callable[[], dict[str, Any]]:
     return batch
 
 
-def images(rows: int, size: int, channels: int = 3) -> Callable[[], dict[str, Any]]:
+def image_feed(rows: int, size: int, channels: int = 3) -> Callable[[], dict[str, Any]]:
     """A batch of so many images, when it is asked for."""
 
     def batch() -> dict[str, Any]:
@@ -88,9 +88,9 @@ def images(rows: int, size: int, channels: int = 3) -> Callable[[], dict[str, An
 
 # What a device gets of a batch.
 LARGE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], str]] = {
-    "Transformer-big": (step_time.transformer_big, text(128, 64), "128 × 64 tokens"),
-    "NLLB-3.3B": (nllb, text(32, 128), "32 × 128 tokens"),
-    "ViT-H/14": (vit_huge, images(64, 224), "64 images"),
+    "Transformer-big": (step_time.transformer_big, text_feed(128, 64), "128 × 64 tokens"),
+    "NLLB-3.3B": (nllb, text_feed(32, 128), "32 × 128 tokens"),
+    "ViT-H/14": (vit_huge, image_feed(64, 224), "64 images"),
 }
 
 

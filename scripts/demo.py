@@ -58,7 +58,15 @@ class Run:
 
 RUNS = {
     "lngd": Run("LNGD", "lngd", 2e-3, (5e-4, 1e-3, 2e-3, 4e-3), "#0f766e"),
-    "adamw": Run("AdamW", "adamw_torch_fused", 2e-3, (5e-4, 1e-3, 2e-3, 4e-3), "#d97706", 0.5, (0.1, 0.5, 1.5)),
+    "adamw": Run(
+        "AdamW",
+        "adamw_torch_fused",
+        2e-3,
+        (5e-4, 1e-3, 2e-3, 4e-3),
+        "#d97706",
+        weight_decay=0.5,
+        decays=(0.1, 0.5, 1.5),
+    ),
 }
 
 

@@ -68,7 +68,7 @@ def write_config(folder: Path) -> None:
     ResNetConfig(**sizes).save_pretrained(folder)
 
 
-def command(run: demo.Run, folder: Path, output: Path, seed: int, learning_rate: float, extra: list[str]) -> list[str]:
+def command(run: demo.Run, folder: Path, output: Path, seed: int, extra: list[str]) -> list[str]:
     """The arguments of `run_image_classification.py`, paths relative to the repository."""
     options: dict[str, Any] = {
         "config_name": folder / "model",
@@ -79,7 +79,7 @@ def command(run: demo.Run, folder: Path, output: Path, seed: int, learning_rate:
         "augment": "crop",  # a mirrored digit is none
         "cache_dir": folder / "cache",
         "optim": run.optim,
-        "learning_rate": learning_rate,
+        "learning_rate": run.learning_rate,
         "num_train_epochs": 12,
         "warmup_steps": 20,
         "lr_scheduler_type": "linear",
@@ -116,11 +116,11 @@ def show_scores(results: dict[str, dict[str, Any]]) -> None:
 def tune(folder: Path, extra: list[str]) -> None:
     """Trains both at each of their rates on a seed of its own, and prints the validation losses, the best first."""
     rows = []
-    for name, run in RUNS.items():
-        for rate in run.rates:
+    for name in RUNS:
+        for run in RUNS[name].trials():
             output = folder / f"tune-{name}"
-            result = demo.execute(run.label, command(run, folder, output, TUNING_SEED, rate, extra), output)
-            rows.append((name, rate, result["eval_loss"], result["eval_accuracy"]))
+            result = demo.execute(run.label, command(run, folder, output, TUNING_SEED, extra), output)
+            rows.append((name, run.learning_rate, result["eval_loss"], result["eval_accuracy"]))
     for name, rate, loss, accuracy in sorted(rows, key=lambda row: (row[0], row[2])):
         print(f"{name:8}{rate:>10g}{loss:>10.4f}{accuracy:>10.2%}")
 
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = {}
     for name, run in RUNS.items():
         output = args.output / name
-        arguments = command(run, args.output, output, args.seed, run.learning_rate, extra)
+        arguments = command(run, args.output, output, args.seed, extra)
         results[name] = demo.execute(run.label, arguments, output)
     picture = args.output / "loss.png"
     demo.draw(results, ROOT / picture, LABELS)

@@ -74,14 +74,25 @@ BASE = {
 ALL = ["--do_train", "--do_eval", "--do_predict", "--use_cpu"]
 
 
-def save_configs(root: Path) -> dict[str, str]:
+# Fixtures of a module that has these names, too.
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A folder with a configuration for each family."""
+    root = tmp_path_factory.mktemp("configs")
     for family, config in CONFIGS.items():
         config().save_pretrained(root / family)
     return {family: str(root / family) for family in CONFIGS}
 
 
-def runner(monkeypatch: pytest.MonkeyPatch, cache: str) -> Callable[..., list[str]]:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, cache: str) -> Callable[..., list[str]]:
     """The script's main function in this process; returns its arguments. Options that are None are left out."""
 
     def start(options: dict[str, Any], *flags: str) -> list[str]:

@@ -189,7 +189,7 @@ def test_the_check_in_short(
     monkeypatch.setattr(cost_check, "MODELS", {"tiny": MODELS["mlp"]})
     monkeypatch.setattr(cost_calibration, "SIZES", [2**10, 2**12])
     monkeypatch.setattr(cost_calibration, "COLD", 2**14)
-    monkeypatch.setattr(cost_report, "LARGE", {"tiny": (MODELS["marian"][0], cost_report.text(3, 5), "15 tokens")})
+    monkeypatch.setattr(cost_report, "LARGE", {"tiny": (MODELS["marian"][0], cost_report.text_feed(3, 5), "15 tokens")})
     threads = torch.get_num_threads()
     cost_check.main(["--models", "tiny", "--rounds", "1", "--results", str(tmp_path / "c.json")])
     torch.set_num_threads(threads)
@@ -202,7 +202,7 @@ def test_the_check_in_short(
     with torch.device("meta"):
         model = MODELS["marian"][0]()
         optimizer = LNGD(model, direction="natural", early_factors=False)
-        model(**cost_report.text(3, 5)()).loss.backward()
+        model(**cost_report.text_feed(3, 5)()).loss.backward()
         for route in optimizer.routing():
             if route.owner == "fallback" and "rotated" not in route.reason:
                 model.get_parameter(route.parameter).grad = None
@@ -235,7 +235,7 @@ def test_a_config_is_predicted_as_the_model_itself(tmp_path: Path, capsys: pytes
         found = json.loads((tmp_path / "c.json").read_text(encoding="utf-8"))
         assert found["device"]["float32"] == 10e12 and found["link"] == 20e9
         machines = cost_report.Machines(Device(10e12, 100e12, 1e12), 20e9, (1, 4))
-        rows = cost_report.rows_of("", MODELS["marian"][0], cost_report.text(3, 5), "", machines)
+        rows = cost_report.rows_of("", MODELS["marian"][0], cost_report.text_feed(3, 5), "", machines)
         for got, row in zip(found["rows"], rows, strict=True):
             assert {**got, "model": "", "batch": ""} == row
     assert "| config, 3 × 5 tokens | AdamW |" in capsys.readouterr().out
@@ -243,7 +243,9 @@ def test_a_config_is_predicted_as_the_model_itself(tmp_path: Path, capsys: pytes
 
 
 def test_a_config_of_images_is_predicted_at_its_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cost_check._vit(32, 1, 8).config.save_pretrained(tmp_path)
+    config = cost_check._vit(32, 1, 8).config
+    config.num_channels = 1
+    config.save_pretrained(tmp_path)
     cost_predict.main([str(tmp_path), "--batch", "2", "--devices", "8"])
     assert "2 images of 32 × 32 | LNGD fast, inverses spread |" in capsys.readouterr().out
 

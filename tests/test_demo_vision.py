@@ -19,9 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commands() -> list[list[str]]:
-    return [
-        demo_vision.command(run, Path("in"), Path("out"), 1, run.learning_rate, []) for run in demo_vision.RUNS.values()
-    ]
+    return [demo_vision.command(run, Path("in"), Path("out"), 1, []) for run in demo_vision.RUNS.values()]
 
 
 def test_the_runs_differ_in_optimizer_and_rate_alone() -> None:

@@ -7,23 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import image_helpers
 import pytest
-from image_helpers import CLASSES, numbers, runner, save_configs, write_folder
+from image_helpers import CLASSES, numbers, write_folder
 
-
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return save_configs(tmp_path_factory.mktemp("configs"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, cache: str) -> Callable[..., list[str]]:
-    return runner(monkeypatch, cache)
+configs, cache, run = image_helpers.configs, image_helpers.cache, image_helpers.run
 
 
 # Each: what is done to a copy of the data, options, what the last line says.

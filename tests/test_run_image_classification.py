@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import image_helpers
 import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
-from image_helpers import ALL, BASE, CLASSES, ROOT, numbers, picture, png, runner, save_configs, write_folder
+from image_helpers import ALL, BASE, CLASSES, ROOT, numbers, picture, png, write_folder
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -28,6 +29,8 @@ from transformers import (
 from hf_lngd.integrations.image_batches import ImageSet
 from scripts import run_image_classification
 
+configs, cache, run = image_helpers.configs, image_helpers.cache, image_helpers.run
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -36,21 +39,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     each = {"train": 6, "validation": 2, "test": 2}
     (root / "ATTRIBUTION.md").write_text("# Made up\n\nBy nobody.\n", encoding="utf-8")
     return {f"{part}_dir": str(write_folder(root / part, count, 100)) for part, count in each.items()}
-
-
-@pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return save_configs(tmp_path_factory.mktemp("configs"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, cache: str) -> Callable[..., list[str]]:
-    return runner(monkeypatch, cache)
 
 
 @pytest.mark.parametrize("family", ["resnet", "vit"])

@@ -45,17 +45,22 @@ def without_authors(given: Sequence[str]) -> list[str]:
     skipping = False
     for part in given:
         if part.startswith("--"):
-            skipping = _AUTHORS.match(part.partition("=")[0].replace("-", "_").replace("__", "--", 1)) is not None
+            skipping = _AUTHORS.match(_option(part.partition("=")[0])) is not None
         if not skipping:
             shown.append(part)
     return shown
+
+
+def _option(text: str) -> str:
+    """Its name, with underscores: argparse takes --train-file for --train_file."""
+    return text.replace("-", "_").replace("__", "--", 1)
 
 
 def inputs(command: Sequence[str]) -> list[str]:
     """The files and folders of the author's that a command reads."""
     parts = [piece for part in command for piece in (part.split("=", 1) if part.startswith("--") else [part])]
     pairs = zip(parts, parts[1:], strict=False)
-    read = (value for option, value in pairs if _READ.match(option.replace("-", "_").replace("__", "--", 1)))
+    read = (value for option, value in pairs if _READ.match(_option(option)))
     return [value for value in dict.fromkeys(read) if os.path.exists(value)]
 
 
