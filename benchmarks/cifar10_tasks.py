@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from benchmarks.tasks import Batch, Task
-from hf_lngd.integrations.image_batches import shift
 
 TRAIN, HELD_OUT, CLASSES, SIDE, BORDER = 12_800, 2_000, 10, 32, 4
 BATCH, FINE_TUNING_BATCH = 128, 64
@@ -68,6 +67,23 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     x = shift(x, corners, BORDER)
     x[mirrored] = x[mirrored].flip(-1)
     return x
+
+
+def shift(x: Tensor, corners: Tensor, pad: int) -> Tensor:
+    """Windows of images with a black border, each at its own place.
+
+    Args:
+        x: [B, C, H, W].
+        corners: [B, 2], row and column of each window in the bordered image, from 0 to 2·pad; `pad`: no shift.
+        pad: width of the border.
+
+    Returns:
+        [B, C, H, W]
+    """
+    height, width = x.shape[-2:]
+    bordered = nn.functional.pad(x, (pad,) * 4)
+    windows = bordered.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, 2·pad+1, 2·pad+1, H, W]
+    return windows[torch.arange(len(x)), :, corners[:, 0], corners[:, 1]]
 
 
 def pixels(x: Tensor, side: int) -> Tensor:

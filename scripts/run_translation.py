@@ -13,67 +13,402 @@ Whatever is wrong with arguments or data ends the script before training, with s
 
 from __future__ import annotations
 
+import difflib
+import gzip
+import json
 import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import DataCollatorForSeq2Seq, set_seed
+import datasets
+import numpy as np
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
+from transformers.utils import logging
 
-from hf_lngd import LNGDSeq2SeqTrainer
-from hf_lngd.integrations.hub import push
-from hf_lngd.integrations.script_run import make_trainer, train
-from hf_lngd.integrations.translation_args import DataArguments, ModelArguments, parse
-from hf_lngd.integrations.translation_data import first, load_pairs, tokenize
-from hf_lngd.integrations.translation_model import limit_lengths, load_model, load_tokenizer, set_languages
-from hf_lngd.integrations.translation_report import TranslationCard, TranslationScores, write_predictions
-from hf_lngd.integrations.usage import exit_on_usage_error
+from hf_lngd import LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments
+from hf_lngd.integrations import scripts
+from hf_lngd.integrations.scripts import blame, option, refuse_if
+from hf_lngd.integrations.usage import UsageError, UsageParser, exit_on_usage_error
+from hf_lngd.metrics import load_metric
 
-LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+logger = logging.get_logger(__name__)
+
+FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+COLUMN = "translation"
+
+# The code example of the model's card.
+USAGE = """
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({name}{languages})
+model = AutoModelForSeq2SeqLM.from_pretrained({name})
+inputs = tokenizer([{prefix}"…"], return_tensors="pt", return_token_type_ids=False)
+outputs = model.generate(**inputs, num_beams={beams}, max_length={length})
+print(tokenizer.batch_decode(outputs, skip_special_tokens=True))
+"""
 
 
-def main() -> None:
-    """Everything that can be wrong is found by `prepare`; what follows trains.
+# ---- Arguments ----
+@dataclass
+class ModelArguments:
+    """Which model, configuration and tokenizer."""
+
+    model_name_or_path: str | None = option(None, "Model to fine-tune: a folder or a name on the Hub.")
+    config_name: str | None = option(
+        None, "Configuration, a folder, a file or a name on the Hub; without --model_name_or_path: train from scratch."
+    )
+    config_overrides: str | None = option(None, "Changes to the configuration, e.g. 'dropout=0.0,encoder_layers=3'.")
+    tokenizer_name: str | None = option(None, "Tokenizer, if another than the model's: a folder or a name.")
+    cache_dir: str | None = option(None, "Where downloads are kept.")
+    use_fast_tokenizer: bool = option(True, "Use a tokenizer of the tokenizers library where there is one.")
+    model_revision: str = option("main", "Branch, tag or commit of the model on the Hub.")
+    token: str | None = option(None, "Token for private models; by default the one that `hf auth login` stored.")
+    trust_remote_code: bool = option(False, "Run code that comes with a model or data set. Only if you trust it.")
+
+
+@dataclass
+class DataArguments:
+    """Which sentences, and what is done with them."""
+
+    source_lang: str | None = option(None, "Language to translate from, as the data and the tokenizer name it.")
+    target_lang: str | None = option(None, "Language to translate to.")
+    dataset_name: str | None = option(None, "Data set: a folder or a name on the Hub.")
+    dataset_config_name: str | None = option(None, "Configuration of the data set, e.g. de-en.")
+    train_file: str | None = option(None, 'JSON lines, gzipped or not: {"translation": {"en": …, "de": …}}.')
+    validation_file: str | None = option(None, "The same, for --do_eval.")
+    test_file: str | None = option(None, "The same, for --do_predict.")
+    overwrite_cache: bool = option(False, "Tokenize again, whatever the cache holds.")
+    preprocessing_num_workers: int | None = option(None, "Processes that tokenize.")
+    max_source_length: int = option(1024, "Most tokens of a source; longer ones are cut. At most what the model takes.")
+    max_target_length: int = option(128, "Most tokens of a target; longer ones are cut.")
+    val_max_target_length: int | None = option(
+        None, "The same for validation and test, and the length of generated text; none: --max_target_length."
+    )
+    pad_to_max_length: bool = option(False, "Pad every sentence to the most; otherwise to the longest of its batch.")
+    max_train_samples: int | None = option(None, "Use the first so many training pairs.")
+    max_eval_samples: int | None = option(None, "Use the first so many validation pairs.")
+    max_predict_samples: int | None = option(None, "Use the first so many test pairs.")
+    num_beams: int | None = option(1, "Beams in the final evaluation and in prediction.")
+    ignore_pad_token_for_loss: bool = option(True, "Leave padding out of the loss.")
+    source_prefix: str | None = option(None, "Text before each source, e.g. 'translate English to German: ' for T5.")
+    forced_bos_token: str | None = option(
+        None, "First token of what is generated: a language for mBART-50, M2M100, NLLB; none: --target_lang there."
+    )
+    data_license: str | None = option(None, "Licence of the model for its card, as the Hub names it, e.g. cc-by-2.0.")
+    data_attribution: str | None = option(
+        None, "Who the data come from, for the card; none: the file ATTRIBUTION.md beside the training file, if any."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("source_lang", "target_lang"):
+            refuse_if(not getattr(self, name), name, "got none, accepted: a language, e.g. en")
+        same = self.source_lang == self.target_lang
+        refuse_if(same, "target_lang", f"got {self.target_lang!r}, which is the source, accepted: another language")
+        scripts.check_data(self, FILE_ENDINGS, "JSON lines")
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """Source and target language as the data name them: `en` for `en_XX`."""
+        return str(self.source_lang).split("_")[0], str(self.target_lang).split("_")[0]
+
+    @property
+    def eval_target_length(self) -> int:
+        """Most tokens of a target, and of generated text, in evaluation and prediction."""
+        return self.max_target_length if self.val_max_target_length is None else self.val_max_target_length
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LNGDSeq2SeqTrainingArguments]:
+    """Parse and check all arguments; `resume_from_checkpoint` becomes a folder.
 
     Raises:
-        UsageError: names the argument.
-        RunError: all is done and saved, but the Hub does not take it.
+        UsageError: names the argument, the value and what is accepted.
     """
-    model_args, data_args, args = parse(sys.argv[1:])
-    trainer, parts, scores = prepare(model_args, data_args, args)
-    card = TranslationCard(trainer, model_args, data_args, sys.argv)
-    trainer.card_writer = card
-    if args.do_train:
-        train(trainer, args.resume_from_checkpoint)
-    generation = {"max_length": data_args.eval_target_length, "num_beams": data_args.num_beams}
-    if args.do_eval:
-        metrics = trainer.evaluate(metric_key_prefix="eval", **generation)
-        finish(trainer, scores, card, "eval", "validation", metrics)
-    if args.do_predict:
-        result = predict(trainer, parts["test"], generation)
-        finish(trainer, scores, card, "predict", "test", result.metrics)
-        if args.predict_with_generate and trainer.is_world_process_zero():
-            write_predictions(args.output_dir, scores.decode(result.predictions))
-    if trainer.is_world_process_zero():
-        card()
-    if args.push_to_hub:
-        push(trainer)
+    kinds = [ModelArguments, DataArguments, LNGDSeq2SeqTrainingArguments]
+    model, data, args = UsageParser(kinds, prog="run_translation.py").parse(argv)
+    scripts.check_training(model, args)
+    named = model.model_name_or_path or model.tokenizer_name
+    refuse_if(not named, "tokenizer_name", "got none, accepted: a tokenizer, as there is no --model_name_or_path")
+    name, files = data.dataset_name, data.train_file or data.validation_file or data.test_file
+    refuse_if(name and files, "dataset_name", f"got {name!r} and files, accepted: one of the two")
+    for part in scripts.wanted_parts(args):
+        missing = not name and not getattr(data, f"{part}_file")
+        refuse_if(missing, f"{part}_file", "got none, accepted: a file of JSON lines, or --dataset_name")
+    return model, data, args
 
 
-def predict(trainer: LNGDSeq2SeqTrainer, dataset: Any, generation: dict[str, Any]) -> Any:
-    """Predictions in the order of the file: a Trainer that groups by length shuffles what it predicts, too."""
-    strategy = trainer.args.train_sampling_strategy
-    trainer.args.train_sampling_strategy = "sequential"
+# ---- Data: pairs are read and checked before anything is trained, then tokenized ----
+def load_pairs(data: DataArguments, model: ModelArguments, parts: list[str]) -> dict[str, datasets.Dataset]:
+    """The parts that are needed, each a data set with the columns ``source`` and ``target``.
+
+    Raises:
+        UsageError: a file that cannot be read, an empty one, a broken line, a missing column, language or sentence.
+    """
+    if not data.dataset_name:
+        return {part: from_file(f"{part}_file", str(getattr(data, f"{part}_file")), data) for part in parts}
+    loaded = scripts.load_dataset(data, model)
+    return {part: from_dataset(loaded, part, data) for part in parts}
+
+
+def from_file(field: str, path: str, data: DataArguments) -> datasets.Dataset:
+    """Every line is checked, whatever part of the file is used."""
+    source, target = data.keys
+    pairs: list[dict[str, str]] = []
+    first_gap: UsageError | None = None
+    seen: set[str] = set()
+    for number, text in read_lines(field, path):
+        pair = parse_line(field, f"{path}, line {number}", text)
+        seen.update(pair)
+        gap = gap_of(pair, source, target)
+        if gap and first_gap is None:
+            first_gap = UsageError(field, f"{path}, line {number}: {gap}")
+        pairs.append(pair)
+    check_languages(data, seen, path)
+    if first_gap:
+        raise first_gap
+    refuse_if(not pairs, field, f"got {path!r}, which is empty, accepted: at least one line")
+    columns = {"source": [pair[source] for pair in pairs], "target": [pair[target] for pair in pairs]}
+    return datasets.Dataset.from_dict(columns)
+
+
+def read_lines(field: str, path: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines of a file that are not blank."""
+    opener: Any = gzip.open if path.endswith(".gz") else open
+    number = 0
     try:
-        return trainer.predict(dataset, metric_key_prefix="predict", **generation)
-    finally:
-        trainer.args.train_sampling_strategy = strategy
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, text in enumerate(file, start=1):
+                if text.strip():
+                    yield number, text
+    except UnicodeDecodeError as error:
+        raise UsageError(field, f"{path}, after line {number}: not UTF-8 ({error.reason})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(field, f"{path}, after line {number}: cannot be read ({error})") from error
 
 
+def parse_line(field: str, where: str, text: str) -> dict[str, Any]:
+    """The pair in a line: sentences by language."""
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise UsageError(field, f"{where}: not JSON ({error})") from error
+    is_object = isinstance(row, dict)
+    refuse_if(not is_object, field, f"{where}: got a JSON {type(row).__name__}, accepted: an object")
+    refuse_if(COLUMN not in row, field, f"{where}: no column '{COLUMN}', found: {', '.join(row) or 'none'}")
+    what = f"{where}: column '{COLUMN}': accepted: an object with one sentence a language"
+    refuse_if(not isinstance(row[COLUMN], dict), field, what)
+    return row[COLUMN]
+
+
+def gap_of(pair: dict[str, Any], source: str, target: str) -> str | None:
+    """What is missing of a pair, in words."""
+    has = {key: isinstance(pair.get(key), str) and bool(pair[key].strip()) for key in (source, target)}
+    if has[source] and has[target]:
+        return None
+    if not has[source] and not has[target]:
+        return f"neither '{source}' nor '{target}'"
+    return f"a source '{source}' without a target '{target}'" if has[source] else f"no source '{source}'"
+
+
+def check_languages(data: DataArguments, seen: set[str], where: str) -> None:
+    """Raise UsageError if a language is none of those that were seen."""
+    for field, key in zip(("source_lang", "target_lang"), data.keys, strict=True):
+        got = f"got {getattr(data, field)!r}, {where} has: {', '.join(sorted(seen))}"
+        refuse_if(seen and key not in seen, field, got)
+
+
+def from_dataset(loaded: Any, part: str, data: DataArguments) -> datasets.Dataset:
+    """Pairs without a source or a target (large collections have some) are left out and counted."""
+    name, (source, target), field = data.dataset_name, data.keys, "dataset_name"
+    refuse_if(part not in loaded, field, f"{name} has no part {part}, found: {', '.join(loaded)}")
+    rows, where = loaded[part], f"{name}, {part}"
+    found = ", ".join(rows.column_names)
+    refuse_if(COLUMN not in rows.column_names, field, f"{name}: no column '{COLUMN}', found: {found}")
+    refuse_if(not len(rows), field, f"{name}: part {part} is empty")
+    check_languages(data, set(rows[0][COLUMN]), where)
+
+    def split(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
+        whole = [pair for pair in batch[COLUMN] if gap_of(pair, source, target) is None]
+        return {"source": [pair[source] for pair in whole], "target": [pair[target] for pair in whole]}
+
+    pairs = rows.map(split, batched=True, remove_columns=rows.column_names, desc=f"Pairs of {where}")
+    if len(pairs) < len(rows):
+        logger.warning(f"{where}: {len(rows) - len(pairs)} of {len(rows)} pairs lack a sentence and are left out")
+    refuse_if(not len(pairs), field, f"{where}: no whole pair of {source} and {target}")
+    return pairs
+
+
+def tokenize(
+    pairs: datasets.Dataset, tokenizer: Any, data: DataArguments, max_target_length: int, name: str
+) -> datasets.Dataset:
+    """`input_ids`, `attention_mask`, `labels`; padded only with `pad_to_max_length`."""
+    prefix, padding = data.source_prefix or "", "max_length" if data.pad_to_max_length else False
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
+        sources = [prefix + text for text in batch["source"]]
+        encoded = tokenizer(sources, max_length=data.max_source_length, padding=padding, truncation=True)
+        target = tokenizer(text_target=batch["target"], max_length=max_target_length, padding=padding, truncation=True)
+        labels = target["input_ids"]
+        if padding and data.ignore_pad_token_for_loss:
+            rows = zip(labels, target["attention_mask"], strict=True)
+            labels = [[token if seen else -100 for token, seen in zip(*row, strict=True)] for row in rows]
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+
+    return pairs.map(
+        encode,
+        batched=True,
+        num_proc=data.preprocessing_num_workers,
+        remove_columns=pairs.column_names,
+        load_from_cache_file=not data.overwrite_cache,
+        desc=f"Tokenizing {name}",
+    )
+
+
+# ---- Model ----
+def load_tokenizer(args: ModelArguments) -> Any:
+    """The tokenizer. UsageError: it cannot be loaded, or has no padding token."""
+    field = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
+    name = args.tokenizer_name or args.model_name_or_path
+    with blame(field, f"got {name!r}, from which no tokenizer can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=args.use_fast_tokenizer, **scripts.hub_options(args))
+    refuse_if(tokenizer.pad_token_id is None, field, f"got {name!r}, accepted: a tokenizer with a padding token")
+    return tokenizer
+
+
+def load_model(args: ModelArguments, tokenizer: Any) -> Any:
+    """The model, with `config_overrides`; drawn anew without `model_name_or_path`. Embeddings grow to the tokenizer."""
+    model = scripts.make_model(AutoModelForSeq2SeqLM, args, scripts.load_config(args), "translation")
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def set_languages(model: Any, tokenizer: Any, data: DataArguments) -> None:
+    """Tell a multilingual tokenizer and the model's generation the languages.
+
+    Raises:
+        UsageError: a language or a first token that the tokenizer does not know; no start token for the decoder.
+    """
+    codes = language_codes(tokenizer)
+    forced: int | None = None
+    if codes:
+        for field in ("source_lang", "target_lang"):
+            language = getattr(data, field)
+            close = " or ".join(difflib.get_close_matches(language, codes, n=3, cutoff=0.3))
+            known = ", ".join(sorted(codes)) + (f" (did you mean {close}?)" if close else "")
+            refuse_if(language not in codes, field, f"got {language!r}, the tokenizer knows: {known}")
+        tokenizer.src_lang, tokenizer.tgt_lang = data.source_lang, data.target_lang
+        target = codes[str(data.target_lang)]
+        if tokenizer(text_target="a")["input_ids"][0] == target:
+            forced = target  # M2M100, mBART-50, NLLB: the decoder's first word is the language
+        if model.config.decoder_start_token_id is None:  # mBART starts with the language, the others with </s>
+            model.config.decoder_start_token_id = target if forced is None else tokenizer.eos_token_id
+    if data.forced_bos_token is not None:
+        token = data.forced_bos_token
+        forced = codes.get(token, tokenizer.convert_tokens_to_ids(token))
+        unknown = token not in codes and forced in (None, tokenizer.unk_token_id)
+        refuse_if(unknown, "forced_bos_token", f"got {token!r}, accepted: a token of the tokenizer")
+    if forced is not None:
+        model.generation_config.forced_bos_token_id = forced
+    start = model.config.decoder_start_token_id
+    what = "decoder_start_token_id: got none, accepted: the decoder's first token"
+    refuse_if(start is None, "config_overrides", what)
+    model.generation_config.decoder_start_token_id = start
+    if data.source_prefix is None and model.config.model_type in ("t5", "mt5", "umt5"):
+        logger.warning("T5 expects a prefix, e.g. --source_prefix 'translate English to German: '")
+
+
+def language_codes(tokenizer: Any) -> dict[str, int]:
+    """Language → token number of a multilingual tokenizer; empty for others."""
+    if not hasattr(tokenizer, "src_lang"):
+        return {}
+    known = getattr(tokenizer, "lang_code_to_id", None)
+    if known:
+        return dict(known)
+    special = {str(token): tokenizer.convert_tokens_to_ids(str(token)) for token in tokenizer.all_special_tokens}
+    return {token: number for token, number in special.items() if "_" in token and token.isascii()}
+
+
+def limit_lengths(model: Any, data: DataArguments) -> None:
+    """Cut `max_source_length` and `max_target_length` to the positions that the model has."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if model.config.model_type == "m2m_100" or not isinstance(most, int):
+        return  # sinusoids that grow, or relative positions
+    for name in ("max_source_length", "max_target_length", "val_max_target_length"):
+        value = getattr(data, name)
+        if value is not None and value > most:
+            tell = logger.info if value == type(data).__dataclass_fields__[name].default else logger.warning
+            tell(f"{name}: {value} is more than the model's {most} positions; using {most}")
+            setattr(data, name, most)
+
+
+# ---- Scores and card ----
+class TranslationScores:
+    """``compute_metrics``: BLEU and chrF of generated tokens against labels, by the package's sacrebleu module.
+
+    Attributes:
+        signatures: of the last call, by metric: ``bleu``, ``chrf``.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.signatures: dict[str, str] = {}
+        self._metric = load_metric("sacrebleu")
+
+    def __call__(self, prediction: Any) -> dict[str, float]:
+        """`prediction`: token numbers [B, T] of both, padded with −100 or the padding token."""
+        tokens, labels = prediction.predictions, prediction.label_ids
+        tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+        result = self._metric.compute(predictions=self.decode(tokens), references=self.decode(labels))
+        self.signatures = {"bleu": result["signature"], "chrf": result["chrf_signature"]}
+        lengths = (self._unpadded(tokens) != self.tokenizer.pad_token_id).sum(-1)
+        scores = {"bleu": result["score"], "chrf": result["chrf"], "gen_len": float(np.mean(lengths))}
+        return {name: round(value, 4) for name, value in scores.items()}
+
+    def decode(self, tokens: Any) -> list[str]:
+        """Texts, one line each, without special tokens."""
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(self._unpadded(tokens), **options)]
+
+    def _unpadded(self, tokens: Any) -> Any:
+        return np.where(np.asarray(tokens) < 0, self.tokenizer.pad_token_id, tokens)
+
+
+def make_card(trainer: LNGDSeq2SeqTrainer, model: ModelArguments, data: DataArguments) -> scripts.CardWriter:
+    """What writes the model's card: languages, data set, a code example."""
+    file = data.train_file or data.validation_file or data.test_file or ""
+    dataset = data.dataset_name or Path(file).resolve().parent.name or Path(file).name
+    multilingual = hasattr(trainer.processing_class, "src_lang")
+    usage = USAGE.format(
+        name=scripts.model_name(trainer),
+        languages=f', src_lang="{data.source_lang}", tgt_lang="{data.target_lang}"' if multilingual else "",
+        prefix=f"{json.dumps(data.source_prefix, ensure_ascii=False)} + " if data.source_prefix else "",
+        beams=data.num_beams or 1,
+        length=data.eval_target_length,
+    )
+    return scripts.CardWriter(
+        trainer,
+        model,
+        data,
+        {"bleu": ("bleu", "BLEU"), "chrf": ("chrf", "chrF")},
+        task="translation",
+        dataset_name=dataset,
+        dataset_type=dataset,
+        languages=data.keys,
+        attribution=scripts.read_attribution(data.data_attribution, data.train_file),
+        usage=usage,
+        libraries=("tokenizers", "sacrebleu"),
+    )
+
+
+# ---- The run ----
 def prepare(
     model_args: ModelArguments, data_args: DataArguments, args: Any
 ) -> tuple[LNGDSeq2SeqTrainer, dict[str, Any], TranslationScores]:
-    """The trainer, the tokenized parts of the data, and what scores translations."""
-    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
-    pairs = load_pairs(data_args, model_args, [part for part, needed in wanted.items() if needed])
+    """The trainer, the tokenized parts of the data, and what scores translations. Finds all that is wrong."""
+    pairs = load_pairs(data_args, model_args, scripts.wanted_parts(args))
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer)
@@ -82,11 +417,10 @@ def prepare(
     parts = {}
     for part, rows in pairs.items():
         length = data_args.max_target_length if part == "train" else data_args.eval_target_length
+        most = getattr(data_args, scripts.LIMITS[part])
         with args.main_process_first(desc=f"tokenizing {part}"):
-            chosen = first(rows, getattr(data_args, LIMITS[part]))
+            chosen = rows if most is None else rows.select(range(min(most, len(rows))))
             parts[part] = tokenize(chosen, tokenizer, data_args, length, part)
-    if args.device.type == "cpu":
-        args.dataloader_pin_memory = False  # which torch would warn about
     if args.generation_max_length is None:
         args.generation_max_length = data_args.eval_target_length
     if not model_args.model_name_or_path:  # a trained model knows how much it may say, a new one is told
@@ -98,7 +432,7 @@ def prepare(
         label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
         pad_to_multiple_of=8 if args.fp16 else None,
     )
-    trainer = make_trainer(
+    trainer = scripts.make_trainer(
         LNGDSeq2SeqTrainer,
         args,
         model=model,
@@ -111,15 +445,39 @@ def prepare(
     return trainer, parts, scores
 
 
-def finish(
-    trainer: LNGDSeq2SeqTrainer, scores: TranslationScores, card: TranslationCard, prefix: str, split: str, metrics: Any
-) -> None:
-    """Print and save the metrics of a part of the data, with the scores' signatures."""
-    signatures = scores.signatures if f"{prefix}_bleu" in metrics else {}
-    metrics.update({f"{prefix}_{name}_signature": signature for name, signature in signatures.items()})
-    trainer.log_metrics(prefix, metrics)
-    trainer.save_metrics(prefix, metrics)
-    card.add(split, metrics, prefix, signatures)
+def predict(trainer: LNGDSeq2SeqTrainer, dataset: Any, generation: dict[str, Any]) -> Any:
+    """Predictions in the order of the file: a Trainer that groups by length shuffles what it predicts, too."""
+    strategy = trainer.args.train_sampling_strategy
+    trainer.args.train_sampling_strategy = "sequential"
+    try:
+        return trainer.predict(dataset, metric_key_prefix="predict", **generation)
+    finally:
+        trainer.args.train_sampling_strategy = strategy
+
+
+def main() -> None:
+    """Everything that can be wrong is found by `prepare`; what follows trains.
+
+    Raises:
+        UsageError: names the argument.
+        RunError: all is done and saved, but the Hub does not take it.
+    """
+    model_args, data_args, args = parse(sys.argv[1:])
+    trainer, parts, scores = prepare(model_args, data_args, args)
+    card = make_card(trainer, model_args, data_args)
+    if args.do_train:
+        scripts.train(trainer)
+    generation = {"max_length": data_args.eval_target_length, "num_beams": data_args.num_beams}
+    if args.do_eval:
+        metrics = trainer.evaluate(metric_key_prefix="eval", **generation)
+        card.add("eval", "validation", metrics, scores.signatures)
+    if args.do_predict:
+        result = predict(trainer, parts["test"], generation)
+        card.add("predict", "test", result.metrics, scores.signatures)
+        if args.predict_with_generate and trainer.is_world_process_zero():
+            texts = "".join(f"{text}\n" for text in scores.decode(result.predictions))
+            (Path(args.output_dir) / "generated_predictions.txt").write_text(texts, encoding="utf-8")
+    card.finish()
 
 
 if __name__ == "__main__":

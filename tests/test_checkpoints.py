@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import modeling_utils, trainer_callback, trainer_utils
 
 from hf_lngd.integrations.checkpoints import check_checkpoint, last_checkpoint, problem_of
-from hf_lngd.integrations.script_args import find_checkpoint
+from hf_lngd.integrations.scripts import find_checkpoint
 from hf_lngd.integrations.usage import UsageError
 from tests import dist_trainers
 

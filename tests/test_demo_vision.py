@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 from transformers import AutoConfig, ResNetForImageClassification
 
-from hf_lngd.integrations.image_args import make_parser
+from hf_lngd import LNGDTrainingArguments
+from hf_lngd.integrations.usage import UsageParser
 from scripts import demo, demo_vision
+from scripts.run_image_classification import DataArguments, ModelArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,9 +32,10 @@ def test_the_runs_differ_in_optimizer_and_rate_alone() -> None:
 
 
 def test_digits_are_not_mirrored_and_the_arguments_are_the_scripts() -> None:
+    parser = UsageParser([ModelArguments, DataArguments, LNGDTrainingArguments])
     for given in commands():
         assert given[given.index("--augment") + 1] == "crop"
-        assert {part[2:] for part in given if part.startswith("--")} <= make_parser().names()
+        assert {part[2:] for part in given if part.startswith("--")} <= parser.names()
 
 
 def test_both_are_tuned_alike() -> None:

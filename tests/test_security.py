@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 
 from hf_lngd import LNGD, load_checkpoint, save_checkpoint
-from hf_lngd.integrations import image_args, translation_args
+from scripts import run_image_classification, run_translation
 
 ROOT = Path(__file__).parent.parent
 FILES = [path for folder in ("hf_lngd", "scripts", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -48,7 +48,7 @@ def test_nothing_is_run_that_was_read(path: Path) -> None:
 
 
 def test_remote_code_is_off_unless_asked_for() -> None:
-    for kind in (image_args.ModelArguments, translation_args.ModelArguments):
+    for kind in (run_image_classification.ModelArguments, run_translation.ModelArguments):
         assert kind.__dataclass_fields__["trust_remote_code"].default is False
 
 

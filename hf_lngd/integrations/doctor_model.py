@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .doctor_batch import batch_of
-from .script_model import LOAD_ERRORS
+from .scripts import LOAD_ERRORS
 from .usage import UsageError
 
 FACTORIES: dict[str, Any] = {

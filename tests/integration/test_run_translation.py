@@ -1,22 +1,24 @@
-"""`scripts/run_translation.py` on tiny models of each family: what it writes, and how it refuses."""
+"""`scripts/run_translation.py` on tiny models: what it writes, what it raises, languages, the order of predictions."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import math
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, M2M100Tokenizer, MBart50Tokenizer, NllbTokenizer
 
+from hf_lngd.integrations.usage import UsageError
 from scripts import run_translation
+from scripts.run_translation import set_languages
 from tests.hf_helpers import (
     HF_FAMILIES,
     hf_mbart_tokenizer,
@@ -26,11 +28,15 @@ from tests.hf_helpers import (
     hf_write_pairs,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = Path(__file__).resolve().parents[2] / "examples" / "data" / "tatoeba-en-de"
+
+
+Files = dict[str, str]
+Run = Callable[[list[str]], None]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """Files of pairs, one of them gzipped."""
     folder = tmp_path_factory.mktemp("data")
     files = {"train": "train.json.gz", "validation": "validation.jsonl", "test": "test.json"}
@@ -41,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A saved model with its tokenizer for each family."""
     folders = {}
     for family in HF_FAMILIES:
@@ -75,10 +81,28 @@ def arguments(options: dict[str, Any], *flags: str) -> list[str]:
     return [*flags, *(part for k, v in given.items() if v is not None for part in (f"--{k}", str(v)))]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
-    """The script's main function in this process."""
-    monkeypatch.setattr(sys, "argv", ["scripts/run_translation.py", *argv])
-    run_translation.exit_on_usage_error(run_translation.main)
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The script in this process."""
+
+    def start(argv: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", ["scripts/run_translation.py", *argv])
+        run_translation.exit_on_usage_error(run_translation.main)
+
+    return start
+
+
+@pytest.fixture
+def refused(run: Run, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
+    """The last line of a run that ends with status 2."""
+
+    def start(argv: list[str]) -> str:
+        with pytest.raises(SystemExit) as caught:
+            run(argv)
+        assert caught.value.code == 2
+        return capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+
+    return start
 
 
 ALL = ["--do_train", "--do_eval", "--do_predict", *FLAGS]
@@ -98,11 +122,9 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", list(HF_FAMILIES))
-def test_each_family_from_end_to_end(
-    family: str, model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {"model_name_or_path": model_folders[family], "output_dir": tmp_path, **data, **OF_FAMILY[family]}
-    run(monkeypatch, arguments({**options, "optim_args": "factor_interval=2,preset=fast"}, *ALL))
+def test_each_family_from_end_to_end(family: str, models: Files, data: Files, tmp_path: Path, run: Run) -> None:
+    options = {"model_name_or_path": models[family], "output_dir": tmp_path, **data, **OF_FAMILY[family]}
+    run(arguments({**options, "optim_args": "factor_interval=2,preset=fast"}, *ALL))
     result = numbers(tmp_path)
     wanted = ("train_loss", "train_runtime", "eval_loss", "eval_bleu", "eval_chrf", "predict_bleu", "predict_chrf")
     assert all(math.isfinite(result[key]) for key in wanted)
@@ -123,13 +145,11 @@ def test_each_family_from_end_to_end(
         assert model.config.decoder_start_token_id == tokenizer.convert_tokens_to_ids("de_DE")
 
 
-def test_the_card(
-    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_card(models: Files, data: Files, tmp_path: Path, run: Run) -> None:
     folder = tmp_path / "my-model"
-    options = {"model_name_or_path": model_folders["marian"], "output_dir": folder, **data, "hub_token": "hf_secret"}
+    options = {"model_name_or_path": models["marian"], "output_dir": folder, **data, "hub_token": "hf_secret"}
     argv = arguments({**options, "optim_args": "damping_rho=0.7", "data_license": "cc-by-2.0"}, *ALL)
-    run(monkeypatch, argv)
+    run(argv)
     card = ModelCard.load(folder / "README.md")
     result = numbers(folder)
     found = {(r.dataset_split, r.metric_type): r for r in card.data.eval_results}
@@ -145,16 +165,14 @@ def test_the_card(
     assert "hf_secret" not in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def from_scratch(model_folders: dict[str, str], data: dict[str, str], folder: Path, **more: Any) -> list[str]:
-    options = {"config_name": model_folders["marian"], "tokenizer_name": model_folders["marian"], "output_dir": folder}
+def from_scratch(models: Files, data: Files, folder: Path, **more: Any) -> list[str]:
+    options = {"config_name": models["marian"], "tokenizer_name": models["marian"], "output_dir": folder}
     return arguments({**options, **data, **more}, *ALL)
 
 
-def test_from_scratch_with_changes(
-    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_scratch_with_changes(models: Files, data: Files, tmp_path: Path, run: Run) -> None:
     overrides = "dropout=0.25,encoder_layers=2,activation_function=gelu"
-    run(monkeypatch, from_scratch(model_folders, data, tmp_path, config_overrides=overrides, max_train_samples=9))
+    run(from_scratch(models, data, tmp_path, config_overrides=overrides, max_train_samples=9))
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     config = model.config
     assert (config.dropout, config.encoder_layers, config.activation_function) == (0.25, 2, "gelu")
@@ -163,26 +181,24 @@ def test_from_scratch_with_changes(
 
 
 def test_a_seed_gives_one_model_and_another_optimizer_works(
-    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Files, data: Files, tmp_path: Path, run: Run
 ) -> None:
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         folder = tmp_path / name
         (folder).mkdir()
         (folder / "routing.json").write_text("{}", encoding="utf-8")
-        run(monkeypatch, from_scratch(model_folders, data, folder, seed=seed, optim="adamw_torch"))
+        run(from_scratch(models, data, folder, seed=seed, optim="adamw_torch"))
         assert not (folder / "routing.json").exists()
         weights.append(AutoModelForSeq2SeqLM.from_pretrained(folder).model.encoder.layers[0].fc1.weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_resume_goes_on_to_the_same_end(
-    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_goes_on_to_the_same_end(models: Files, data: Files, tmp_path: Path, run: Run) -> None:
     def weights(folder: str, **more: Any) -> dict[str, torch.Tensor]:
-        options = {"model_name_or_path": model_folders["marian"], "output_dir": tmp_path / folder, **data}
+        options = {"model_name_or_path": models["marian"], "output_dir": tmp_path / folder, **data}
         options |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "optim_args": "factor_interval=3"}
-        run(monkeypatch, arguments({**options, **more}, "--do_train", *FLAGS))
+        run(arguments({**options, **more}, "--do_train", *FLAGS))
         return AutoModelForSeq2SeqLM.from_pretrained(tmp_path / folder).state_dict()
 
     whole = weights("whole", resume_from_checkpoint="last")  # there is none yet
@@ -193,19 +209,19 @@ def test_resume_goes_on_to_the_same_end(
 
 
 def test_arguments_from_a_json_file_and_a_data_set_in_a_folder(
-    model_folders: dict[str, str], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Files, data: Files, tmp_path: Path, run: Run
 ) -> None:
     folder = tmp_path / "pairs"
     folder.mkdir()
     for part in ("train", "validation", "test"):
         pairs = hf_pairs(6) + ([{"en": "the dog", "de": " "}] if part == "train" else [])
         hf_write_pairs(folder / f"{part}.json", pairs)
-    options = {**BASE, "model_name_or_path": model_folders["marian"], "output_dir": str(tmp_path / "out")}
+    options = {**BASE, "model_name_or_path": models["marian"], "output_dir": str(tmp_path / "out")}
     options |= {"dataset_name": str(folder), "cache_dir": str(tmp_path / "cache"), "use_cpu": True}
     options |= {"do_train": True, "do_eval": True, "predict_with_generate": True}
     file = tmp_path / "run.json"
     file.write_text(json.dumps(options), encoding="utf-8")
-    run(monkeypatch, [str(file)])
+    run([str(file)])
     result = numbers(tmp_path / "out")
     assert result["train_samples"] == 6 and "eval_bleu" in result
 
@@ -261,25 +277,14 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
 
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_what_is_wrong_ends_it_before_training(
-    case: str,
-    model_folders: dict[str, str],
-    data: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    case: str, models: Files, data: Files, tmp_path: Path, refused: Callable[[list[str]], str]
 ) -> None:
     changes, lines, words = REFUSED[case]
-    options = {"model_name_or_path": model_folders["marian"], "output_dir": tmp_path / "out", **data}
+    options = {"model_name_or_path": models["marian"], "output_dir": tmp_path / "out", **data}
     if lines is not None:
         options["train_file"] = hf_write_pairs(tmp_path / "train.json", lines)
-        words_field = "train_file: "
-    else:
-        words_field = ""
-    with pytest.raises(SystemExit) as caught:
-        run(monkeypatch, arguments({**options, **changes}, "--do_train", *FLAGS))
-    assert caught.value.code == 2
-    last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
-    assert last.startswith(f"error: {words_field}") and words in last, last
+    last = refused(arguments({**options, **changes}, "--do_train", *FLAGS))
+    assert last.startswith("error: " if lines is None else "error: train_file: ") and words in last, last
     assert not (tmp_path / "out" / "train_results.json").exists()
 
 
@@ -293,39 +298,119 @@ def test_what_is_wrong_ends_it_before_training(
     # gzip writes the time of day into its bytes: as a name they would differ from one test process to the next
     ids=["cut short", "no gzip", "no UTF-8"],
 )
-def test_damaged_files(
-    content: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_files(content: bytes, words: str, tmp_path: Path, refused: Callable[[list[str]], str]) -> None:
     file = tmp_path / "train.json.gz"
     file.write_bytes(content)
     options = {"model_name_or_path": "unread", "output_dir": tmp_path / "out", "train_file": file}
-    with pytest.raises(SystemExit):
-        run(monkeypatch, arguments(options, "--do_train", *FLAGS))
-    last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    last = refused(arguments(options, "--do_train", *FLAGS))
     assert last.startswith("error: train_file: ") and words in last
 
 
 def test_a_multilingual_tokenizer_knows_its_languages(
-    model_folders: dict[str, str],
-    data: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    models: Files, data: Files, tmp_path: Path, refused: Callable[[list[str]], str]
 ) -> None:
-    options = {"model_name_or_path": model_folders["mbart"], "output_dir": tmp_path / "out", **data}
-    with pytest.raises(SystemExit):
-        run(monkeypatch, arguments({**options, "source_lang": "en_XX", "target_lang": "de"}, "--do_train", *FLAGS))
-    last = capsys.readouterr().err.rstrip("\n").split("\n")[-1]
+    options = {"model_name_or_path": models["mbart"], "output_dir": tmp_path / "out", **data}
+    last = refused(arguments({**options, "source_lang": "en_XX", "target_lang": "de"}, "--do_train", *FLAGS))
     assert last.startswith("error: target_lang: got 'de', the tokenizer knows: ar_AR") and "de_DE" in last
 
 
-def test_the_script_as_a_command(data: dict[str, str], tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "scripts/run_translation.py"]
-    asked = subprocess.run([*command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert asked.returncode == 0 and "--optim_args" in asked.stdout and "--source_prefix" in asked.stdout
-    argv = arguments({"output_dir": tmp_path, "model_name_or_path": "x", **data, "max_target_length": -3}, "--do_train")
-    done = subprocess.run([*command, *argv], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    expected = "error: max_target_length: got -3, accepted: an integer, at least 1"
-    assert done.stderr.rstrip("\n").split("\n")[-1] == expected
+def test_help_lists_every_argument(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["run_translation.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        run_translation.main()
+    said = capsys.readouterr().out
+    assert caught.value.code == 0 and "--optim_args" in said and "--source_prefix" in said
+
+
+def m2m100_tokenizer(folder: Path) -> Any:
+    """M2M100's own class needs a sentencepiece model."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text, prefix = folder / "text.txt", folder / "pieces"
+    text.write_text("\n".join(line for pair in hf_pairs(200) for line in pair.values()), encoding="utf-8")
+    ids = {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3, "vocab_size": 60, "hard_vocab_limit": False}
+    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(prefix), minloglevel=2, **ids)
+    pieces = sentencepiece.SentencePieceProcessor(f"{prefix}.model")
+    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    return M2M100Tokenizer(str(folder / "vocab.json"), f"{prefix}.model")
+
+
+# tokenizer, family, languages, the target language's token, whether the target begins with it
+KINDS: dict[str, tuple[Any, str, str, str, str, bool]] = {
+    "mbart": (lambda folder: hf_mbart_tokenizer(), "mbart", "en_XX", "de_DE", "de_DE", False),
+    "mbart50": (lambda folder: MBart50Tokenizer(), "mbart", "en_XX", "de_DE", "de_DE", True),
+    "nllb": (lambda folder: NllbTokenizer(), "m2m100", "eng_Latn", "deu_Latn", "deu_Latn", True),
+    "m2m100": (m2m100_tokenizer, "m2m100", "en", "de", "__de__", True),
+}
+
+
+def languages(source: str, target: str, **more: Any) -> Any:
+    return SimpleNamespace(**{"source_lang": source, "target_lang": target, "forced_bos_token": None, **more})
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_both_sides_get_their_language(kind: str, tmp_path: Path) -> None:
+    make, family, source, target, token, in_front = KINDS[kind]
+    tokenizer = make(tmp_path)
+    model = hf_seq2seq_model(family, tokenizer, decoder_start_token_id=None)
+    set_languages(model, tokenizer, languages(source, target, source_prefix=""))
+    number = tokenizer.convert_tokens_to_ids(token)
+    labels = tokenizer(text_target="Hund")["input_ids"]
+    assert number != tokenizer.unk_token_id and number in labels
+    assert number not in tokenizer("the dog")["input_ids"]
+    start = model.config.decoder_start_token_id
+    assert model.generation_config.decoder_start_token_id == start
+    if in_front:
+        assert (start, model.generation_config.forced_bos_token_id) == (tokenizer.eos_token_id, number)
+    else:
+        assert (start, model.generation_config.forced_bos_token_id) == (number, None)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_an_unknown_language_is_refused(kind: str, tmp_path: Path) -> None:
+    make, family, source, target, _, _ = KINDS[kind]
+    tokenizer = make(tmp_path)
+    model = hf_seq2seq_model(family, tokenizer)
+    with pytest.raises(UsageError, match="^source_lang: got 'xx', the tokenizer knows: .*"):
+        set_languages(model, tokenizer, languages("xx", target))
+    with pytest.raises(UsageError, match="^target_lang: got 'xx', the tokenizer knows: .*"):
+        set_languages(model, tokenizer, languages(source, "xx"))
+
+
+def test_a_first_token_of_choice() -> None:
+    tokenizer = hf_tokenizer(("__de__",))
+    model = hf_seq2seq_model("m2m100", tokenizer)
+    set_languages(model, tokenizer, languages("en", "de", forced_bos_token="__de__", source_prefix=None))
+    assert model.generation_config.forced_bos_token_id == tokenizer.convert_tokens_to_ids("__de__")
+
+
+def test_a_decoder_without_a_start_is_refused() -> None:
+    tokenizer = hf_tokenizer()
+    model = hf_seq2seq_model("mbart", tokenizer)
+    with pytest.raises(UsageError, match="decoder_start_token_id: got none"):
+        set_languages(model, tokenizer, languages("en", "de", source_prefix=None))
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_predictions_keep_the_order_of_the_file(strategy: str, tmp_path: Path) -> None:
+    options = {
+        "config_name": SAMPLE / "model",
+        "config_overrides": "d_model=16,encoder_layers=1,decoder_layers=1,encoder_ffn_dim=16,decoder_ffn_dim=16",
+        "tokenizer_name": SAMPLE / "tokenizer",
+        "source_lang": "en",
+        "target_lang": "de",
+        "test_file": SAMPLE / "test.json.gz",
+        "max_predict_samples": 60,
+        "per_device_eval_batch_size": 8,
+        "train_sampling_strategy": strategy,
+        "report_to": "none",
+        "output_dir": tmp_path,
+    }
+    arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
+    parsed = run_translation.parse([*arguments, "--do_predict", "--predict_with_generate", "--use_cpu"])
+    trainer, parts, _ = run_translation.prepare(*parsed)
+    result = run_translation.predict(trainer, parts["test"], {"max_length": 4, "num_beams": 1})
+    labels = [[token for token in row.tolist() if token >= 0] for row in result.label_ids]
+    pad = trainer.processing_class.pad_token_id
+    assert [[t for t in row if t != pad] for row in labels] == [list(row) for row in parts["test"]["labels"]]
+    assert trainer.args.train_sampling_strategy == strategy

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from hf_lngd.integrations.translation_args import parse
+from hf_lngd.integrations.usage import UsageError
+from scripts.run_translation import parse
 from tests.hf_helpers import hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_write_pairs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "scripts" / "finetune_wmt.sh")
 
 
@@ -112,8 +113,6 @@ def test_help_names_every_option(tmp_path: Path) -> None:
         (["--validation", "nowhere.json"], "train: got none"),
         (["--train", "nowhere.json"], "validation: got none"),
         (["--train", "a", "--validation", "b", "--dataset", "c"], "dataset: got 'c' and files"),
-        (["--optim", "lngdd"], "optim: got 'lngdd' (did you mean lngd?)"),
-        (["--lr", "fast"], "learning_rate: invalid float value: 'fast'"),
         (["--", "--num_beems", "3"], "num_beems: unknown argument; did you mean --num_beams"),
     ],
 )
@@ -121,6 +120,18 @@ def test_what_is_wrong_is_the_last_line(arguments: list[str], words: str, tmp_pa
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.rstrip("\n").split("\n")[-1].startswith(f"error: {words}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optim", "lngdd"], "optim: got 'lngdd' .did you mean lngd"),
+        (["--lr", "fast"], "learning_rate: invalid float value: 'fast'"),
+    ],
+)
+def test_what_is_wrong_for_the_script_is_its_own_error(arguments: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"^{words}"):
+        planned(*arguments, cwd=tmp_path)
 
 
 def test_a_python_that_is_not_there(tmp_path: Path) -> None:
