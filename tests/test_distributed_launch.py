@@ -24,7 +24,7 @@ from scripts import run_translation
 from tests.dist_trainers import FSDP2, fsdp2_environment
 from tests.hf_helpers import hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_write_pairs
 from tests.image_helpers import write_folder
-from tests.test_command import STOCK_SCRIPT
+from tests.integration.test_command import STOCK_SCRIPT
 
 ROOT = Path(__file__).resolve().parent.parent
 DDP = "examples/accelerate/ddp.yaml"

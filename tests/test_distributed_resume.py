@@ -14,7 +14,7 @@ import torch
 from tests import dist_trainers
 from tests.dist_cases import distance
 from tests.dist_pool import Pools, open_pools
-from tests.test_resume import assert_identical
+from tests.integration.test_resume import assert_identical
 
 ARGS = "conv_rows=1,matrix_dtype=full,factor_interval=4,inverse_interval=4"
 # Rows of a micro-batch and accumulation that make steps of 16 rows; an epoch has three, the last of 8 rows.

@@ -19,7 +19,7 @@ from tests import dist_trainers
 from tests.dist_cases import distance
 from tests.dist_pool import Pools, open_pools
 from tests.hf_helpers import hf_images, hf_vit
-from tests.test_resume import flat
+from tests.integration.test_resume import flat
 
 
 @pytest.fixture(scope="module")

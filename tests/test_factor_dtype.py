@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_lngd import LNGD, LNGDConfig
 from hf_lngd.curvature import factor_bank
-from hf_lngd.estimate import estimate
+from hf_lngd.integrations.estimate import estimate
 from tests.test_state_dict import flat, reload
 
 BF16 = torch.bfloat16

@@ -87,6 +87,7 @@ def test_wheel_has_licence_types_and_metrics(installed: Path) -> None:
     (info,) = installed.glob("hf_lngd-*.dist-info")
     assert "Apache License" in next(info.rglob("LICENSE")).read_text(encoding="utf-8")
     assert (installed / "hf_lngd" / "py.typed").is_file()
+    assert (installed / "hf_lngd" / "integrations" / "model_card.md.jinja").is_file()
     shipped = {path.relative_to(installed) for path in (installed / "hf_lngd").rglob("*.py")}
     assert shipped == {path.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
     assert not (installed / "tests").exists() and not (installed / "scripts").exists()

@@ -30,7 +30,7 @@ from hf_lngd import (
     LNGDTrainer,
     LNGDTrainingArguments,
 )
-from hf_lngd.integrations.diagnostics import lngd_of
+from hf_lngd.integrations.trainer import lngd_of
 from tests.hf_helpers import hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
 
 ATTENTION = {"marian": ["q_proj", "k_proj", "v_proj"], "t5": ["q", "k", "v"], "vit": ["q_proj", "k_proj", "v_proj"]}

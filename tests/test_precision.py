@@ -24,7 +24,7 @@ from precision_cases import (
 )
 
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments
-from hf_lngd.integrations.diagnostics import lngd_of
+from hf_lngd.integrations.trainer import lngd_of
 
 # Of Φ and Ψ; of KFAC's factors, and of the rates of Eq. 12-13: gradients carry what the layers above have rounded.
 BOUNDS = {FULL: 1e-5, BF16_AUTOCAST: 1e-2, FP16_AUTOCAST: 4e-3, BF16_WEIGHTS: 1.5e-2}

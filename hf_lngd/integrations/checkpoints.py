@@ -14,13 +14,13 @@ import json
 import logging
 import os
 import pickle
-import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -33,10 +33,7 @@ from ..sharding import is_fully_sharded, plain_class
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
-# Accelerate's folder of weights under FSDP: this, and a number.
-SHARDED = "pytorch_model_fsdp_"
-_ZIPPED = (".pt", ".pth")  # as torch.save writes them
-
+SHARDED = "pytorch_model_fsdp_"  # accelerate's folder of weights under FSDP: this, and a number
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -61,8 +58,7 @@ def load_weights(model: Any, folder: str) -> None:
     """Copy the weights of a checkpoint into a model, bit for bit. Of one that FSDP2 has sharded, on every rank.
 
     Raises:
-        RuntimeError: a parameter that one of the two has and the other has not, or of another shape. Nothing is
-            changed then.
+        RuntimeError: a parameter that only one of the two has, or of another shape. Nothing is changed then.
     """
     if not is_fully_sharded(model):
         model.load_state_dict(_read_weights(model, folder), strict=True)
@@ -83,14 +79,12 @@ def load_weights(model: Any, folder: str) -> None:
 
 
 def _read_weights(model: Any, folder: str) -> dict[str, Tensor]:
-    config, kind = copy.deepcopy(model.config), plain_class(model)
+    options = {"config": copy.deepcopy(model.config), "dtype": model.dtype, "output_loading_info": True}
     with torch.random.fork_rng():  # weights are drawn before they are loaded; training's random state stays as it is
-        loaded, report = kind.from_pretrained(folder, config=config, dtype=model.dtype, output_loading_info=True)
-    missing, foreign = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if missing:
-        raise RuntimeError(f"checkpoint {folder}: no weights for {', '.join(missing[:5])}")
-    if foreign:
-        raise RuntimeError(f"checkpoint {folder}: weights of another model: {', '.join(foreign[:5])}")
+        loaded, report = plain_class(model).from_pretrained(folder, **options)
+    for kind, what in (("missing_keys", "no weights for"), ("unexpected_keys", "weights of another model:")):
+        if report[kind]:
+            raise RuntimeError(f"checkpoint {folder}: {what} {', '.join(sorted(report[kind])[:5])}")
     return loaded.state_dict()
 
 
@@ -104,35 +98,50 @@ def problem_of(folder: str | Path) -> str | None:
         return "is no folder"
     if not (folder / STATE).is_file():
         return f"has no {STATE}, which is written last: it was not finished, or is no checkpoint of a Trainer"
-    for path in sorted(folder.iterdir()):
-        broken = (
-            (path.suffix == ".json" and not _is_json(path))
-            or (path.suffix in _ZIPPED and not zipfile.is_zipfile(path))
-            or (path.suffix == ".safetensors" and not _is_safetensors(path))
-        )
-        if broken:
-            return f"has a damaged {path.name}: it was cut off, or is of another kind"
-    for index in folder.glob("*.index.json"):
-        parts = sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()))
-        missing = [part for part in parts if not (folder / part).is_file()]
-        if missing:
-            return f"has no {missing[0]}, which {index.name} names"
-    for part in sorted(path for path in folder.iterdir() if _is_sharded(path)):
-        from ..sharded_files import ShardedFiles  # takes a second
-
-        try:
-            ShardedFiles(part)
-        except ValueError as error:
-            return f"has a damaged {part.name}: {str(error).removeprefix(f'checkpoint {part}: ')}"
-    names = {path.name for path in folder.iterdir()}
-    if not _has_weights(folder):
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        problem = _problem_in(path)
+        if problem is not None:
+            return problem
+    others = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
+    weights = (  # whole, sharded (FSDP, DeepSpeed), or those of adapters, one folder each
+        path.name.startswith((SHARDED.rstrip("_"), "global_step"))
+        or (path.suffix in (".safetensors", ".bin", ".pt", ".pth") and not path.name.startswith(others))
+        for path in (*paths, *folder.glob("*/*"))
+    )
+    if not any(weights):
         return "has no weights"
+    names = {path.name for path in paths}
     if "optimizer.pt" in names and "scheduler.pt" not in names:
         return "has no scheduler.pt"
     # FSDP and DeepSpeed keep the optimizer in files and folders of their own
-    elsewhere = any(name.startswith(("optimizer", "global_step")) for name in names)
-    if "scheduler.pt" in names and not elsewhere:
-        return "has no optimizer.pt"
+    kept = any(name.startswith(("optimizer", "global_step")) for name in names)
+    return "has no optimizer.pt" if "scheduler.pt" in names and not kept else None
+
+
+def _problem_in(path: Path) -> str | None:
+    """What is wrong with one file or folder of a checkpoint."""
+    try:
+        if path.suffix == ".json":
+            parts = json.loads(path.read_text(encoding="utf-8"))
+            parts = parts.get("weight_map", {}).values() if path.name.endswith(".index.json") else ()
+            missing = sorted(part for part in set(parts) if not (path.parent / part).is_file())
+            return f"has no {missing[0]}, which {path.name} names" if missing else None
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):  # whose header is whole, and the file as long as it says
+                return None
+        if path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):  # as torch.save writes them
+            raise ValueError
+    except (ValueError, OSError, SafetensorError):
+        return f"has a damaged {path.name}: it was cut off, or is of another kind"
+    # what `torch.distributed.checkpoint` wrote, or began to (accelerate's under FSDP)
+    if path.is_dir() and (path.name.startswith(SHARDED) or any(path.glob("*.distcp")) or (path / METADATA).exists()):
+        from ..sharded_files import ShardedFiles  # takes a second
+
+        try:
+            ShardedFiles(path)
+        except ValueError as error:
+            return f"has a damaged {path.name}: {str(error).removeprefix(f'checkpoint {path}: ')}"
     return None
 
 
@@ -151,8 +160,7 @@ def check_optimizer(folder: str | Path, config: LNGDConfig | None, parameters: M
         parameters: shapes of those that LNGD trains here, by name.
 
     Raises:
-        ValueError: it is another optimizer's than the one used here, another version's, of other settings or of another
-            model.
+        ValueError: it is of another optimizer, version or model, or of other settings.
     """
     path = Path(folder) / "optimizer.pt"
     if not path.is_file():
@@ -190,50 +198,7 @@ def last_finished(output_dir: str | Path) -> Path | None:
 
 def _numbered(output_dir: str | Path) -> list[Path]:
     """Folders that are named as checkpoints, the last one first."""
-    output_dir = Path(output_dir)
-    numbered = []
-    for path in output_dir.iterdir() if output_dir.is_dir() else ():
-        prefix, _, number = path.name.rpartition("-")
-        if prefix == PREFIX_CHECKPOINT_DIR and number.isdigit() and path.is_dir():
-            numbered.append((int(number), path))
-    return [path for _, path in sorted(numbered, reverse=True)]
-
-
-def _is_sharded(path: Path) -> bool:
-    """A folder that `torch.distributed.checkpoint` wrote, or began to (accelerate's under FSDP)."""
-    return path.is_dir() and (path.name.startswith(SHARDED) or any(path.glob("*.distcp")) or (path / METADATA).exists())
-
-
-def _has_weights(folder: Path) -> bool:
-    """Files or folders in it that may be weights: whole, sharded (FSDP, DeepSpeed), or those of adapters, one folder
-    each."""
-    paths = [*folder.iterdir(), *(path for inner in folder.iterdir() if inner.is_dir() for path in inner.iterdir())]
-    others = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
-    return any(
-        path.name.startswith((SHARDED.rstrip("_"), "global_step"))
-        or (path.suffix in (".safetensors", ".bin", *_ZIPPED) and not path.name.startswith(others))
-        for path in paths
-    )
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
-
-
-def _is_safetensors(path: Path) -> bool:
-    """The header is whole, and the file as long as it says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header = file.read(length) if length <= size else b""
-    try:
-        entries = json.loads(header)
-    except ValueError:
-        return False
-    ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-    return size == 8 + length + max(ends, default=0)
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    found = {path: path.name.removeprefix(prefix) for path in Path(output_dir).glob(f"{prefix}*") if path.is_dir()}
+    numbered = {path: int(number) for path, number in found.items() if number.isdigit()}
+    return sorted(numbered, key=numbered.__getitem__, reverse=True)

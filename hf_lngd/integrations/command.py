@@ -28,58 +28,53 @@ def main(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """See `USAGE`.
-
-    Raises:
-        UsageError: names what was given and what is accepted.
-    """
-    if argv and argv[0] in ("-h", "--help"):
-        print(USAGE)
-    elif not argv:
+    """See `USAGE`; raises UsageError, which names what was given and what is accepted."""
+    if not argv:
         raise UsageError("script", f"got none, {ACCEPTED}")
+    if argv[0] in ("-h", "--help"):
+        print(USAGE)
     elif argv[0] == "doctor":
         doctor(argv[1:])
     elif argv[0] == "-m":
-        run_module(argv[1:])
+        _run_module(argv[1:])
     elif argv[0].startswith("-"):
         raise UsageError("script", f"got the option {argv[0]!r}, {ACCEPTED}; options of the script come after it")
     else:
-        run_script(argv)
+        _run_script(argv)
 
 
-def run_script(argv: list[str]) -> None:
-    """As ``python argv[0] argv[1] ...``, with LNGD registered."""
+def _run_script(argv: list[str]) -> None:
+    """As ``python argv[0] argv[1] ...``."""
     path = Path(argv[0])
     if not path.exists():
         raise UsageError("script", f"got {argv[0]!r}, which is not there, {ACCEPTED}")
     if path.is_dir() and not (path / "__main__.py").is_file():
         raise UsageError("script", f"got {argv[0]!r}, a folder without a __main__.py, {ACCEPTED}")
-    _register()
-    sys.argv = list(argv)
+    _register(argv)
     if path.is_file() and not sys.flags.safe_path:  # a script imports from its own folder
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def run_module(argv: list[str]) -> None:
-    """As ``python -m argv[0] argv[1] ...``, with LNGD registered."""
-    if not argv or not _is_module(argv[0]):
-        raise UsageError("-m", f"got {argv[0]!r}, which is no module here" if argv else f"got no module, {ACCEPTED}")
-    _register()
-    sys.argv = list(argv)
+def _run_module(argv: list[str]) -> None:
+    """As ``python -m argv[0] argv[1] ...``."""
+    if not argv:
+        raise UsageError("-m", f"got no module, {ACCEPTED}")
+    try:
+        found = importlib.util.find_spec(argv[0])
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        raise UsageError("-m", f"got {argv[0]!r}, which is no module here")
+    _register(argv)
     runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
 
 
-def _is_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _register() -> None:
+def _register(argv: list[str]) -> None:
+    """Make `lngd` known to the script, and its arguments the process's."""
     try:
         register()
     except RuntimeError as error:
         raise UsageError("transformers", error) from error
     launching.ENTRY[:] = ["-m", "hf_lngd"]
+    sys.argv = list(argv)

@@ -9,19 +9,33 @@ neither loaded nor downloaded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from ..config import LNGDConfig
-from ..estimate import Estimate, estimate
-from .doctor_model import FACTORIES, Subject, load, look, task_of
-from .stock import version_problem
+from .estimate import estimate
 from .training_args import take_lr
-from .usage import UsageError, UsageParser
+from .usage import LOAD_ERRORS, UsageError, UsageParser
 
-MIB = 1 << 20
+FACTORIES: dict[str, Any] = {
+    "translation": AutoModelForSeq2SeqLM,
+    "image": AutoModelForImageClassification,
+    "text": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+}
+MOST_ON_CPU = 50_000_000  # parameters: a larger model is not built on the CPU
+_CHANNELS, _IMAGE = 3, 224  # of configurations that tell of neither
 
 
 @dataclass
@@ -34,19 +48,28 @@ class DoctorArguments:
     length: int = field(default=128, metadata={"help": "tokens of each row, of texts"})
 
 
-def doctor(argv: list[str]) -> None:
-    """Print the report.
+@dataclass(frozen=True)
+class Subject:
+    """A model in training mode with a batch of its task, whose numbers mean nothing."""
 
-    Raises:
-        UsageError: names the argument.
-    """
-    if not argv or argv[0] in ("-h", "--help"):
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    batch: str  # its size in words
+    notes: tuple[str, ...] = ()  # in what the model is another one than the configuration's
+
+    def loss(self) -> Tensor:
+        """Of one forward pass."""
+        return self.model(**self.inputs).loss
+
+
+def doctor(argv: list[str]) -> None:
+    """Print the report; raises UsageError, which names the argument."""
+    if argv and argv[0] in ("-h", "--help"):
         print((__doc__ or "").strip())
-        if not argv:
-            raise UsageError("model", "got none, accepted: a folder, a config.json, a Hub name")
         return
-    if argv[0].startswith("-"):
-        raise UsageError("model", f"got {argv[0]!r}, accepted: a folder, a config.json, a Hub name, before any option")
+    if not argv or argv[0].startswith("-"):
+        given = repr(argv[0]) if argv else "none"
+        raise UsageError("model", f"got {given}, accepted: a folder, a config.json, a Hub name, before any option")
     (args,) = UsageParser(DoctorArguments, prog="python -m hf_lngd doctor").parse(argv[1:])
     for name in ("batch_size", "length"):
         if getattr(args, name) < 1:
@@ -55,51 +78,130 @@ def doctor(argv: list[str]) -> None:
         settings = LNGDConfig.from_optim_args(take_lr(args.optim_args)[1])
     except ValueError as error:
         raise UsageError("optim_args", str(error).removeprefix("optim_args: ")) from error
-    config = load(argv[0])
-    task = task_of(config, args.task)
-
-    def see(subject: Subject) -> str:
-        return report(subject, estimate(subject.model, subject.loss, settings))
-
-    text = look(config, task, args.batch_size, args.length, see)
-    print(f"{argv[0]}: {text}\n\n{versions()}")
-
-
-def versions() -> str:
-    """What runs here, and whether `register()` knows it."""
-    problem = version_problem()
-    stock = "stock Trainers too (hf_lngd.register)" if problem is None else f"no stock Trainers: {problem}"
-    return f"torch {torch.__version__}, transformers {transformers.__version__}: LNGDTrainer, {stock}"
+    try:
+        config = AutoConfig.from_pretrained(argv[0], trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise UsageError("model", f"got {argv[0]!r}, which has no configuration that can be read: {error}") from error
+    text = look(
+        config, task_of(config, args.task), args.batch_size, args.length, lambda subject: report(subject, settings)
+    )
+    print(f"{argv[0]}: {text}")
 
 
-def report(subject: Subject, found: Estimate) -> str:
+def report(subject: Subject, settings: LNGDConfig) -> str:
     """The routing table, factors, state and products."""
-    memory, c = found.memory, found.config
+    found, c, kind = estimate(subject.model, subject.loss, settings), settings, type(subject.model).__name__
     total = sum(r.numel for r in found.routes)
-    lines = [f"{subject.kind}, {total:,} parameters, {found.trained:,} trained, preset={c.preset}, family={c.family}"]
-    lines += [f"note: {note}" for note in subject.notes]
-    lines += ["", found.table, ""]
-    for size in found.factors:
-        blocks = f"{size.blocks} blocks of {size.width}" if size.blocks > 1 else f"width {size.width}"
-        lines.append(f"factors: {size.groups} for {size.layers} layers, {blocks}")
-    kinds = ", ".join(f"{kind} {value / MIB:.1f}" for kind, value in memory.items() if value and kind != "total")
+    trained = total - sum(r.numel for r in found.routes if r.owner == "frozen")
+    lines = [f"{kind}, {total:,} parameters, {trained:,} trained, preset={c.preset}, family={c.family}"]
+    lines += [*(f"note: {note}" for note in subject.notes), "", found.table, ""]
+    for (width, blocks), (groups, layers) in found.factors.items():
+        size = f"{blocks} blocks of {width}" if blocks > 1 else f"width {width}"
+        lines.append(f"factors: {groups} for {layers} layers, {size}")
+    mib, memory = 1 << 20, found.memory
+    kinds = ", ".join(f"{kind} {value / mib:.1f}" for kind, value in memory.items() if value and kind != "total")
     ratio = memory["total"] / max(found.adamw, 1)
-    lines.append(f"state: {memory['total'] / MIB:.1f} MiB, {ratio:.2f} × AdamW's {found.adamw / MIB:.1f} ({kinds})")
-    share = found.lngd_flops / max(found.model_flops, 1.0)
-    lines.append(
-        f"products of a mean step on {subject.batch}: {_flops(found.model_flops)} forward and backward, LNGD "
-        f"{_flops(found.lngd_flops)}, {100 * share:.1f} % more: {_flops(found.step_flops)} each step, "
-        f"{_flops(found.capture_flops)} each {c.factor_interval} for factors, {_flops(found.inverse_flops)} each "
-        f"{c.inverse_interval} for inverses"
-    )
-    lines.append(
-        "Products are no seconds: small layers take longer. With larger batches or accumulation the share is smaller."
-    )
+    lngd = found.step_flops + found.capture_flops / c.factor_interval + found.inverse_flops / c.inverse_interval
+    flops = (found.model_flops, lngd, found.step_flops, found.capture_flops, found.inverse_flops)
+    plain, mean, step, capture, inverse = (f"{value / 1e9:,.3f} GFLOP" for value in flops)
+    lines += [
+        f"state: {memory['total'] / mib:.1f} MiB, {ratio:.2f} × AdamW's {found.adamw / mib:.1f} ({kinds})",
+        f"products of a mean step on {subject.batch}: {plain} forward and backward, LNGD {mean}, "
+        f"{100 * lngd / max(found.model_flops, 1.0):.1f} % more: {step} each step, {capture} each {c.factor_interval} "
+        f"for factors, {inverse} each {c.inverse_interval} for inverses",
+        "Products are no seconds: small layers take longer. With larger batches or accumulation the share is smaller.",
+    ]
     return "\n".join(lines)
 
 
-def _flops(value: float) -> str:
-    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value / 1e6:.1f} MFLOP"
+def task_of(config: Any, wanted: str) -> str:
+    """The task, or for ``auto`` that of the architecture that the configuration names, else the first that fits; raises
+    UsageError where none does."""
+    if wanted not in ("auto", *FACTORIES):
+        raise UsageError("task", f"got {wanted!r}, accepted: auto, {', '.join(FACTORIES)}")
+    fitting: dict[str, set[str]] = {}  # task → classes of such models
+    for task, factory in FACTORIES.items():
+        found = factory._model_mapping.get(type(config), ())
+        if found:
+            fitting[task] = {cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))}
+    if wanted in fitting:
+        return wanted
+    if wanted != "auto" or not fitting:
+        others = f"this one can do: {', '.join(fitting) or 'none of them'}"
+        raise UsageError("task" if fitting else "model", f"got {config.model_type!r} for {wanted}; {others}")
+    named = [task for task, names in fitting.items() if names & set(getattr(config, "architectures", None) or ())]
+    return (named or list(fitting))[0]
+
+
+def look(config: Any, task: str, rows: int, length: int, see: Callable[[Subject], Any]) -> Any:
+    """What `see` makes of the model: on the meta device, and where its forward reads numbers on the CPU, if small.
+    Raises UsageError where neither goes."""
+    for device in ("meta", "cpu"):
+        subject = build(config, task, rows, length, device)
+        try:
+            return see(subject)
+        except LOAD_ERRORS as error:
+            what, numbers = "whose forward fails", sum(p.numel() for p in subject.model.parameters())
+            if device == "meta" and numbers > MOST_ON_CPU:
+                what = (
+                    f"whose forward does not run on the meta device, and {numbers:,} parameters are too many to build"
+                )
+            elif device == "meta":
+                continue
+            raise UsageError("model", f"got {config.model_type!r}, {what} ({error})") from error
+
+
+def build(config: Any, task: str, rows: int, length: int, device: str = "meta") -> Subject:
+    """The model with random weights and a batch of `rows`, of texts of `length` tokens. Raises UsageError where it
+    cannot be built."""
+    wanted = config.architectures = list(getattr(config, "architectures", None) or [])  # the Auto classes need a list
+    half = getattr(config, "dtype", None) in (torch.float16, "float16")
+    dtype = {"dtype": torch.float32} if half else {}
+    try:
+        with torch.device(device):
+            # sdpa looks into the masks, which the meta device has not got; the products are the same
+            model = FACTORIES[task].from_config(config, attn_implementation="eager", trust_remote_code=False, **dtype)
+    except LOAD_ERRORS as error:
+        raise UsageError("model", f"got {config.model_type!r}, which cannot be built: {error}") from error
+    kind, notes = type(model).__name__, []
+    if wanted and kind not in wanted:
+        which = f"{', '.join(wanted)}, which the configuration names and task={task} does not have"
+        notes.append(f"{kind} stands for {which}")
+    if half:
+        what = "LNGD takes no such weights (fp16: by autocast)"
+        notes.append(f"built in float32, not the configuration's float16: {what}")
+    batch, inputs = batch_of(config, task, rows, length, device, model.dtype)
+    return Subject(model.train(), inputs, batch, tuple(notes))
+
+
+def batch_of(
+    config: Any, task: str, rows: int, length: int, device: str, dtype: torch.dtype
+) -> tuple[str, dict[str, Tensor]]:
+    """A batch in words, and the model's inputs with labels; images are of that dtype, no text is longer than a model
+    has positions."""
+    if task == "image":
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", None) or _IMAGE
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        shape = (rows, getattr(vision, "num_channels", _CHANNELS), height, width)
+        inputs = {"pixel_values": torch.zeros(shape, device=device, dtype=dtype)}
+        return f"{rows} images of {height} × {width}", inputs | {"labels": _classes(config, rows, device)}
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    bounds = [getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions")]
+    most = min((bound for bound in bounds if isinstance(bound, int) and bound > 0), default=length)
+    words = f"{rows} texts of {min(length, most)} tokens" + " (it has no more positions)" * (most < length)
+    ids = torch.ones(rows, min(length, most), dtype=torch.int64, device=device)
+    if task == "classification":
+        end = getattr(config, "eos_token_id", None)
+        if isinstance(end, int) and end >= 0:  # Bart's kind classify by it
+            ids[:, -1] = end
+        return words, {"input_ids": ids, "labels": _classes(config, rows, device)}
+    return words, {"input_ids": ids, "labels": ids} | ({"decoder_input_ids": ids} if task == "translation" else {})
+
+
+def _classes(config: Any, rows: int, device: str) -> Tensor:
+    """Labels of a classification in the form of its `problem_type`: a class [rows], or numbers [rows, labels]."""
+    problem = getattr(config, "problem_type", None)
+    if problem == "multi_label_classification" or (problem == "regression" and config.num_labels > 1):
+        return torch.zeros(rows, config.num_labels, device=device)
+    return torch.zeros(rows, dtype=torch.float32 if problem == "regression" else torch.int64, device=device)

@@ -11,14 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, get_token
 from huggingface_hub.utils import validate_repo_id
 
 from .usage import RunError, UsageError, one_line
@@ -26,24 +19,20 @@ from .usage import RunError, UsageError, one_line
 logger = logging.getLogger(__name__)
 
 # Also of no answer at all. By its place among the bases: which HTTP library huggingface_hub uses changes.
-HTTP_ERROR: type[Exception] = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
-HUB_ERRORS: tuple[type[Exception], ...] = (HTTP_ERROR, OfflineModeIsEnabled)
+HTTP_ERROR: type[Exception] = next(kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+HUB_ERRORS: tuple[type[Exception], ...] = (HTTP_ERROR, errors.OfflineModeIsEnabled)
 
 _TOKEN = "a token with write access: hf auth login, HF_TOKEN or --hub_token"
 
 
 def check_hub(args: Any) -> None:
-    """What is wrong with a push and can be told without asking the Hub; nothing without `push_to_hub`.
-
-    Raises:
-        UsageError: names the argument.
-    """
+    """Raise UsageError for a push that can be told to fail without asking the Hub; nothing without `push_to_hub`."""
     if not args.push_to_hub:
         return
     name = repository_of(args)
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         given = f"got {name!r}" if args.hub_model_id else f"got none, and the folder's name {name!r} is no repository's"
         raise UsageError("hub_model_id", f"{given}, accepted: user/name: {error}") from error
     if constants.is_offline_mode():
@@ -58,11 +47,7 @@ def repository_of(args: Any) -> str:
 
 
 def check_repository(trainer: Any) -> None:
-    """Ask the Hub whether the Trainer's repository, which is there by now, may be written, and has the branch.
-
-    Raises:
-        UsageError: names the argument.
-    """
+    """Raise UsageError where the Trainer's repository, there by now, may not be written or has not the branch."""
     args = trainer.args
     if not args.push_to_hub or not trainer.is_world_process_zero():
         return
@@ -78,12 +63,10 @@ def check_repository(trainer: Any) -> None:
 def refusal(error: Exception, args: Any, repository: str | None = None) -> UsageError:
     """What the Hub said, as an error of the argument behind it."""
     repository = repository or repository_of(args)
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    reason = _reason(error)
-    if isinstance(error, RevisionNotFoundError):
+    status, reason = getattr(getattr(error, "response", None), "status_code", None), _reason(error)
+    if isinstance(error, errors.RevisionNotFoundError):
         return UsageError("hub_revision", f"got {args.hub_revision!r}, accepted: a branch that {repository} has")
-    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+    if status == 401 and not isinstance(error, errors.RepositoryNotFoundError):
         return UsageError("hub_token", f"{constants.ENDPOINT} refuses it ({reason}), accepted: {_TOKEN}")
     if status in (401, 403, 404):
         what = f"got {repository!r}, which this token may not write ({reason}), accepted: a repository of yours, and "
@@ -92,11 +75,8 @@ def refusal(error: Exception, args: Any, repository: str | None = None) -> Usage
 
 
 def push(trainer: Any) -> None:
-    """The Trainer's own push of the output folder, which is whole by now.
-
-    Raises:
-        RunError: the Hub did not take it; says where everything lies, and how to push it without training again.
-    """
+    """The Trainer's own push of the output folder, which is whole by now; raises RunError where the Hub does not take
+    it, which says where everything lies, and how to push it without training again."""
     try:
         trainer.push_to_hub()
     except Exception as error:  # whatever it is, nothing is lost, and that has to be said
@@ -104,18 +84,13 @@ def push(trainer: Any) -> None:
         command = ["hf", "upload", repository, folder, ".", "--exclude", "_*", "--exclude", "checkpoint-*"]
         if trainer.args.hub_revision:
             command += ["--revision", trainer.args.hub_revision]
-        raise RunError(
-            "push_to_hub",
-            f"{repository} was not pushed ({one_line(_reason(error), 300)}). All is in {folder}; to push it without "
-            f"training again: {shlex.join(command)}",
-        ) from error
+        what = f"{repository} was not pushed ({one_line(_reason(error), 300)}). All is in {folder}; to push it without "
+        raise RunError("push_to_hub", f"{what}training again: {shlex.join(command)}") from error
 
 
 def tell_failed(pushes: Any) -> None:
     """A warning for each push of the Trainer's `PushInProgress` that is over and failed, once; None: there was none."""
-    for job in list(pushes.jobs) if pushes is not None else ():
-        if not job.done():
-            continue
+    for job in [job for job in pushes.jobs if job.done()] if pushes is not None else ():
         pushes.jobs.remove(job)
         error = None if job.cancelled() else job.exception()
         if error is not None:
@@ -126,8 +101,5 @@ def _reason(error: BaseException) -> str:
     """The status and what the server said of it, or the error's own words; its cause where a library wrapped it."""
     while error.__cause__ is not None and not isinstance(error, HTTP_ERROR):
         error = error.__cause__
-    response = getattr(error, "response", None)
-    said = getattr(error, "server_message", None)
-    if response is not None and said:
-        return f"{response.status_code}: {said}"
-    return str(error) or type(error).__name__
+    response, said = getattr(error, "response", None), getattr(error, "server_message", None)
+    return f"{response.status_code}: {said}" if response is not None and said else str(error) or type(error).__name__

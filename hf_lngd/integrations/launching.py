@@ -29,17 +29,16 @@ def refuse_unsupported(args: TrainingArguments | None = None, model: Any = None)
     sharding = _sharding(args, model)
     if sharding:
         processes = max(int(os.environ.get("WORLD_SIZE", 1)) if args is None else args.world_size, 1)
-        on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         raise RuntimeError(
             f"LNGD: got {sharding}, accepted: whole parameters in every process (DDP), or FSDP2 on accelerators "
             "(--fsdp; fsdp_version: 2, see examples/accelerate/fsdp2.yaml). Use, without it: "
-            f"{_launch(processes, on_this_node)}"
+            f"{_launch(processes, int(os.environ.get('LOCAL_WORLD_SIZE', processes)))}"
         )
 
 
 def refuse_stock_fsdp(args: TrainingArguments) -> None:
     """Raise RuntimeError for a stock Trainer under FSDP: its checkpoints would lose LNGD's state."""
-    if _asks_for_fsdp(args):
+    if args.fsdp or _asked("ACCELERATE_USE_FSDP"):
         raise RuntimeError(
             "LNGD: got FSDP in a stock Trainer, whose checkpoints hold nothing of LNGD's state then, accepted: "
             "hf_lngd.LNGDTrainer or LNGDSeq2SeqTrainer, or DDP"
@@ -53,37 +52,23 @@ def _launch(processes: int, on_this_node: int) -> str:
     return shlex.join([*launcher, *ENTRY, *script])
 
 
-def _sharding(args: TrainingArguments | None, model: Any) -> str | None:
+def _sharding(args: Any, model: Any) -> str | None:
     """What splits parameters or layers over processes, by the name under which a user asked for it; else None."""
-    if _asks_for_fsdp(args):
-        version = _fsdp_version(args)
-        on_cpu = (args is not None and args.use_cpu) or not torch.accelerator.is_available()
+    own = args is not None and bool(args.fsdp)  # the Trainer's own settings count
+    if own or _asked("ACCELERATE_USE_FSDP"):
+        given = args.fsdp_config if own and isinstance(args.fsdp_config, dict) else {}
+        version = int(given.get("version") or 2) if own else int(os.environ.get("FSDP_VERSION") or 1)
+        on_cpu = getattr(args, "use_cpu", False) or not torch.accelerator.is_available()
         if version != 2 or on_cpu:
             return f"FSDP{version}{' on CPU, which accelerate has not got' if on_cpu else ''} (fsdp)"
-    if (args is not None and args.deepspeed) or _asked("ACCELERATE_USE_DEEPSPEED"):
+    if getattr(args, "deepspeed", None) or _asked("ACCELERATE_USE_DEEPSPEED"):
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
         return f"DeepSpeed ZeRO{f'-{stage}' if stage else ''} (deepspeed)"
-    parallelism = None if args is None else args.parallelism_config
-    for name in ("tp", "cp", "sp"):
-        if getattr(parallelism, f"{name}_size", 1) > 1:
-            return f"{_PARALLEL[name]} (parallelism_config.{name}_size)"
-    if (getattr(model, "_tp_size", None) or getattr(model, "tp_size", None) or 1) > 1:
-        return "tensor parallelism (tp_plan)"
-    return None
-
-
-def _asks_for_fsdp(args: TrainingArguments | None) -> bool:
-    return (args is not None and bool(args.fsdp)) or _asked("ACCELERATE_USE_FSDP")
-
-
-def _fsdp_version(args: TrainingArguments | None) -> int:
-    if args is not None and args.fsdp:
-        config = args.fsdp_config if isinstance(args.fsdp_config, dict) else {}
-        return int(config.get("version") or 2)
-    return int(os.environ.get("FSDP_VERSION") or 1)
-
-
-_PARALLEL = {"tp": "tensor parallelism", "cp": "context parallelism", "sp": "sequence parallelism"}
+    for name, what in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        if getattr(getattr(args, "parallelism_config", None), f"{name}_size", 1) > 1:
+            return f"{what} parallelism (parallelism_config.{name}_size)"
+    split = max(getattr(model, name, None) or 1 for name in ("_tp_size", "tp_size"))
+    return "tensor parallelism (tp_plan)" if split > 1 else None
 
 
 def _asked(variable: str) -> bool:

@@ -30,14 +30,12 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def ignores_num_items(model: nn.Module) -> bool:
-    """True for a translation or image-classification model whose loss is a plain mean of cross entropies.
-
-    Read off the source of its forward pass. False where that is not known: models with further terms in their loss,
-    models of other tasks and of your own keep the loss that they compute.
-    """
+    """True for a translation or image-classification model whose loss is a plain mean of cross entropies, read off the
+    source of its forward pass. Models with further terms, of other tasks and of your own keep the loss they compute."""
     model = bare_model(model)
-    tasks = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
-    known = {name for task in tasks for name in _flat(task.values())}
+    mappings = (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    names = (name for mapping in mappings for name in mapping.values())
+    known = {one for name in names for one in ([name] if isinstance(name, str) else name)}
     if not any(cls.__name__ in known for cls in type(model).__mro__):
         return False
     if getattr(getattr(model, "config", None), "problem_type", None) not in (None, "single_label_classification"):
@@ -54,19 +52,8 @@ def ignores_num_items(model: nn.Module) -> bool:
     return "CrossEntropyLoss(" in source
 
 
-def _flat(values: Any) -> list[str]:
-    names: list[str] = []
-    for value in values:
-        names += [value] if isinstance(value, str) else list(value)
-    return names
-
-
 class SummedCrossEntropy:
-    """``compute_loss_func`` for models that :func:`ignores_num_items` names.
-
-    Args:
-        label_smoother: the Trainer's, or None.
-    """
+    """``compute_loss_func`` for models that :func:`ignores_num_items` names; with the Trainer's `label_smoother`."""
 
     def __init__(self, label_smoother: Any = None) -> None:
         self.label_smoother = label_smoother
@@ -101,25 +88,20 @@ class SummedCrossEntropy:
 
 
 def with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The batch with `decoder_input_ids` made of its labels, where an encoder-decoder would make them itself.
-
-    Needed when labels are taken out of the batch before the model sees it. `DataCollatorForSeq2Seq(model=model)`
-    does the same for models that have a method for it.
-    """
+    """The batch with `decoder_input_ids` made of its labels, where an encoder-decoder would make them itself: for when
+    labels are taken out of the batch before the model sees it. `DataCollatorForSeq2Seq(model=model)` does the same for
+    models that have a method for it."""
     model = bare_model(model)
     labels = inputs.get("labels")
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     given = any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
     if labels is None or given or labels.dim() != 2 or not getattr(config, "is_encoder_decoder", False):
         return inputs
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    made = prepare(labels=labels) if callable(prepare) else _shift_right(labels, config)
-    return {**inputs, "decoder_input_ids": made}
-
-
-def _shift_right(labels: Tensor, config: Any) -> Tensor:
+    if callable(prepare):
+        return {**inputs, "decoder_input_ids": prepare(labels=labels)}
     start, pad = config.decoder_start_token_id, config.pad_token_id
     if start is None or pad is None:
         raise ValueError("config: decoder_start_token_id and pad_token_id: got none, accepted: token numbers")
     shifted = torch.cat((torch.full_like(labels[:, :1], start), labels[:, :-1]), 1)
-    return shifted.masked_fill(shifted == IGNORED_LABEL, pad)
+    return {**inputs, "decoder_input_ids": shifted.masked_fill(shifted == IGNORED_LABEL, pad)}

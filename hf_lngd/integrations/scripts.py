@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from .card_command import command_of
+from .card import CardFacts, Score, command_of, write_model_card
 from .checkpoints import last_checkpoint, last_finished, problem_of
-from .diagnostics import lngd_of
 from .hub import HUB_ERRORS, check_hub, check_repository, push, refusal, repository_of
-from .model_card import CardFacts, Score, write_model_card
+from .trainer import lngd_of
 from .usage import UsageError
 
 logger = logging.getLogger(__name__)
@@ -31,8 +29,6 @@ logger = logging.getLogger(__name__)
 # The parts of the data, and the arguments that limit them.
 LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 # What loading raises for a folder that is not there, a broken file, another kind of model, a missing library.
-LOAD_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError)
-LOAD_ERRORS += (AttributeError, StrictDataclassError)
 # Training arguments that transformers checks in the middle of a run only, and their least values.
 _LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
 _LEAST |= {"generation_num_beams": 1, "generation_max_length": 1, "learning_rate": 0, "weight_decay": 0}

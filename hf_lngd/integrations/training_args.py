@@ -15,12 +15,8 @@ from transformers.training_args import OptimizerNames
 from ..config import LNGDConfig
 
 LNGD_NAME = "lngd"
-
 # What the parent class is shown in place of "lngd" while it checks itself: an optimizer it makes no demands on.
 _STAND_IN = OptimizerNames.ADAMW_TORCH.value
-
-_COMMA = re.compile(r"(?<!\\),")
-
 _OPTIM_HELP = (
     "The optimizer: lngd (layer-wise natural gradient, AdamW for what no layer owns) or any name that transformers' "
     "own --optim accepts."
@@ -32,12 +28,12 @@ _OPTIM_ARGS_HELP = (
 )
 
 
-def is_lngd(args: TrainingArguments) -> bool:
+def is_lngd(args: Any) -> bool:
     """True if these arguments ask for LNGD."""
     return _name(args.optim) == LNGD_NAME
 
 
-def lngd_settings(args: TrainingArguments) -> tuple[LNGDConfig, float]:
+def lngd_settings(args: Any) -> tuple[LNGDConfig, float]:
     """The config and the learning rate that training arguments ask for.
 
     Precedence: `optim_args`, then `learning_rate`, a `weight_decay` other than 0 and those of `adam_beta1`,
@@ -49,11 +45,16 @@ def lngd_settings(args: TrainingArguments) -> tuple[LNGDConfig, float]:
     if not 0 <= args.learning_rate < float("inf"):
         raise ValueError(f"learning_rate: got {args.learning_rate!r}, accepted: a number, at least 0")
     lr, text = take_lr(args.optim_args)
-    config = LNGDConfig.from_optim_args(text, **_overrides(args))
-    return config, args.learning_rate if lr is None else lr
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    given: dict[str, Any] = {"weight_decay": args.weight_decay} if args.weight_decay else {}
+    if (args.adam_beta1, args.adam_beta2) != (defaults["adam_beta1"], defaults["adam_beta2"]):
+        given["betas"] = (args.adam_beta1, args.adam_beta2)
+    if args.adam_epsilon != defaults["adam_epsilon"]:
+        given["eps"] = args.adam_epsilon
+    return LNGDConfig.from_optim_args(text, **given), args.learning_rate if lr is None else lr
 
 
-def check_precision(args: TrainingArguments) -> None:
+def check_precision(args: Any) -> None:
     """Raise ValueError for fp16 on the CPU: accelerate has none there, and would go on in float32."""
     if args.fp16 and args.device.type == "cpu":
         raise ValueError(
@@ -62,31 +63,14 @@ def check_precision(args: TrainingArguments) -> None:
         )
 
 
-def _overrides(args: TrainingArguments) -> dict[str, Any]:
-    """The fields of LNGDConfig that transformers' own arguments set."""
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    overrides: dict[str, Any] = {}
-    if args.weight_decay:
-        overrides["weight_decay"] = args.weight_decay
-    betas = (args.adam_beta1, args.adam_beta2)
-    if betas != (defaults["adam_beta1"], defaults["adam_beta2"]):
-        overrides["betas"] = betas
-    if args.adam_epsilon != defaults["adam_epsilon"]:
-        overrides["eps"] = args.adam_epsilon
-    return overrides
-
-
 def take_lr(text: str | None) -> tuple[float | None, str | None]:
     """Split ``lr=…`` off `optim_args`: the rate is no field of the config."""
-    if not text:
-        return None, text
-    items = _COMMA.split(text)
+    items = re.split(r"(?<!\\),", text or "")
     rates = [item for item in items if item.partition("=")[0].strip() == "lr"]
     if not rates:
         return None, text
-    value = rates[0].partition("=")[2].strip()
     try:
-        lr = float(value)
+        lr = float(rates[0].partition("=")[2])
     except ValueError:
         lr = -1.0
     if len(rates) > 1 or not 0 <= lr < float("inf"):
@@ -98,23 +82,11 @@ def _name(optim: Any) -> str:
     return str(getattr(optim, "value", optim))
 
 
-def _check_optim(optim: str) -> None:
-    accepted = [LNGD_NAME, *(name.value for name in OptimizerNames if name.value != LNGD_NAME)]
-    if optim not in accepted:
-        close = difflib.get_close_matches(optim, accepted, n=3, cutoff=0.6)
-        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        raise ValueError(f"optim: got {optim!r}{hint}, accepted: {', '.join(accepted)}")
-
-
-def _check_items(text: str | None) -> None:
-    """The syntax that transformers expects of `optim_args`, which it would check when training starts only."""
-    for item in (text or "").replace(" ", "").split(",") if text else []:
-        if item.count("=") != 1 or item.startswith("="):
-            raise ValueError(f"optim_args: got {item!r} in {text!r}, accepted: name=value,name=value")
+_SomeArguments: Any = object  # a class of training arguments follows among the bases
 
 
 @dataclass
-class LNGDArgumentsMixin:
+class LNGDArgumentsMixin(_SomeArguments):
     """Adds ``lngd`` to the values of `optim`; goes before a class of training arguments among the bases.
 
     A pickle of them has no `hub_token`: the Trainer pushes one, ``training_args.bin``, for all to read.
@@ -129,16 +101,18 @@ class LNGDArgumentsMixin:
 
     def __post_init__(self) -> None:
         name = _name(self.optim)
-        _check_optim(name)
-        if name != LNGD_NAME:
-            _check_items(self.optim_args)
-            super().__post_init__()  # type: ignore[misc]
-            return
-        lngd_settings(self)
-        self.optim = _STAND_IN
-        super().__post_init__()  # type: ignore[misc]
-        self.optim = LNGD_NAME
-        check_precision(self)  # type: ignore[arg-type]
+        accepted = [LNGD_NAME, *(member.value for member in OptimizerNames if member.value != LNGD_NAME)]
+        if name not in accepted:
+            close = difflib.get_close_matches(name, accepted, n=3, cutoff=0.6)
+            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+            raise ValueError(f"optim: got {name!r}{hint}, accepted: {', '.join(accepted)}")
+        if name == LNGD_NAME:
+            lngd_settings(self)
+            self.optim = _STAND_IN
+        super().__post_init__()
+        if name == LNGD_NAME:
+            self.optim = LNGD_NAME
+            check_precision(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "hub_token": None}
@@ -156,10 +130,8 @@ class LNGDArgumentsMixin:
 
     def set_optimizer(self, name: str = LNGD_NAME, *args: Any, **kwargs: Any) -> Any:
         """As `TrainingArguments.set_optimizer`, where ``lngd`` is a name too."""
-        _check_optim(_name(name))
-        is_lngd_name = _name(name) == LNGD_NAME
-        super().set_optimizer(_STAND_IN if is_lngd_name else name, *args, **kwargs)  # type: ignore[misc]
-        if is_lngd_name:
+        super().set_optimizer(_STAND_IN if name == LNGD_NAME else name, *args, **kwargs)
+        if name == LNGD_NAME:
             self.optim = LNGD_NAME
             lngd_settings(self)
         return self

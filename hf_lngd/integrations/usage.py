@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import HfArgumentParser
 
-EXIT_STATUS = 2
-RUN_STATUS = 1
+# What loading raises for a folder that is not there, a broken file, another kind of model, a missing library.
+_ERRORS = (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, AttributeError)
+LOAD_ERRORS: tuple[type[Exception], ...] = (*_ERRORS, StrictDataclassError)
 
 
-class UsageError(ValueError):
-    """Something that the user gave is not accepted.
-
-    Args:
-        field: the argument, without dashes.
-        message: what was given and what is accepted; put on one line.
-    """
+class _FieldError(Exception):
+    """Of an argument `field`, written without dashes; the message is put on one line."""
 
     def __init__(self, field: str, message: object) -> None:
         self.field = field
         super().__init__(f"{field}: {one_line(message)}")
 
 
-class RunError(RuntimeError):
-    """What was asked for cannot be finished, through no fault of the arguments: the Hub does not take a model.
+class UsageError(_FieldError, ValueError):
+    """Something that the user gave is not accepted. The message says what was given and what is accepted."""
 
-    Args:
-        field: the argument that asked for it, without dashes.
-        message: what happened and what to do; put on one line.
-    """
+    exit_status = 2
 
-    def __init__(self, field: str, message: object) -> None:
-        super().__init__(f"{field}: {one_line(message)}")
+
+class RunError(_FieldError, RuntimeError):
+    """What was asked for cannot be finished, through no fault of the arguments: the Hub does not take a model."""
+
+    exit_status = 1
 
 
 def one_line(message: object, limit: int = 1000) -> str:
@@ -49,9 +44,7 @@ def one_line(message: object, limit: int = 1000) -> str:
 
 
 def exit_on_usage_error(main: Callable[[], None]) -> None:
-    """Run a script's main function; a :class:`UsageError` ends it as the user should see it, without a traceback.
-
-    So does a :class:`RunError`, with exit status 1.
+    """Run a script's main function; a :class:`UsageError` or :class:`RunError` ends it with one line, no traceback.
 
     Whatever else is raised is told to torchrun, too, whose last lines then name rank and exception.
     """
@@ -60,7 +53,7 @@ def exit_on_usage_error(main: Callable[[], None]) -> None:
     except (UsageError, RunError) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_STATUS if isinstance(error, UsageError) else RUN_STATUS)
+        sys.exit(error.exit_status)
 
 
 class UsageParser(HfArgumentParser):
@@ -68,78 +61,33 @@ class UsageParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse: a value of the wrong kind, a missing value."""
-        named = re.match(r"argument (?:\S*/)?--?(?P<field>[\w-]+): (?P<rest>.*)", message, re.DOTALL)
-        if named:
-            raise UsageError(named["field"].replace("-", "_"), named["rest"])
-        raise UsageError(self._mentioned(message) or "arguments", message)
+        raise self._explain(re.sub(r"^argument (?:\S*/)?--?([\w-]+)(?=: )", lambda m: m[1].replace("-", "_"), message))
 
     def parse(self, argv: list[str]) -> tuple[Any, ...]:
-        """The dataclasses' instances, from the command line or from one JSON file.
-
-        Raises:
-            UsageError: names the argument.
-        """
-        json_file = argv[0] if len(argv) == 1 and argv[0].endswith(".json") else None
-        given = self._read_json(json_file) if json_file else dict(_pairs(argv))
+        """The dataclasses' instances, from the command line or from one JSON file; raises UsageError."""
         try:
-            if json_file:
-                return self.parse_dict(given)
-            unknown = self.parse_known_args(argv)[1]
-            if unknown:
-                raise self._stray(unknown[0])
+            if len(argv) == 1 and argv[0].endswith(".json"):
+                return tuple(self.parse_json_file(argv[0]))
             return tuple(self.parse_args_into_dataclasses(argv, look_for_args_file=False))
         except UsageError:
             raise
-        except (ValueError, TypeError, ImportError, RuntimeError, KeyError, OSError) as error:
-            raise self._explain(error, given) from error
-
-    def _read_json(self, path: str) -> dict[str, Any]:
-        try:
-            given = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError("arguments", f"{path}: {error}") from error
-        if not isinstance(given, dict):
-            raise UsageError("arguments", f"{path}: got a JSON {type(given).__name__}, accepted: an object")
-        for name in given:
-            if name not in self.names():
-                raise self._unknown(name)
-        return given
+        except LOAD_ERRORS as error:
+            raise self._explain(str(error)) from error
 
     def names(self) -> set[str]:
         """Names of all arguments."""
         return {action.dest for action in self._actions}
 
-    def _stray(self, text: str) -> UsageError:
-        if not text.startswith("-"):
-            return UsageError("arguments", f"got {text!r}, accepted: options that begin with --")
-        return self._unknown(text.lstrip("-").partition("=")[0])
-
-    def _unknown(self, name: str) -> UsageError:
-        close = difflib.get_close_matches(name.replace("-", "_"), self.names(), n=3, cutoff=0.6)
-        hint = f"did you mean --{' or --'.join(close)}?" if close else "see --help"
-        return UsageError(name, f"unknown argument; {hint}")
-
-    def _explain(self, error: Exception, given: dict[str, Any]) -> UsageError:
-        """The error of a dataclass's own check: the field stands in front, is mentioned, or had that value."""
-        message = str(error)
-        front = re.match(r"(?P<field>\w+): (?P<rest>.*)", message, re.DOTALL)
-        if front and (front["field"] in self.names() or "accepted" in front["rest"]):
-            return UsageError(front["field"], front["rest"])
-        refused = re.match(r"(?P<value>.+?) is not a valid \w+", message)
-        if refused:
-            for name, value in given.items():
-                if str(value) == refused["value"].strip("'\""):
-                    return UsageError(name, message)
-        return UsageError(self._mentioned(message) or "arguments", message)
-
-    def _mentioned(self, message: str) -> str | None:
-        words = re.findall(r"(?:--)?[a-z][a-z0-9_]+", message)
-        dashed = [word[2:] for word in words if word.startswith("--")]
-        return next((word for word in [*dashed, *words] if word in self.names() and ("_" in word or dashed)), None)
-
-
-def _pairs(argv: list[str]) -> Iterable[tuple[str, str]]:
-    for option, value in zip(argv, [*argv, ""][1:], strict=True):
-        if option.startswith("--"):
-            name, equals, own = option[2:].partition("=")
-            yield name.replace("-", "_"), own if equals else value
+    def _explain(self, message: str) -> UsageError:
+        """An error of argparse's or of a dataclass's own check: the field stands in front, or is mentioned."""
+        unused = re.match(r"Some .* are not used by the HfArgumentParser: \['(.*?)'", message)
+        if unused:
+            name = unused[1].lstrip("-").partition("=")[0]
+            close = difflib.get_close_matches(name.replace("-", "_"), self.names(), n=3, cutoff=0.6)
+            hint = f"did you mean --{' or --'.join(close)}?" if close else "see --help"
+            return UsageError(name, f"unknown argument; {hint}")
+        front = re.match(r"(\w+): (.*)", message, re.DOTALL)
+        if front and (front[1] in self.names() or "accepted" in front[2]):
+            return UsageError(front[1], front[2])
+        words = re.findall(r"--([a-z][a-z0-9_]+)", message) + re.findall(r"[a-z][a-z0-9]*_[a-z0-9_]+", message)
+        return UsageError(next((word for word in words if word in self.names()), "arguments"), message)

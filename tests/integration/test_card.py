@@ -12,8 +12,15 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_lngd import LNGDConfig, LNGDTrainingArguments
-from hf_lngd.integrations.card_command import command_of, inputs, optimizer_options, without_authors
-from hf_lngd.integrations.model_card import CardFacts, Score, write_model_card
+from hf_lngd.integrations.card import (
+    CardFacts,
+    Score,
+    command_of,
+    inputs,
+    optimizer_options,
+    without_authors,
+    write_model_card,
+)
 from hf_lngd.integrations.training_args import lngd_settings
 
 BLEU = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
@@ -168,12 +175,6 @@ def test_it_tells_data_and_attribution(tmp_path: Path) -> None:
     text = card_of(tmp_path).text
     data = text.split("## Training data")[1].split("## Training")[0]
     assert "WMT16, de-en: 1,234 examples." in data and "Sentences: tatoeba.org." in data
-
-
-def test_losses_are_thinned_and_end_with_the_last(tmp_path: Path) -> None:
-    table = card_of(tmp_path).text.split("| step | training loss | validation loss |")[1].split("\n\n")[0]
-    rows = table.strip().splitlines()[1:]
-    assert len(rows) <= 12 and rows[0].startswith("| 1 | 10.0000 |") and rows[-1] == "| 39 | 0.2564 | 0.5000 |"
 
 
 @pytest.mark.parametrize("missing", ["attribution", "license", "routing"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core_helpers import core_batch, core_distance, core_marian, core_step, core_weights
 from torch.nn import functional as F
 
 from hf_lngd import LNGD
+from tests.core_helpers import core_batch, core_distance, core_marian, core_step, core_weights
 
 CONFIGS = [
     {},

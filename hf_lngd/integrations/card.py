@@ -1,0 +1,242 @@
+"""Model cards: scores with signature, optimizer settings, training data, loss curves, the command that makes the model
+again. The text stands in ``model_card.md.jinja``; a reader can run its commands, and they tell no secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers.utils import logging
+
+from .training_args import is_lngd, lngd_settings
+
+logger = logging.get_logger(__name__)
+
+LOSSES = "loss_curves.png"
+_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_LIBRARIES = ("hf_lngd", "torch", "transformers", "accelerate", "datasets")
+_ADAMW = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+# The author's alone, left out of a command: tokens, the push, the checkpoint that training went on from (a resumed run
+# ends where an uninterrupted one does). argparse takes beginnings of names, too.
+_AUTHORS = re.compile(r"--(tok|toke|token|hub.*|push.*|resume.*)$")
+# Options that name what is read: a file, a folder, or something on the Hub.
+_READ = re.compile(r"--.*(_file|_path|_name|(train|validation|test)_dir)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One number of the `model-index`."""
+
+    metric: str  # the Hub's name, e.g. bleu
+    name: str  # as it is shown, e.g. BLEU
+    value: float
+    split: str  # of the data: validation or test
+    signature: str | None = None  # what makes the number comparable, e.g. sacrebleu's
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a card tells, beyond what the training arguments say."""
+
+    name: str  # the model's
+    task: str  # the Hub's, e.g. translation
+    dataset_name: str  # of the training data, as it is shown
+    dataset_type: str  # its name on the Hub, or what it is shown as
+    dataset_config: str | None = None
+    dataset_on_hub: bool = False  # the Hub has a data set of that name, which is linked
+    examples: int = 0  # how many were trained on
+    scores: Sequence[Score] = ()
+    command: Sequence[str] = ()  # that makes the model again, in parts; shown :func:`without_authors`
+    languages: Sequence[str] = ()  # codes, source first
+    base_model: str | None = None  # what was fine-tuned: a name on the Hub or a folder
+    license: str | None = None  # as the Hub names it
+    attribution: str | None = None  # who the training data come from
+    architecture: str = ""  # e.g. MarianMTModel
+    parameters: int = 0  # how many
+    usage: str | None = None  # a code example
+    pictures: Sequence[tuple[str, str]] = ()  # (what it shows, its file in the model's folder)
+    libraries: Sequence[str] = ()  # whose versions are told beside those of every model's
+    routing: str | None = None  # LNGD's routing table
+    log_history: Sequence[Mapping[str, Any]] = ()  # the Trainer's
+    trained: bool = True  # the run trained the model; else it evaluated `base_model`
+
+
+def write_model_card(folder: str | Path, facts: CardFacts, args: Any) -> Path:
+    """Write a model's README.md, with a valid `model-index` if there are scores; `args` are the training arguments.
+
+    Returns:
+        The card's path.
+    """
+    path = Path(folder) / "README.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = ""
+    if is_lngd(args):
+        config, lr = lngd_settings(args)
+        settings = json.dumps({"optim": "lngd", "lr": lr, **config.to_dict()}, indent=2)
+    card = ModelCard.from_template(
+        _metadata(facts),
+        str(_TEMPLATE),
+        facts=facts,
+        args=args,
+        optimizer="LNGD (layer-wise natural gradient descent)" if is_lngd(args) else f"`{_plain(args.optim)}`",
+        settings=settings,
+        options=folded(optimizer_options(args)),
+        batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size),
+        scheduler=_plain(args.lr_scheduler_type),
+        curves=LOSSES if facts.trained and draw_losses(folder, facts.log_history, facts.name) else None,
+        command=folded(without_authors(facts.command)),
+        inputs=inputs(facts.command),
+        versions=list(_versions(facts.libraries)),
+    )
+    card.save(path)
+    return path
+
+
+def _metadata(facts: CardFacts) -> ModelCardData:
+    results = [
+        EvalResult(
+            task_type=facts.task,
+            dataset_type=facts.dataset_type,
+            dataset_name=facts.dataset_name,
+            dataset_config=facts.dataset_config,
+            dataset_split=score.split,
+            metric_type=score.metric,
+            metric_name=score.name,
+            metric_value=score.value,
+            metric_args={"signature": score.signature} if score.signature else None,
+        )
+        for score in facts.scores
+    ]
+    return ModelCardData(
+        language=list(facts.languages) or None,
+        license=facts.license,
+        library_name="transformers",
+        base_model=facts.base_model if facts.base_model and not Path(facts.base_model).exists() else None,
+        datasets=[facts.dataset_type] if facts.dataset_on_hub else None,
+        tags=[facts.task, "lngd", "hf_lngd"],
+        pipeline_tag=facts.task,
+        metrics=sorted({score.metric for score in facts.scores}) or None,
+        model_name=facts.name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _versions(more: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for name in (*_LIBRARIES, *more):
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, which draws into files; None, and a line once, where that extra is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning_once("no pictures: matplotlib is not installed; pip install 'hf_lngd[plot]'")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def draw_losses(folder: str | Path, history: Sequence[Mapping[str, Any]], title: str) -> bool:
+    """Draw :data:`LOSSES`, loss against steps of a Trainer's log, into a model's folder; True if it is there now.
+    Without two training losses there is no curve, and an old picture is removed."""
+    path = Path(folder) / LOSSES
+    plt = pyplot() if sum("loss" in entry for entry in history) > 1 else None
+    if plt is None:
+        path.unlink(missing_ok=True)
+        return False
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for key, name, colour in (("loss", "training", "#0f766e"), ("eval_loss", "validation", "#d97706")):
+        points = {entry["step"]: entry[key] for entry in history if key in entry}
+        if points:
+            marker = "o" if len(points) <= 20 else None
+            axis.plot(list(points), list(points.values()), label=name, color=colour, marker=marker)
+    axis.set(xlabel="step", ylabel="loss, nats", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
+# Commands
+
+
+def command_of(argv: Sequence[str], processes: int = 1, on_this_node: int = 1) -> list[str]:
+    """The command that makes a model again, of the script and its arguments; a single file of arguments (JSON) is
+    written out. It had so many `processes` in all, and of these so many on this node."""
+    script, *given = argv
+    if len(given) == 1 and given[0].endswith(".json"):
+        given = list(_from_json(given[0]))
+    nodes = [] if processes == on_this_node else ["--nnodes", str(processes // on_this_node)]
+    launcher = ["python"] if processes == 1 else ["torchrun", *nodes, "--nproc_per_node", str(on_this_node)]
+    return [*launcher, script, *without_authors(given)]
+
+
+def _from_json(path: str) -> Iterator[str]:
+    for name, value in json.loads(Path(path).read_text(encoding="utf-8")).items():
+        if value is not None:
+            yield f"--{name}"
+            parts = value if isinstance(value, list) else [value if isinstance(value, str) else json.dumps(value)]
+            yield from map(str, parts)
+
+
+def without_authors(given: Sequence[str]) -> list[str]:
+    """Arguments without tokens, the push and the checkpoint, and without their values."""
+    shown: list[str] = []
+    skipping = False
+    for part in given:
+        if part.startswith("--"):
+            skipping = _AUTHORS.match(_option(part.partition("=")[0])) is not None
+        if not skipping:
+            shown.append(part)
+    return shown
+
+
+def inputs(command: Sequence[str]) -> list[str]:
+    """The files and folders of the author's that a command reads."""
+    parts = [piece for part in command for piece in (part.split("=", 1) if part.startswith("--") else [part])]
+    read = (value for option, value in zip(parts, parts[1:], strict=False) if _READ.match(_option(option)))
+    return [value for value in dict.fromkeys(read) if os.path.exists(value)]
+
+
+def _option(text: str) -> str:
+    """Its name, with underscores: argparse takes --train-file for --train_file."""
+    return text.replace("-", "_").replace("__", "--", 1)
+
+
+def optimizer_options(args: Any) -> list[str]:
+    """The optimizer with all its settings, as options of any script that takes the package's training arguments."""
+    if is_lngd(args):
+        config, lr = lngd_settings(args)
+        return ["--optim", "lngd", "--learning_rate", str(lr), "--optim_args", config.to_optim_args()]
+    options = ["--optim", str(_plain(args.optim)), "--learning_rate", str(args.learning_rate)]
+    options += ["--optim_args", args.optim_args] if args.optim_args else []
+    return options + [part for name in _ADAMW for part in (f"--{name}", str(getattr(args, name)))]
+
+
+def folded(command: Sequence[str], width: int = 100) -> str:
+    """A command over several lines, broken before options, as a shell takes it."""
+    lines = [""]
+    for part in (shlex.quote(part) for part in command):
+        if part.startswith("--") and len(lines[-1]) + len(part) > width:
+            lines.append("   ")
+        lines[-1] += f" {part}"
+    return " \\\n".join(lines).strip()

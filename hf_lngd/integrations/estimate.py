@@ -1,0 +1,118 @@
+"""What LNGD's state and steps will cost, before any training: from one forward and backward pass and some steps.
+
+On the meta device nothing is computed or stored, so a model of any size takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import LNGDConfig
+from ..curvature.layer_bank import polar_interval
+from ..fallback import Fallback
+from ..optimizer import LNGD
+from ..placement import Speed
+from ..routing import ROTATED_EMBEDDING, Route
+
+# n³ operations a Cholesky inverse, 9 n³ an eigendecomposition: "seconds" at these speeds are operations.
+_EIGH = 9.0
+_OPERATIONS = Speed(eigh=1 / _EIGH, newton=1 / _EIGH, cholesky=1.0, latency=0.0, bandwidth=1.0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one model, batch and config."""
+
+    routes: list[Route]
+    table: str  # the routes, printable
+    memory: dict[str, int]  # bytes by kind, as `LNGD.memory_usage` gives them after a step
+    adamw: int  # bytes of torch's AdamW's state, in the weights' own dtype
+    factors: dict[tuple[int, int], tuple[int, int]]  # Φ (the inputs' side of other families): see `_factors`
+    model_flops: float  # products of a forward and backward pass
+    capture_flops: float  # of a factor step
+    inverse_flops: float  # of one inversion of all factors
+    step_flops: float  # of any step
+
+
+def estimate(model: nn.Module, loss: Callable[[], Tensor], config: LNGDConfig) -> Estimate:
+    """Make LNGD and some steps. Weights of a model that is not on the meta device are changed: give a copy.
+
+    Args:
+        model: in training mode.
+        loss: one forward pass of it on a batch; what that raises is raised.
+        config: the settings; of ``fisher=true`` the second backward pass is left out.
+    """
+    # eigh, which the formula counts; a second pass for fisher=true is no work of this optimizer's
+    fields: dict[str, Any] = {**config.to_dict(), "inverse_root": "eigh"}
+    if config.fisher == "true":
+        fields["fisher"] = "sampled" if config.family == "lngd" else "empirical"
+    optimizer = LNGD(model, LNGDConfig(**fields))
+    rest = [
+        parameter
+        for (name, parameter), r in zip(model.named_parameters(), optimizer.routing(), strict=True)
+        if r.owner == "fallback" and r.reason != ROTATED_EMBEDDING
+    ]
+    try:
+        first = _gradients(loss, rest)
+        optimizer.step()
+        optimizer.eval()
+        plain = _gradients(loss, rest)
+        optimizer.train()
+        for _ in range(2):  # past early factor steps
+            _gradients(loss, rest)
+            optimizer.step()
+        _gradients(loss, rest)
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        made: Any = optimizer._preconditioner
+        memory = optimizer.memory_usage()
+        memory["fallback"] = sum(value.nbytes for p in rest for value in Fallback.new_moments(p).values())
+        if config.bf16_update == "kahan":
+            memory["rounding"] += sum(p.nbytes for p in rest if p.dtype == torch.bfloat16)
+        memory["total"] = sum(size for kind, size in memory.items() if kind != "total")
+        return Estimate(
+            routes=optimizer.routing(),
+            table=optimizer.routing_table(),
+            memory=memory,
+            adamw=sum(2 * p.nbytes + 4 for p in model.parameters() if p.requires_grad),
+            factors=_factors(optimizer),
+            model_flops=plain,
+            capture_flops=max(first - plain, 0.0),
+            inverse_flops=sum(bank.count * bank.seconds(_OPERATIONS) for bank in (made.factor_banks if made else ())),
+            step_flops=counter.get_total_flops() + _roots(made, optimizer.config),
+        )
+    finally:
+        optimizer.close()
+
+
+def _gradients(loss: Callable[[], Tensor], rest: list[nn.Parameter]) -> float:
+    """A forward and backward pass; its products. AdamW's arithmetic, which the meta device has not got, is left out."""
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    for parameter in rest:
+        parameter.grad = None
+    return float(counter.get_total_flops())
+
+
+def _factors(optimizer: LNGD) -> dict[tuple[int, int], tuple[int, int]]:
+    """(width, blocks of that width), the widest first → how many such factors, for how many layers."""
+    made: Any = optimizer._preconditioner
+    sizes: dict[tuple[int, int], tuple[int, int]] = {}
+    for group in [] if made is None else optimizer._capture.topology.groups:
+        bank, units = made._bank_of_group[group.name], made.layers[group.name].units
+        k, width = bank.sides.right if hasattr(bank, "sides") else (bank.k, bank.b)
+        groups, layers = sizes.get((width, units * k), (0, 0))
+        sizes[width, units * k] = groups + 1, layers + len(group.members)
+    return dict(sorted(sizes.items(), reverse=True))
+
+
+def _roots(made: Any, config: LNGDConfig) -> float:
+    """``gram``: eigendecompositions of a mean step."""
+    banks, late = [] if made is None or config.direction != "gram" else made.layer_banks, 1 << 30
+    return sum(_EIGH * len(bank.momentum) * bank._n**3 / polar_interval(late, bank._n, config) for bank in banks)

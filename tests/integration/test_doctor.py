@@ -1,0 +1,211 @@
+"""`python -m hf_lngd doctor`: batches that fit, what was replaced is said, owners and bytes are those of real steps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BertConfig,
+    FSMTConfig,
+    GPT2Config,
+    LlamaConfig,
+    MarianConfig,
+    ResNetConfig,
+)
+
+from hf_lngd import LNGD, LNGDConfig
+from hf_lngd.integrations import doctor as doctor_module
+from hf_lngd.integrations.command import main
+from hf_lngd.integrations.doctor import build, look
+from hf_lngd.integrations.estimate import estimate
+from tests.hf_helpers import SIZES, hf_images, hf_vit
+
+TOKENS = {"vocab_size": 40, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
+HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "hidden_size": 16}
+
+
+def saved(folder: Path, config: Any) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def marian() -> MarianConfig:
+    return MarianConfig(
+        **{**SIZES, **TOKENS, "decoder_start_token_id": 0, "decoder_vocab_size": 40, "forced_eos_token_id": None}
+    )
+
+
+def test_it_tells_what_training_will_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Owners and bytes are those of an optimizer that has made steps on real tensors."""
+    model = hf_vit()
+    main(["doctor", saved(tmp_path, model.config), "--optim_args", "factor_interval=4,lr=0.1", "--batch_size", "2"])
+    text = capsys.readouterr().out
+    optimizer = LNGD(model, factor_interval=4)
+    images = hf_images(8)
+    batch = {name: torch.stack([torch.as_tensor(row[name]) for row in images]) for name in images[0]}
+    for _ in range(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert optimizer.routing_table() in text
+    total, adamw = optimizer.memory_usage()["total"], sum(8 * p.numel() + 4 for p in model.parameters())
+    assert f"state: {total / 2**20:.1f} MiB, {total / adamw:.2f} × AdamW's" in text
+    assert "ViTForImageClassification" in text and "2 images of 8 × 8" in text and "each 4 for factors" in text
+    assert re.search(r"factors: \d+ for \d+ layers, width 16\n", text)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"direction": "gram"}, {"direction": "natural"}, {"preset": "paper"}, {"preset": "lngd_lr"},
+     {"family": "ekfac"}, {"family": "ng+"}, {"embedding": "exact"}],
+    ids=str,
+)  # fmt: skip
+def test_estimates_are_those_of_real_steps(fields: dict[str, Any]) -> None:
+    settings = LNGDConfig(**fields)
+    found = look(marian(), "translation", 2, 5, lambda subject: estimate(subject.model, subject.loss, settings))
+    subject = build(marian(), "translation", 2, 5, "cpu")
+    optimizer = LNGD(subject.model, settings)
+    output = subject.model(**subject.inputs)
+    if optimizer.needs_fisher_pass:
+        optimizer.fisher_backward(output.logits)
+    output.loss.backward()
+    optimizer.step()
+    assert found.memory == optimizer.memory_usage()
+    assert [r.owner for r in found.routes] == [r.owner for r in optimizer.routing()]
+    owned = {r.layer for r in optimizer.routing() if r.owner == "lngd" and "embedding" not in r.reason}
+    assert sum(layers for _, layers in found.factors.values()) == len(owned)
+
+
+@pytest.mark.parametrize(
+    ("embedding", "update"),
+    [("rotated", "kahan"), ("fallback", "kahan"), ("fallback", "stochastic"), ("rotated", "nearest")],
+)
+def test_estimates_of_bfloat16_weights(embedding: str, update: str) -> None:
+    """AdamW's moments are float32 here, and what rounding takes off is kept of every parameter."""
+    config = LlamaConfig(**TOKENS, **HEADS, dtype="bfloat16")
+    settings = LNGDConfig(embedding=embedding, bf16_update=update)
+    found = look(config, "text", 2, 5, lambda subject: estimate(subject.model, subject.loss, settings))
+    subject = build(config, "text", 2, 5, "cpu")
+    optimizer = LNGD(subject.model, settings)
+    subject.loss().backward()
+    optimizer.step()
+    assert found.memory == optimizer.memory_usage()
+    assert found.adamw == sum(4 * p.numel() + 4 for p in subject.model.parameters())
+
+
+def test_products_are_counted_exactly() -> None:
+    """A net of two layers by hand: 2·N·m·d forward and two or three times that in all, five quintics, Φ of each."""
+    n, d, h, m = 12, 6, 5, 4
+    with torch.device("meta"):
+        model = torch.nn.Sequential(
+            torch.nn.Linear(d, h, bias=False), torch.nn.ReLU(), torch.nn.Linear(h, m, bias=False)
+        )
+        x = torch.zeros(n, d)
+    found = estimate(model, lambda: model(x).square().mean(), LNGDConfig())
+    assert found.model_flops == 2 * n * (2 * d * h + 3 * h * m)
+    assert found.capture_flops == 2 * n * (d * d + h * h + h)  # the last: Ψ of the layer with an activation
+    assert found.inverse_flops == d**3 + h**3
+    whitening = 2 * 2 * (h * d * d + m * h * h)
+    quintics = sum(5 * 2 * (2 * s * s * long + s**3) for s, long in ((5, 6), (4, 5)))
+    assert found.step_flops == whitening + quintics
+
+
+@pytest.mark.parametrize("text", ["fisher=sampled", "preset=paper", "preset=lngd_sample", "preset=lngd_lr"])
+def test_it_takes_every_preset_of_a_large_model(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draws, too, are made on the meta device: there is no model that is too large."""
+    monkeypatch.setattr(doctor_module, "MOST_ON_CPU", 0)
+    main(["doctor", saved(tmp_path, LlamaConfig(**TOKENS, **HEADS)), "--optim_args", text, "--length", "5"])
+    assert "state: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "told"),
+    [
+        (GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=16, vocab_size=50), "GPT2LMHeadModel",
+         "8 texts of 16 tokens (it has no more positions)"),
+        (BertConfig(**TOKENS, **HEADS, max_position_embeddings=16), "BertForMaskedLM",
+         "note: BertLMHeadModel stands for BertForMaskedLM, which the configuration names and task=text does not have"),
+        (BertConfig(**TOKENS, **HEADS, num_labels=3, problem_type="multi_label_classification"),
+         "BertForSequenceClassification", "8 texts of 128 tokens"),
+        (BertConfig(**TOKENS, **HEADS, num_labels=2, problem_type="regression"),
+         "BertForSequenceClassification", "8 texts of 128 tokens"),
+        (BertConfig(**TOKENS, **HEADS, num_labels=1, problem_type="regression"),
+         "BertForSequenceClassification", "8 texts of 128 tokens"),
+        (BartConfig(**{**SIZES, **TOKENS}), "BartForSequenceClassification", "BartForSequenceClassification, "),
+        (LlamaConfig(**TOKENS, **HEADS, dtype="float16"), "LlamaForCausalLM",
+         "note: built in float32, not the configuration's float16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.endswith(("Model", "LM", "cation")) else "",
+)  # fmt: skip
+def test_a_batch_fits_and_what_was_replaced_is_said(
+    config: Any, architecture: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = copy.deepcopy(config)
+    config.architectures = [architecture]
+    main(["doctor", saved(tmp_path, config)])
+    out = capsys.readouterr().out
+    assert told in out and ("note: " in out) == told.startswith("note")
+
+
+def test_what_the_meta_device_cannot_is_built_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "src_vocab_size": 20, "tgt_vocab_size": 20}
+    config = FSMTConfig(langs=["en", "de"], max_position_embeddings=64, **sizes, **heads)
+    devices: list[str] = []
+
+    def see(subject: Any) -> Any:
+        devices.append(next(subject.model.parameters()).device.type)
+        return estimate(subject.model, subject.loss, LNGDConfig())
+
+    assert look(config, "translation", 2, 6, see).model_flops > 0
+    assert devices == ["meta", "cpu"]
+    monkeypatch.setattr(doctor_module, "MOST_ON_CPU", 10)
+    with pytest.raises(ValueError, match="parameters are too many to build"):
+        look(config, "translation", 2, 6, see)
+
+
+def test_what_it_does_not_accept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vit = saved(tmp_path / "vit", hf_vit().config)
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "odd.json").write_text(json.dumps({"model_type": "vits"}))
+    cases = {
+        (): "error: model: got none, accepted: a folder, a config.json, a Hub name",
+        ("--task", "image"): "error: model: got '--task', accepted: a folder",
+        (str(tmp_path / "nothing"),): f"error: model: got '{tmp_path / 'nothing'}', which has no configuration",
+        (str(tmp_path),): f"error: model: got '{tmp_path}', which has no configuration that can be read",
+        (str(tmp_path / "broken.json"),): f"error: model: got '{tmp_path / 'broken.json'}', which has no configuration",
+        (str(tmp_path / "odd.json"),): "error: model: got 'vits' for auto; this one can do: none of them",
+        (vit, "--task", "translation"): "error: task: got 'vit' for translation; this one can do: image",
+        (vit, "--task", "sound"): "error: task: got 'sound', accepted: auto, translation, image",
+        (vit, "--batch_size", "0"): "error: batch_size: got 0, accepted: an integer, at least 1",
+        (vit, "--batch_size", "x"): "error: batch_size: invalid int value: 'x'",
+        (vit, "--optim_args", "rate=fast"): "error: optim_args: rate: got 'fast'",
+        (vit, "--optim_arguments", "x"): "error: optim_arguments: unknown argument; did you mean --optim_args?",
+    }
+    for argv, words in cases.items():
+        with pytest.raises(SystemExit) as exit_:
+            main(["doctor", *argv])
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(words), argv
+
+
+def test_convolutions_and_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"layer_type": "basic", "depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8}
+    main(["doctor", saved(tmp_path / "resnet", ResNetConfig(**sizes))])
+    text = capsys.readouterr().out
+    assert "ResNetForImageClassification" in text and "8 images of 224 × 224" in text and "convolution" in text
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2}))
+    main(["doctor", str(folder / "config.json"), "--length", "7"])
+    assert "8 texts of 7 tokens" in capsys.readouterr().out
+    main(["doctor", str(folder), "--task", "classification", "--batch_size", "1"])
+    assert "GPT2ForSequenceClassification" in capsys.readouterr().out
