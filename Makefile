@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=10 $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-vision test test-all lint format audit clean
+.PHONY: help env demo demo-vision test test-studies test-all lint format audit clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -22,10 +22,10 @@ help: ## this list
 
 env: $(STAMP) ## make the environment (the other commands do so when they need it)
 
-$(STAMP): pyproject.toml scripts/make_env.py
+$(STAMP): pyproject.toml tools/make_env.py
 	@command -v $(PYTHON) >/dev/null || { echo "error: python: no '$(PYTHON)' found; install Python 3.11 or newer," \
 		"or name one: make demo PYTHON=/path/to/python3" >&2; exit 1; }
-	$(PYTHON) scripts/make_env.py $(VENV) demo,test
+	$(PYTHON) tools/make_env.py $(VENV) demo,test
 	@touch $@
 
 demo: $(STAMP) ## train en-de translation from scratch with LNGD, then with AdamW; BLEU, translations, a picture (11 minutes)
@@ -35,9 +35,12 @@ demo-vision: $(STAMP) ## train a small ResNet on digits with LNGD, then with Ada
 	$(BIN)/python scripts/demo_vision.py $(DEMO_ARGS)
 
 test: $(STAMP) ## the test suite
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --ignore=tests/studies -m "not slow"
 
-test-all: $(STAMP) ## the test suite and its larger grids
+test-studies: $(STAMP) ## the tests of benchmarks/
+	$(PYTEST) tests/studies
+
+test-all: $(STAMP) ## the test suite, its larger grids and the tests of benchmarks/
 	$(PYTEST)
 
 lint: $(STAMP) ## ruff and mypy

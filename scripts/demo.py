@@ -25,10 +25,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the benchmarks are no installed package
-
-from benchmarks.clocks import time_to  # noqa: E402
-
 SAMPLE = ROOT / "examples" / "data" / "tatoeba-en-de"
 TUNING = ROOT / "benchmarks" / "results" / "demo_tuning.json"
 TUNING_SEED = 7
@@ -174,9 +170,17 @@ def show_scores(results: dict[str, dict[str, Any]]) -> None:
 
 
 def seconds_to(results: dict[str, dict[str, Any]], name: str, other: str) -> float | None:
-    """Seconds that one run takes to another's final validation loss; none: it never gets there."""
+    """Seconds that one run takes to another's final validation loss, on straight lines between evaluations; none: it
+    never gets there."""
     ours, theirs = (results[one]["curves"]["validation"] for one in (name, other))
-    return time_to(((seconds, loss) for _, seconds, loss in ours), theirs[-1][2])
+    target, before = theirs[-1][2], None
+    for _, seconds, loss in ours:
+        if loss <= target:
+            if before is None:
+                return seconds
+            return before[0] + (before[1] - target) / (before[1] - loss) * (seconds - before[0])
+        before = seconds, loss
+    return None
 
 
 def smooth(values: list[float], weight: float = 0.3) -> list[float]:

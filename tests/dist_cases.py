@@ -269,31 +269,3 @@ def with_failing_inverses(placement: str) -> float:
     with patch("hf_lngd.curvature.factor_bank.inverse", no_inverse):
         optimizer.step()
     return optimizer.diagnostics()["failed_inverses"]
-
-
-def counted_traffic(fields: dict[str, Any], steps: int) -> tuple[list[int], dict[str, int]]:
-    """Bytes that LNGD hands to collectives, step by step, and what the cost model says of them."""
-    from benchmarks.traffic import traffic
-
-    model = make("marian", torch.float64)
-    optimizer = LNGD(model, lr=LR, early_factors=False, **fields)
-    wrapped = DistributedDataParallel(model)
-    sent: list[int] = []
-    reduce, gather = dist.all_reduce, dist.all_gather_single
-
-    def counting(function: Any, place: int) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            sent[-1] += args[place].numel() * args[place].element_size()
-            return function(*args, **kwargs)
-
-        return run
-
-    for step in range(steps):
-        batch = batch_of("marian", step, 4, torch.float64)
-        wrapped(**batch).loss.backward()
-        sent.append(0)
-        gathering = patch.object(dist, "all_gather_single", counting(gather, 1))
-        with patch.object(dist, "all_reduce", counting(reduce, 0)), gathering:
-            optimizer.step()
-        optimizer.zero_grad()
-    return sent, traffic(optimizer)

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.spread import MODELS, simulate, tasks_of
 from hf_lngd.placement import SPEEDS, loads_of, placement, spread_pays
 
 COSTS = st.lists(st.integers(0, 50).map(float), max_size=7)
@@ -44,11 +43,3 @@ def test_few_or_small_inverses_stay_where_they_are(tasks: int, width: int, pays:
     speed = SPEEDS["cpu"]
     costs, sizes = [width**3 / speed.eigh] * tasks, [2 * width**2] * tasks
     assert spread_pays(costs, sizes, placement(costs, 2), 2, speed) == pays
-
-
-def test_the_simulation_counts_every_inverse() -> None:
-    tasks = tasks_of(*MODELS["Transformer-big"])
-    assert len(tasks) == 61 and sum(k for k, _ in tasks) == 61 + 12 * 3
-    alone, nothing = simulate(tasks, 1)
-    shared, sending = simulate(tasks, 8)
-    assert nothing == 0.0 < sending and alone / 8 <= shared <= alone / 8 * 4 / 3

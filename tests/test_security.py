@@ -20,7 +20,9 @@ from hf_lngd import LNGD, load_checkpoint, save_checkpoint
 from scripts import run_image_classification, run_translation
 
 ROOT = Path(__file__).parent.parent
-FILES = [path for folder in ("hf_lngd", "scripts", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES = [
+    path for folder in ("hf_lngd", "scripts", "benchmarks", "tools") for path in sorted((ROOT / folder).rglob("*.py"))
+]
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.load", "pickle.loads",
              "pickle.Unpickler", "marshal.loads", "shelve.open", "joblib.load", "yaml.load"}  # fmt: skip
 

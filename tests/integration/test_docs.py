@@ -1,0 +1,188 @@
+"""Pages for people: links lead somewhere, options exist, figures are those that were measured, versions agree."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import hf_lngd
+from benchmarks.cost import report as cost_report
+from benchmarks.report import paper_tables, pictures, readme_tables
+from benchmarks.report.clocks import clock_of, references
+from hf_lngd import LNGD, LNGDConfig
+from hf_lngd.integrations.training_args import take_lr
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"])
+FIELDS = set(LNGDConfig().to_dict())
+# Options of other packages that the table of migration names.
+FOREIGN = {"damping=0.001", "compute_method=EIGEN", 'adjust_lr_fn="match_rms_adamw"', 'adjust_lr_fn="original"'}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:docs|tests|hf_lngd|scripts|benchmarks|examples)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).exists() or "TASK" in path, path
+
+
+@pytest.mark.parametrize("name", ["migrating.md", "tuning.md"])
+def test_options_exist_and_are_accepted(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    settings = {code for code in re.findall(r"`([^`\n]+)`", text) if re.match(r"\w+=\S+$", code)} - FOREIGN
+    assert settings
+    for setting in settings - {"exclude=REGEX"}:
+        LNGDConfig.from_optim_args(take_lr(setting)[1])
+    table = re.findall(r"^\|[^|]+\|([^|]+)\|$", text, re.MULTILINE)  # the column "here"
+    here = {code for cell in table for code in re.findall(r"`(\w+)`", cell)}
+    assert here <= FIELDS | {"lr"}
+
+
+# What tuning.md says, and the one row or paragraph that it quotes: a part of that, and the figures as they stand there.
+HERE, BENCH = "README.md", "benchmarks/README.md"
+QUOTES = [
+    ("chance alone is worth 0.01 and 0.02", HERE, "Numbers are differences of", "0.01"),
+    ("chance alone is worth 0.01 and 0.02", HERE, "On the CIFAR-10 ResNet (", "0.02"),
+    ("best rate of matrices was 0.8 to 4.3 times", HERE, "Where the matrices' rate was tuned apart", "0.8 4.3"),
+    ("`momentum`: 0.8 is the default;", HERE, "| `momentum`,", "0.8"),
+    ("0.9 costs +0.124", HERE, "| `momentum`,", "0.9: +0.124"),
+    ("`weight_decay`: 0.1 is the default", HERE, "| `weight_decay` |", "0.1"),
+    ("AdamW gains 0.26 with 1.6 and LNGD 0.16 with 0.4", BENCH, "Weight decay was at 0.1",
+     "AdamW gains 0.26 with 1.6 LNGD 0.16 with 0.4"),
+    ("1000 costs +0.035 on Multi30k", HERE, "| `damping`, `damping_rho`", "1000: +0.035"),
+    ("on the ResNet 10 gains −0.030", HERE, "On the CIFAR-10 ResNet (", "ρ = 10 −0.030"),
+    ("at 100 in place of 20, −0.001 on Multi30k", HERE, "| `factor_interval`,", "100: −0.001"),
+    ("and +0.032 on the ResNet", HERE, "On the CIFAR-10 ResNet (", "intervals of 100 +0.032"),
+    ("`head=categorical` the ResNet's by −0.008", HERE, "On the CIFAR-10 ResNet (", "`head=categorical` −0.008"),
+    ("`embedding=exact` gained −0.037 there", HERE, "| `embedding` |", "exact −0.037"),
+    ("`nesterov=false` costs +0.038", HERE, "| `momentum`,", "without Nesterov: +0.038"),
+    ("`momentum_on=update` +0.106", HERE, "| `momentum_on` |", "update +0.106"),
+    ("`direction=natural` +0.194", HERE, "| `direction` |", "natural +0.194"),
+    ("`direction=gram` costs +0.051", HERE, "| `direction` |", "gram: +0.051"),
+    ("is 1.073 of AdamW's", HERE, "64 × 32 | `gram` | whole step | AdamW |", "1.073"),
+    ("in place of 1.123", HERE, "64 × 32 | `fast` | whole step | AdamW |", "1.123"),
+    ("state is 0.86 of AdamW's with `fast` and 1.07 with `gram`", HERE, "**Memory**:", "0.86 `fast` 1.07 `gram`"),
+    ("LNGD ends 0.14 below AdamW on Multi30k", HERE, "LNGD ends lowest, 0.14", "0.14 below AdamW"),
+    ("and 0.041 on WMT news", HERE, "The order is the same and", "0.041 below AdamW"),
+    ("after 0.97 and 0.95 of its seconds", HERE, "LNGD ends lowest, 0.14", "0.97 of AdamW's seconds"),
+    ("after 0.97 and 0.95 of its seconds", HERE, "The order is the same and", "0.95 of its seconds"),
+    ("steps took 1.18 times as long", HERE, "Here LNGD has no lead", "1.18 times as long"),
+    ("Muon ended 0.6 points above", HERE, "LNGD ends 12.0 points above AdamW", "Muon ends 0.6 points above"),
+    ("it is 0.38 behind on Multi30k", HERE, "LNGD ends lowest: 0.036", "0.38 above"),
+]  # fmt: skip
+# Fields that change Multi30k's loss by little: what of a row tells by how much.
+LITTLE = {
+    "fisher": "sampled: −",
+    "chain": "full: −",
+    "bias": "factor: +",
+    "matrix_dtype": "full: −",
+}
+
+
+def units_of(page: str) -> list[str]:
+    """Paragraphs, and of tables rows."""
+    parts = re.split(r"\n\n|\n(?=\|)", (ROOT / page).read_text(encoding="utf-8"))
+    return [" ".join(part.split()) for part in parts]
+
+
+def test_figures_of_tuning_are_those_of_the_rows_that_they_quote() -> None:
+    text = " ".join((ROOT / "docs/tuning.md").read_text(encoding="utf-8").split())
+    covered = set()
+    for said, page, row, figures in QUOTES:
+        start = text.index(said)
+        covered |= set(range(start, start + len(said)))
+        (unit,) = (unit for unit in units_of(page) if row in unit)
+        place = 0
+        for figure in figures.split():  # in this order
+            found = re.compile(rf"(?<![\d.]){re.escape(figure)}(?!\d)").search(unit, place)
+            assert found, (said, figure, unit)
+            place = found.end()
+    (bound,) = re.findall(r"change Multi30k's loss by at most (0\.\d+)", text)
+    for field, before in LITTLE.items():
+        (unit,) = (unit for unit in units_of("README.md") if unit.startswith(f"| `{field}`"))
+        assert float(re.findall(rf"{re.escape(before)}(0\.\d+)", unit)[0]) <= float(bound), field
+    rest = [found[0] for found in re.finditer(r"[+−]?\d+\.\d+", text) if found.start() not in covered]
+    assert rest == [bound]
+
+
+def test_tables_are_made_from_the_files_of_results() -> None:
+    """Rows that arrive, and pages that were not made again, are noticed."""
+    folder = ROOT / "benchmarks" / "results"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("<!-- table: ") == len(readme_tables.MARKED.findall(readme)) == 8
+    assert readme_tables.render(readme) == readme, "python -m benchmarks.report.readme_tables"
+    assert paper_tables.page(folder) == (folder / "paper.md").read_text(encoding="utf-8")
+    cost = json.loads((folder / "cost_model.json").read_text(encoding="utf-8"))
+    assert cost_report.tables(cost) == (folder / "cost_model.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="table: got 'nothing', accepted: multi30k"):
+        readme_tables.render("<!-- table: nothing -->\n<!-- end of table -->")
+
+
+@pytest.mark.parametrize("name", readme_tables.STUDIES)
+def test_reported_runs_are_those_of_the_tuned_settings(name: str) -> None:
+    """Each seed and length once, no seed that was tuned on; every rival of the study that was reported."""
+    spec, results = readme_tables.results_of(name)
+    for rival in spec.rivals:
+        rows = results.find("report", rival)
+        runs = [(row["seed"], row["steps"]) for row in rows]
+        assert len(set(runs)) == len(runs) and not {seed for seed, _ in runs} & set(spec.tuning_seeds), rival
+        best = results.best(rival).to_dict() if rows else None
+        assert all(row["settings"] == best for row in rows), rival
+        # seconds compare through AdamW's, run on the same clock
+        assert {clock_of(row) for row in rows} <= {clock_of(row) for row in references(results)}, rival
+    if results.find("report", "lngd-same"):  # which takes the rate that AdamW's own search found
+        assert results.best("lngd-same").lr == results.best("adamw-one").lr
+
+
+@pytest.mark.parametrize("name", readme_tables.STUDIES)
+def test_pictures_are_of_the_rows_that_there_are(name: str) -> None:
+    study, results = readme_tables.results_of(name)
+    for end, rivals in pictures.pictures_of(list(study.rivals)).items():
+        with Image.open(results.path.with_name(f"{name}{end}.png")) as picture:
+            said = picture.text["Description"]
+        texts = pictures.legend(results, rivals, study.label)
+        assert said == pictures.described(results, texts), "--phases plot"
+
+
+@pytest.mark.parametrize(("m", "d"), [(48, 24), (24, 48)])
+@pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
+def test_the_setting_that_is_muon(m: int, d: int, adjust: str) -> None:
+    """docs/migrating.md: the rate, the momentum and the direction of torch.optim.Muon, to the quintics."""
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Linear(d, m, bias=False) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    before = ours.weight.detach().clone()
+    rate = 0.02 / (d**0.5 if adjust == "original" else 5.0)
+    fields = {"damping_rho": 1000.0, "row_decay": 0.0, "embedding": "fallback", "momentum": 0.95, "weight_decay": 0.1}
+    optimizers = (
+        LNGD(ours, lr=rate, **fields),
+        torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust),
+    )
+    for _ in range(3):
+        x, y = torch.randn(64, d), torch.randn(64, m)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    mine, muons = ours.weight.detach() - before, theirs.weight.detach() - before
+    cosine = torch.nn.functional.cosine_similarity(mine.flatten(), muons.flatten(), dim=0)
+    assert cosine > 0.98 and 0.8 < mine.norm() / muons.norm() < 1.25
+
+
+def test_versions_agree() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    latest = re.search(r"^## (\S+),", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert latest is not None and latest[1] == project["version"] == hf_lngd.__version__
+
+
+def test_pages_are_short() -> None:
+    for page, most in (("extending", 60), ("migrating", 80), ("tuning", 60)):
+        assert len((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8").splitlines()) <= most

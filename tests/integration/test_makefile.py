@@ -1,0 +1,139 @@
+"""The commands of the README: what make would run, and how the environment is chosen."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import make_env
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What make would do, without doing it."""
+    return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("target", "needed"),
+    [
+        ("demo", "scripts/demo.py"),
+        ("test", "-m pytest"),
+        ("test", '-m "not slow"'),
+        ("test", "--ignore=tests/studies"),
+        ("test-studies", "-m pytest"),
+        ("test-studies", "tests/studies"),
+        ("test-all", "-m pytest"),
+        ("lint", "-m ruff check"),
+        ("lint", "-m mypy"),
+        ("audit", 'pip install -q "pip-audit>=2.10,<3"'),
+        ("audit", "--vulnerability-service osv --skip-editable"),
+    ],
+)
+def test_targets(target: str, needed: str) -> None:
+    done = dry_run(target)
+    assert done.returncode == 0, done.stderr
+    assert needed in done.stdout
+
+
+def test_the_demo_takes_as_long_as_the_readme_says() -> None:
+    """Measured: both trainings of the committed run, and a minute for what is around them."""
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert re.search(r"make demo .*\(11 minutes\)", told)
+    assert "`make demo` needs about eleven minutes after installation" in (ROOT / "README.md").read_text(
+        encoding="utf-8"
+    )
+    runs = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
+    seconds = sum(run["train_runtime"] for run in runs.values() if isinstance(run, dict) and "train_runtime" in run)
+    assert 9 * 60 < seconds < 12 * 60
+
+
+def test_the_larger_grids_are_left_to_test_all() -> None:
+    assert "not slow" not in dry_run("test-all").stdout
+
+
+def test_the_environment_is_made_first(tmp_path: Path) -> None:
+    done = dry_run("demo", f"VENV={tmp_path / 'env'}")
+    assert done.stdout.index("tools/make_env.py") < done.stdout.index("scripts/demo.py")
+
+
+def test_the_audit_looks_at_the_environment_and_not_at_its_own(tmp_path: Path) -> None:
+    done = dry_run("audit", f"VENV={tmp_path / 'env'}")
+    assert f"PIPAPI_PYTHON_LOCATION={tmp_path / 'env' / 'bin' / 'python'} " in done.stdout
+    assert f"{tmp_path / 'env' / 'audit' / 'bin' / 'python'} -m pip_audit" in done.stdout
+
+
+def test_a_missing_python_is_named(tmp_path: Path) -> None:
+    command = ["make", "env", f"VENV={tmp_path / 'env'}", "PYTHON=no-such-python"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "error: python: no 'no-such-python' found" in done.stderr
+
+
+def test_an_old_python_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_env, "MIN_PYTHON", (99, 1))
+    monkeypatch.setattr(make_env.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match=r"error: python: hf_lngd needs Python 99\.1 or newer, .* is Python 3\.\d+"):
+        make_env.check_python()
+
+
+def test_make_env_stays_readable_to_older_pythons() -> None:
+    ast.parse((ROOT / "tools" / "make_env.py").read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+@pytest.mark.parametrize(
+    ("version", "requirement", "answer"),
+    [
+        ("2.13.0", ">=2.13,<3", True),
+        ("2.13.1+cpu", ">=2.13,<3", True),
+        ("2.14.0a0+git1", ">=2.13,<3", True),
+        ("2.12.9", ">=2.13,<3", False),
+        ("2.9.0", ">=2.13,<3", False),
+        ("3.0.0", ">=2.13,<3", False),
+    ],
+)
+def test_which_torch_is_kept(version: str, requirement: str, answer: bool) -> None:
+    assert make_env.satisfies(version, requirement) is answer
+
+
+def test_this_torch_is_found_and_fits() -> None:
+    assert re.fullmatch(r"(>=|<)[\d.]+,(>=|<)[\d.]+", make_env.torch_requirement())
+    found = make_env.find_torch(sys.executable)
+    assert found is not None
+    assert (Path(found[1]) / "torch" / "__init__.py").is_file()
+
+
+def test_an_importable_torch_is_linked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def find(python: str) -> tuple[str, str] | None:
+        linked = (tmp_path / make_env.LINK).exists()
+        return ("2.13.0", "elsewhere") if python == sys.executable or linked else None
+
+    monkeypatch.setattr(make_env, "find_torch", find)
+    monkeypatch.setattr(make_env, "run", lambda *command, **options: asked.append(command) or True)
+    make_env.provide_torch("inner-python", str(tmp_path))
+    assert (tmp_path / make_env.LINK).read_text(encoding="utf-8") == "elsewhere\n"
+    assert not asked
+
+
+@pytest.mark.parametrize(("cuda", "wanted"), [(True, ["torch>="]), (False, [f"torch=={make_env.CPU_TORCH}+cpu"])])
+def test_which_torch_is_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: bool, wanted: list[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(make_env, "find_torch", lambda python: None)
+    monkeypatch.setattr(make_env, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(make_env, "run", lambda *command, **options: asked.append(command[-1]) or True)
+    make_env.provide_torch("inner-python", str(tmp_path))
+    assert len(asked) == 1 and asked[0].startswith(wanted[0])
