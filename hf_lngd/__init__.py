@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import LNGDConfig
 from .optimizer import LNGD
-from .sharded_checkpoint import load_checkpoint, save_checkpoint
+from .parallel.checkpoint import load_checkpoint, save_checkpoint
 
 if TYPE_CHECKING:
     from .integrations.stock import register, unregister

@@ -1,81 +1,194 @@
-"""The parameter groups: which there are, by name, their rates and decays, and what a group that is added may be."""
+"""Parameter groups: which there are, what a user's entries make of them, and the rates of each parameter in a step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import LNGDConfig
-from .routing import EXACT_EMBEDDING, FALLBACK_OWNER, LNGD_OWNER, ROTATED_EMBEDDING, Route
+from .routing import Routing
 
-# By the name of its group LNGD knows what to do with a parameter.
-OWN_GROUPS = ("lngd", "lngd_bias", "embedding", "fallback", "fallback_no_decay")
+Rate = float | Tensor
+KINDS = ("lngd", "lngd_bias", "embedding", "fallback", "fallback_no_decay")
+# Decay of the running mean square of each row of a layer's direction (Li et al. 2025, NorMuon): betas[1] of the group.
+ROW_DECAY = 0.95
 
 
-def group_of(r: Route) -> str | None:
-    """The name of a parameter's group; None: it is not trained."""
-    if r.reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
-        return "embedding"
-    if r.owner == LNGD_OWNER:
-        return "lngd" if r.decays else "lngd_bias"
-    if r.owner == FALLBACK_OWNER:
-        return "fallback" if r.decays else "fallback_no_decay"
-    return None
+def check_lr(lr: Any) -> None:
+    """Raise ValueError unless this is a learning rate: a finite number or a tensor of one, at least 0."""
+    number = isinstance(lr, (int, float)) or (isinstance(lr, Tensor) and lr.numel() == 1)
+    if not number or not 0 <= float(lr) < math.inf:
+        raise ValueError(f"lr: got {lr!r}, accepted: a number (or a tensor of one), at least 0")
+
+
+def defaults_of(config: LNGDConfig, lr: Rate) -> dict[str, Any]:
+    """What a group of other parameters has, where it does not say so itself."""
+    return {"lr": lr, "lr_scale": 1.0, "weight_decay": 0.0, "betas": config.betas, "eps": config.eps}
+
+
+def _options_of(kind: str, config: LNGDConfig, lr: Rate, weight_decay: float) -> dict[str, Any]:
+    """The keys of a group of this kind."""
+    of_layers = kind in ("lngd", "lngd_bias")
+    decays = kind in ("lngd", "embedding", "fallback")
+    betas = dict.fromkeys(("lngd", "lngd_bias"), (config.momentum, ROW_DECAY))
+    betas["embedding"] = (config.momentum, config.betas[1])
+    return {
+        "lr": lr,
+        "lr_scale": 1.0 if of_layers else config.fallback_lr_scale,
+        "weight_decay": weight_decay * (config.weight_decay_scale if kind == "lngd" else 1.0) if decays else 0.0,
+        "betas": betas.get(kind, config.betas),
+        "eps": config.eps,
+    }
+
+
+def kind_options(kind: str, config: LNGDConfig, lr: Rate) -> dict[str, Any]:
+    """What a group that is added has of its parameters' kind (another one: parameters that are no part of the model
+    as it was), where it does not say so itself."""
+    return _options_of(kind, config, _own(lr), config.weight_decay) if kind in KINDS else {}
 
 
 def make_groups(
-    routes: Sequence[Route], parameters: Mapping[str, nn.Parameter], c: LNGDConfig, lr: float | Tensor
-) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """The groups, LNGD's layers first (Trainer logs the first one's rate), and the names of each one's parameters.
+    routing: Routing, config: LNGDConfig, lr: Rate, entries: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """The groups, LNGD's layers first (Trainer logs the first one's rate).
+
+    Args:
+        entries: a user's, see `LNGD`; one group is made for each of them and kind of parameter in it. What is in no
+            entry is in the default groups.
 
     Raises:
-        ValueError: there is nothing to train.
+        ValueError: there is nothing to train; an entry that matches nothing, or what another one has.
     """
-    fallback_lr = lr * c.fallback_lr_scale if c.fallback_lr is None else c.fallback_lr
-    groups: dict[str, dict[str, Any]] = {}
-    names: dict[str, list[str]] = {}
-    for r in routes:
-        name = group_of(r)
-        if name is None:
-            continue
-        own_lr = lr if name in ("lngd", "lngd_bias") else fallback_lr
-        decay = c.weight_decay * (c.weight_decay_scale if name == "lngd" else 1.0) if r.decays else 0.0
-        group = groups.setdefault(name, {"params": [], "name": name, "lr": own_lr, "weight_decay": decay})
-        group["params"].append(parameters[r.parameter])
-        names.setdefault(name, []).append(r.parameter)
-    if not groups:
+    trained = routing.trained()
+    if not trained:
         raise ValueError("model: got no parameter that requires a gradient, accepted: at least one")
-    return sorted(groups.values(), key=lambda group: group["name"] != "lngd"), names
+    entry_of: dict[str, int] = {}
+    for number, entry in enumerate(entries):
+        for name in _names_in(entry, number, routing):
+            if name in entry_of:
+                raise ValueError(
+                    f"param_groups: parameter '{name}' is in entries {entry_of[name]} and {number}, accepted: in one"
+                )
+            entry_of[name] = number
+    groups: dict[tuple[int, str], dict[str, Any]] = {}
+    for r in routing.routes:
+        if r.kind is None:
+            continue
+        number = entry_of.get(r.parameter, -1)
+        group = groups.get((number, r.kind))
+        if group is None:
+            group = groups[number, r.kind] = {"params": [], **_described(number, r.kind, config, lr, entries)}
+        group["params"].append(trained[r.parameter])
+    first = "lngd" if any(kind == "lngd" for _, kind in groups) else ""
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[1] != first, key[0] >= 0))]
 
 
-def check_added(name: Any) -> None:
-    """Raise ValueError for a later group by a name of LNGD's own, such as a copy of one with other parameters: no
-    layer or table is known to own them, and rate and decay of an own group mean something else there."""
-    if name in OWN_GROUPS:
-        raise ValueError(
-            f"param_groups: name: got {name!r}, one of LNGD's own groups ({', '.join(OWN_GROUPS)}), accepted: "
-            "another name or none; parameters added later are AdamW's, at the lr and weight_decay of their group"
-        )
+def _described(
+    number: int, kind: str, config: LNGDConfig, lr: Rate, entries: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Name and options of a group: of one of a user's `entries`, or (-1) of a default one."""
+    if number < 0:
+        return {"name": kind, **_options_of(kind, config, _own(lr), config.weight_decay)}
+    entry = entries[number]
+    options = _options_of(kind, config, _own(entry.get("lr", lr)), entry.get("weight_decay", config.weight_decay))
+    given = {key: value for key, value in entry.items() if key not in ("params", "name", "lr", "weight_decay")}
+    return {"name": f"{entry.get('name', number)}.{kind}", **options, **given}
 
 
-def unshare_rate(group: dict[str, Any]) -> None:
-    """Give a group whose rate is a tensor one of its own: what changes rates in place does so group by group, and would
-    change one that several share as many times (torch's ReduceLROnPlateau)."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"] = group["lr"].clone()
+def _own(lr: Rate) -> Rate:
+    """A rate that is a tensor is each group's own: what changes rates in place does so group by group."""
+    return lr.clone() if isinstance(lr, Tensor) else lr
 
 
-def bias_share(groups: Mapping[str, Mapping[str, Any]]) -> float | Tensor:
-    """By what a bias's column in its layer's update is multiplied to be at the rate of ``lngd_bias``.
+def _names_in(entry: dict[str, Any], number: int, routing: Routing) -> list[str]:
+    """The names of the trained parameters in an entry."""
+    if not isinstance(entry, dict) or "params" not in entry:
+        raise ValueError(f"param_groups: entry {number}: got {entry!r}, accepted: a dict with the key 'params'")
+    if "lr" in entry:
+        check_lr(entry["lr"])
+    params, trained = entry["params"], routing.trained()
+    if isinstance(params, str):
+        names = [name for name in trained if re.search(params, name)]
+        if not names:
+            raise ValueError(f"param_groups: entry {number}: no trained parameter has a name that {params!r} matches")
+        return names
+    name_of = {id(p): name for name, p in routing.parameters.items()}
+    names = []
+    for item in [params] if isinstance(params, Tensor) else params:
+        name = item if isinstance(item, str) else name_of.get(id(item))
+        if name not in routing.parameters:
+            what = repr(item) if isinstance(item, str) else "a tensor that is no parameter of the model"
+            raise ValueError(f"param_groups: entry {number}: got {what}, accepted: names or parameters of the model")
+        if name in trained:
+            names.append(name)
+    return names
 
-    Where the rate of ``lngd`` is 0 there is no update that this could be a share of: the column is left as it is.
+
+@dataclass(frozen=True)
+class Options:
+    """What a group says of its parameters in this step.
+
+    Attributes:
+        lr: the effective rate, lr · lr_scale.
+        momentum: τ or β₁.
     """
-    if "lngd_bias" not in groups:
-        return 1.0
-    lr, own = groups["lngd"]["lr"], groups["lngd_bias"]["lr"]
-    if isinstance(lr, Tensor):
-        return torch.where(lr > 0, own / lr, 1.0)
-    return own / lr if lr else 1.0
+
+    lr: Rate
+    weight_decay: float
+    momentum: float
+    beta2: float
+    eps: float
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> Options:
+        """Those of a group; a key ``momentum`` stands above betas[0]."""
+        beta1, beta2 = group["betas"]
+        lr = group["lr"] * group["lr_scale"]
+        return cls(lr, group["weight_decay"], group.get("momentum", beta1), beta2, group["eps"])
+
+
+class Assignment:
+    """Which group has a parameter, kept until the groups change.
+
+    Raises:
+        ValueError: a parameter is in two groups.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[int, ...] = ()
+        self._index: dict[nn.Parameter, int] = {}
+
+    def update(self, groups: Sequence[dict[str, Any]]) -> dict[nn.Parameter, int]:
+        """Parameter → number of its group."""
+        seen = tuple(x for group in groups for x in (id(group), id(group["params"]), len(group["params"])))
+        if seen != self._seen:
+            index: dict[nn.Parameter, int] = {}
+            for number, group in enumerate(groups):
+                for parameter in group["params"]:
+                    if parameter in index:
+                        raise ValueError(
+                            f"param_groups: a parameter {list(parameter.shape)} is in groups {index[parameter]} and "
+                            f"{number}, accepted: in one"
+                        )
+                    index[parameter] = number
+            self._index, self._seen = index, seen
+        return self._index
+
+
+def alike(values: Iterable[Rate], like: Tensor) -> Rate:
+    """Values of layers, as one number where they are the same, else as a tensor [n] with the dtype of `like`."""
+    values = list(values)
+    first = values[0]
+    if all(value is first for value in values):
+        return first
+    if not any(isinstance(value, Tensor) for value in values):
+        if all(value == first for value in values):
+            return first
+        return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+    return torch.stack([torch.as_tensor(value).to(like.device, like.dtype) for value in values])

@@ -5,70 +5,67 @@ from __future__ import annotations
 import dataclasses
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 
-from . import serialization
-from .adoption import meet_shards
-from .checks import check_lr, fishers_beside
-from .config import LNGDConfig, is_due, settings_of
-from .curvature.capture import Capture
-from .curvature.compiled import plain_name, uncompiled
-from .curvature.embeddings import EmbeddingLayer
-from .curvature.fisher import FisherSource, unscaled
-from .curvature.owners import Owners
-from .curvature.pooling import pool_sums
-from .curvature.rotated import RotatedTable
-from .curvature.rounding import Rounding
-from .curvature.topology import Group, Topology
-from .distributed import Ranks
-from .fallback import Fallback
-from .groups import bias_share, check_added, make_groups, unshare_rate
-from .layer_step import step_layers
-from .preconditioner import Preconditioner, state_like
+from . import state
+from .adamw import Rounding
+from .batches import Job
+from .config import LNGDConfig, settings_of
+from .core import Core
+from .directions import Inputs, of_units
+from .groups import Assignment, Options, alike, check_lr, defaults_of, kind_options, make_groups
+from .linalg import along
+from .parallel.adopt import adopt_shards
+from .parallel.layout import make_layout
 from .routing import LNGD_OWNER, Route, format_rates, format_routes, route
-from .scaler import UnderScaler
-from .seen import check_capture, check_rows
-from .sharded_checkpoint import refuse_torchs_own
-from .sharding import Shards, refuse_flat_parameters
-
-NO_COPY = (
-    "LNGD: got a copy or pickle of the optimizer, which watches one model. Accepted: its state_dict(), loaded into "
-    "LNGD(model, …) made of a copy of the model"
-)
+from .statistics import reduce
+from .topology import Topology
+from .torch_internals import check_not_flat, stepping_scaler, uncompiled
 
 
-class LNGD(UnderScaler, torch.optim.Optimizer):
-    """Layer-Wise Natural Gradient Descent (Liu et al., NeurIPS 2024), with AdamW for what it does not own.
+class LNGD(torch.optim.Optimizer):
+    """Layer-Wise Natural Gradient Descent (Liu et al., NeurIPS 2024), with AdamW for all other parameters.
 
     A step, for the layers' gradients G (Algorithm 1 of the paper; names are `LNGDConfig`'s fields)::
 
-        every factor_interval steps:    Φ, Ψ ← running averages of this step's factors     (Eq. 4, 5, 14)
-        every inverse_interval steps:   inverses of the damped factors
-        each step:                      D = direction(M or G; Φ, Ψ)
-                                        W ← W − lr · α_l · D, with momentum and decoupled weight decay
+        every factor_interval steps:    Φ ← running average of this step's factor      (Eq. 4, 5, 14)
+        every inverse_interval steps:   inverse or whitener of the damped Φ
+        each step:                      M ← τ M + (1 − τ) G
+                                        D = direction(M; Φ)
+                                        W ← W − lr · α_l · D − lr · weight_decay · W
 
     Args:
-        model: the model that will be trained; its layers are watched by hooks during factor steps.
-        config: the settings; none: those of the preset ``fast``.
+        model: the model that will be trained; hooks on its layers collect statistics in factor steps.
+        config: the options; none: those of the preset ``fast``.
         lr: α of the paper; with ``rate="rms"`` (the default) it means what it means for AdamW. Of a tensor each group
             gets a copy.
+        param_groups: parameters with rates of their own: dicts with ``params`` (a regular expression that is searched
+            in names, or names, or parameters) and any of ``lr``, ``weight_decay`` (which mean what they mean here),
+            ``lr_scale``, ``betas``, ``eps``, ``name``. Each makes a group for each kind of parameter in it.
+        layout: ``whole``: every process computes everything. ``owned``: under DDP each computes its share of the
+            layers, and has their momentum and factors alone; `state_dict` is a collective then. ``auto``: owned where
+            it pays. Under FSDP2 it is found.
         process_group: the processes that train this model together, if these are not all of the job: the group that
             DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients. Make LNGD after
-            ``init_process_group``: else the first factor step of ``sampled`` and ``true`` draws alike on all ranks.
-            Under FSDP2 (`fully_shard`, best before LNGD is made) it is that of the parameters' mesh.
+            ``init_process_group``. Under FSDP2 (`fully_shard`, best before LNGD is made) it is that of the mesh.
         **fields: fields of `LNGDConfig`, on top of `config`; see `LNGDConfig.with_fields`.
 
-    The parameter groups are named by the key ``name``: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback`` and
-    ``fallback_no_decay``, those that are not empty. Schedulers act on all of them alike. ``lngd_bias`` has the biases
-    that are part of their layer's update: they take it at the rate of that group.
+    Groups have ``name``, ``lr``, ``lr_scale``, ``weight_decay``, ``betas`` and ``eps``, which are read in each step.
+    They are named after their kind: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback``, ``fallback_no_decay``. A
+    parameter's rate is lr · lr_scale: `lr` is the same for all kinds, so that schedulers which write absolute rates
+    keep the ratio. ``betas[0]`` is the momentum; ``betas[1]`` of ``lngd`` is the decay of the row scale.
+    ``lngd_bias`` has the biases that are part of their layer's update: they take it at the rate of that group.
 
     Raises:
         ValueError: a bad value (field, value and what is accepted are named), or nothing to train.
-        RuntimeError: processes that disagree about the model or the settings; says what differs.
+        RuntimeError: processes that disagree about the model or the options; says what differs.
     """
 
     def __init__(
@@ -77,6 +74,8 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         config: LNGDConfig | None = None,
         *,
         lr: float | Tensor = 1e-3,
+        param_groups: Sequence[dict[str, Any]] = (),
+        layout: str = "whole",
         process_group: Any = None,
         **fields: Any,
     ) -> None:
@@ -84,52 +83,43 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
             raise ValueError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module (not its parameters)")
         check_lr(lr)
         self.config = config = settings_of(config, fields)
-        refuse_flat_parameters(model)
+        check_not_flat(model)
         model = uncompiled(model)
-        self._routing = route(model, config)
-        self._parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-        self._rounding = Rounding(config.bf16_update, config.seed)
-        self._fallback = Fallback(config.betas, config.eps, self._rounding)
-        groups, self._names = make_groups(self._routing.routes, self._parameters, config, lr)
-        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
-        self._ranks = Ranks(process_group)
-        # a rotated table is made of the gradient alone, which DDP has reduced
-        self._embeddings: list[EmbeddingLayer | RotatedTable] = [
-            RotatedTable(name, modules, config, self._rounding)
-            if config.embedding == "rotated"
-            else EmbeddingLayer(name, modules, config, self._ranks, self._rounding)
-            for name, modules in self._routing.embeddings
-        ]
-        self._capture = Capture(
-            model,
-            self._routing.layers,
-            FisherSource(config.fisher, config.seed, fishers_beside(config.fisher, config.family)),
-            config,
-        )
-        self._preconditioner: Preconditioner | None = None
-        self._steps = 0
-        self._factor_seconds = 0.0
-        self._ranks_agree = False  # looked at in the next step
-        self._gatherers = [self._capture, *self._embeddings]
-        for watcher in self._gatherers:  # an optimizer that is dropped takes its hooks along
-            weakref.finalize(self, watcher.close).atexit = False
-        self._shards: Shards | None = None
-        meet_shards(self)
+        routing = route(model, config)
+        groups = make_groups(routing, config, lr, param_groups)
+        super().__init__(groups, defaults_of(config, lr))
+        shares = make_layout(layout, config, routing.layers, process_group)
+        self.core = Core(model, config, routing, shares, self.state)
+        for collector in self.core.collectors:  # an optimizer that is dropped takes its hooks along
+            weakref.finalize(self, collector.close).atexit = False
+        self._group = process_group
+        self._kind_of: dict[Any, str] = {routing.parameters[r.parameter]: r.kind for r in routing.routes if r.kind}
+        self._assignment = Assignment()
+        self._loss_scale: Tensor | None = None
+        self._seconds = 0.0
+        self._ranks_agree = False  # asked in the next step
+        self.adopt()
         self._check_ranks()
         self._arm()
 
-    def _meet_parameters(self) -> bool:
-        return meet_shards(self)
+    def adopt(self) -> bool:
+        """Take over parameters that FSDP2 has put in the place of the model's own; were there any? Each step asks."""
+        replaced = adopt_shards(self.core, self._group)
+        for group in self.param_groups if replaced else ():
+            group["params"] = [replaced.get(p, p) for p in group["params"]]
+        self._kind_of.update({new: self._kind_of[old] for old, new in replaced.items() if old in self._kind_of})
+        return bool(replaced)
 
     def _check_ranks(self) -> None:
         """Do all ranks train the same model in the same way, from the same step on?"""
+        routing = self.core.routing
         parameters = {
-            r.parameter: f"{list(r.shape)} {self._parameters[r.parameter].dtype}, {r.owner} ({r.reason}), number {i}"
-            for i, r in enumerate(self._routing.routes)
+            r.parameter: f"{list(r.shape)} {routing.parameters[r.parameter].dtype}, {r.owner} ({r.reason}), number {i}"
+            for i, r in enumerate(routing.routes)
         }
-        settings = {f"{group['name']}.lr": float(group["lr"]) for group in self.param_groups}
-        settings["steps made"] = self._steps
-        self._ranks.check_same("the model, its settings or steps", self.config.to_dict() | settings | parameters)
+        rates = {f"{group.get('name', i)}.lr": float(group["lr"]) for i, group in enumerate(self.param_groups)}
+        own = self.config.to_dict() | rates | {"steps made": self.core.steps, "layout": self.core.layout.name}
+        self.core.layout.everyone.check_same("the model, its settings or steps", own | parameters)
 
     # The step
 
@@ -139,152 +129,312 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
         """One step. Parameters without a gradient rest.
 
         Raises:
-            RuntimeError: the optimizer is closed; a factor step saw no forward pass, or (``fisher="true"``) no
+            RuntimeError: the optimizer is closed; the first step saw no forward pass, or (``fisher="true"``) no
                 `fisher_backward`; ``rate="adaptive"`` did not see a layer's gradients.
+            ValueError: a parameter is in two groups.
         """
-        if self._capture.closed:
+        core = self.core
+        if core.capture.closed:
             raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
-        refuse_torchs_own()
-        meet_shards(self)
+        self.adopt()
         if not self._ranks_agree:
             self._check_ranks()
             self._ranks_agree = True
-        self._rounding.begin(self._steps)
-        self._read_scaler(self.param_groups[0]["params"][0].device)
+        self._read_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        made = self._preconditioner
-        if self._shards is None and made is not None and made.was_left():  # model.to(…) in mid-training
-            serialization.load(self, serialization.state_of(self))
-        if any(layer.weight.grad is not None for layer in self._routing.layers):
-            start = time.perf_counter()
-            inside_hooks = self._capture.seconds
+        core.states = self.state  # which a user may have put another in the place of
+        groups = self._assignment.update(self.param_groups)
+        options = [Options.of(group) for group in self.param_groups]
+        if any(layer.weight.grad is not None for layer in core.routing.layers):
+            start, in_hooks = time.perf_counter(), core.capture.seconds
             try:
-                check_rows(self.config, self._capture, self._routing.layers, self._ranks.size > 1)
                 self._update_factors()
             except BaseException:
-                self._arm()  # a step that was refused is over: the next one begins anew
+                self._arm()  # a step that raised is over: the next one begins anew
                 raise
-            self._factor_seconds += time.perf_counter() - start + inside_hooks
-            self._capture.seconds = 0.0
-            groups = {group["name"]: group for group in self.param_groups}
-            lr, decay = groups["lngd"]["lr"], groups["lngd"]["weight_decay"]
-            assert self._preconditioner is not None
-            terms = unscaled(self._capture.terms, self._loss_scale)
-            samples = self._capture.rows
-            share, made = bias_share(groups), self._preconditioner
-            step_layers(made, samples, terms, self._shards, self._rounding, lr, decay, self._steps, share)
-        for group in self.param_groups:
-            if group["name"] == "embedding":
-                for embedding in self._embeddings:
-                    embedding.step(group, self._is_factor_step())
-            elif group["name"] not in ("lngd", "lngd_bias"):
-                self._fallback.step(group)
-        self._steps += 1
+            self._seconds += time.perf_counter() - start + in_hooks
+            core.capture.seconds = 0.0
+            self._step_layers(groups, options)
+        self._step_others(groups, options)
+        core.count += 1
         self._arm()
         return loss
 
-    def _arm(self) -> None:
-        """Get ready for the coming step."""
-        made, factors = self._preconditioner, self._is_factor_step()
-        self._capture.arm(factors, None if made is None else made.basis_of)
-        if factors and self._ranks.size > 1:
-            self._capture.source.restart(self._ranks.rank, self._steps)
+    def _update_factors(self) -> None:
+        core, capture = self.core, self.core.capture
+        if core.batches and core.lost_state():
+            state.clear(core)
+        elif core.batches and not core.layout.shards_rows and core.was_moved():  # model.to(…) in mid-training
+            state.rebuild(core, core.built.topology)
+        capture.check_gradients()
+        if capture.armed:
+            capture.warn_of_untrained(self._assignment.update(self.param_groups))
+            everyone = core.layout.everyone
+            statistics = capture.finish(everyone.all_gather_value)
+            capture.check(core.started)
+            if capture.topology.frozen and core.built.topology is not capture.topology:
+                self._check_topology()
+                state.rebuild(core, capture.topology)
+            names = [group.name for group in capture.topology.groups]
+            if names:
+                statistics, scalars = reduce(
+                    statistics, names, capture.empty_statistics, core.like_of, capture.scalars(), core.layout
+                )
+                core.update_factors(statistics, capture.scale(scalars, everyone.size, self._loss_scale))
+        if not core.batches:  # nothing was seen: each layer by itself, with the identity for its factor
+            state.rebuild(core, Topology.unshared([layer.name for layer in core.routing.layers]))
+        if core.started and (core.steps % self.config.inverse_interval == 0 or not core.inverted):
+            core.invert()
+
+    def _check_topology(self) -> None:
+        groups = self.core.capture.topology.state()
+        found = {"/".join(g["members"]): f"{g['follows']} {g['source']}" for g in groups}
+        order = {"order of layers": list(found)}
+        self.core.layout.everyone.check_same("what follows the layers, and who shares an input", found | order)
+
+    def _step_layers(self, groups: Mapping[Any, int], options: list[Options]) -> None:
+        """Momentum, direction and update of the layers that have a gradient and are in a group."""
+        jobs = []
+        for batch in self.core.batches:
+            members = batch.members
+            present = [i for i, y in enumerate(members) if y.weight.grad is not None and y.weight in groups]
+            place = {layer: i for i, layer in enumerate(batch.layers)}
+            own = [place[members[i]] for i in present if members[i] in place]
+            if present:
+                jobs.append(Job(batch, present, own))
+        for together in self.core.layout.rounds(jobs):
+            self._step_jobs(together, groups, options)
+
+    def _step_jobs(self, jobs: list[Job], groups: Mapping[Any, int], options: list[Options]) -> None:
+        core, layout = self.core, self.core.layout
+        on_gradient = self.config.momentum_on == "gradient"
+        parts = [layout.gradients(job) for job in jobs]
+        self._mask_unusable(parts)
+        if on_gradient:
+            for job, own in zip(jobs, parts, strict=True):
+                self._average_gradients(job, own, groups, options)
+        updates: list[Tensor | None] = []
+        rates: list[Tensor | None] = []
+        gradients = layout.to_owners(jobs, parts)
+        for job, gradient in zip(jobs, gradients, strict=True):
+            update, rate = (None, None) if gradient is None else self._direction(job, gradient, groups, options)
+            updates.append(update)
+            rates.append(rate)
+        if core.method.rate is not None:
+            rates = core.method.rate(core, jobs, updates, gradients, self._loss_scale)
+        for i, job in enumerate(jobs):
+            update, rate = updates[i], rates[i]
+            if update is None or rate is None:
+                continue
+            if core.method.rate is not None:
+                scale = of_units(rate * self._of_layers(job.layers, "lr", groups, options), job.batch.units)
+                update.mul_(along(scale, update))
+            self._keep_rate(job, rate)
+        changed = layout.from_owners(jobs, updates)
+        if not on_gradient:
+            for job, own in zip(jobs, changed, strict=True):
+                self._average_updates(job, own, groups, options)
+        for job, own in zip(jobs, changed, strict=True):
+            self._subtract(job, own, groups, options)
+
+    def _of_layers(self, layers: Sequence[Any], name: str, groups: Mapping[Any, int], options: list[Options]) -> Any:
+        """An option of these layers' groups: a number, or [n] where they differ."""
+        return alike((getattr(options[groups[layer.weight]], name) for layer in layers), layers[0].like)
+
+    def _mask_unusable(self, parts: list[list[Tensor]]) -> None:
+        """Zero gradients that are not finite, or whose squares overflow: they would stay in the momentum for good."""
+        some = [own for own in parts if own]
+        squares = [
+            torch.stack([torch.linalg.vector_norm(p.flatten(1), dim=1).square() for p in own]).sum(0) for own in some
+        ]
+        for own, square in zip(some, self.core.layout.complete(squares), strict=True):
+            bad = ~torch.isfinite(square)
+            for part in own:
+                part.masked_fill_(along(bad, part), 0.0)
+            self.core.skipped_gradients = self.core.skipped_gradients + bad.sum()
+
+    def _average_gradients(
+        self, job: Job, parts: list[Tensor], groups: Mapping[Any, int], options: list[Options]
+    ) -> None:
+        """M ← τ M + (1 − τ) G; parts become τ M + (1 − τ) G once more (Nesterov)."""
+        if not parts:
+            return
+        layers, index = self.core.layout.layers_of(job), self.core.layout.index(job)
+        tau = self._of_layers(layers, "momentum", groups, options)
+        for part, momentum in zip(parts, job.batch.momentum, strict=True):
+            weight = tau if not isinstance(tau, Tensor) else along(of_units(tau, len(part) // len(layers)), part)
+            if isinstance(index, slice):
+                average = momentum.lerp_(part, 1 - weight)
+            else:
+                average = momentum[index].lerp_(part, 1 - weight)
+                momentum[index] = average
+            part.lerp_(average, weight)
+
+    def _average_updates(
+        self, job: Job, parts: list[Tensor], groups: Mapping[Any, int], options: list[Options]
+    ) -> None:
+        """M ← τ M + lr α_l D (Algorithm 1); parts become M."""
+        layers, index = self.core.layout.layers_of(job), self.core.layout.index(job)
+        tau = self._of_layers(layers, "momentum", groups, options)
+        for i, (part, momentum) in enumerate(zip(parts, job.batch.momentum, strict=True)):
+            weight = tau if not isinstance(tau, Tensor) else along(of_units(tau, len(part) // len(layers)), part)
+            average = momentum[index].mul(weight).add_(part)
+            momentum[index] = average
+            parts[i] = average
+
+    def _direction(
+        self, job: Job, gradient: Tensor, groups: Mapping[Any, int], options: list[Options]
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, layers = job.batch, job.layers
+        index = batch.index(job.own)
+        own = {key: value[index] for key, value in batch.state.items()}  # views, where it is a slice
+        lr = self._of_layers(layers, "lr", groups, options)
+        beta2 = self._of_layers(layers, "beta2", groups, options)
+        assert batch.bank is not None
+        inputs = Inputs(gradient, layers, batch.bank, batch.rows[index], own, lr, beta2)
+        found = self.core.method.direction(inputs)
+        if not isinstance(index, slice):
+            for key, value in own.items():
+                batch.state[key][index] = value
+        return found
+
+    @staticmethod
+    def _keep_rate(job: Job, rate: Tensor) -> None:
+        if len(job.own) == len(job.batch.layers):
+            job.batch.rate.copy_(rate)
+        else:
+            job.batch.rate[torch.tensor(job.own, device=rate.device)] = rate
+
+    def _subtract(self, job: Job, parts: list[Tensor], groups: Mapping[Any, int], options: list[Options]) -> None:
+        """W ← W − lr · decay · W − update; a bias takes its part at the rate of its own group."""
+        weights, biases = [], []
+        for layer, change, bias_change in self.core.layout.changes(job, parts):
+            own = options[groups[layer.weight]]
+            weights.append((layer.weight, change, own))
+            if layer.bias is not None and layer.bias in groups:
+                other = options[groups[layer.bias]]
+                biases.append((layer.bias, bias_change * _share(own.lr, other.lr), other))
+        for changes in (weights, biases):
+            with Rounding(self.core.states).full([parameter for parameter, _, _ in changes]) as values:
+                decayed = [i for i, (_, _, own) in enumerate(changes) if own.weight_decay]
+                if decayed:
+                    kept: list[Any] = [1 - changes[i][2].lr * changes[i][2].weight_decay for i in decayed]
+                    same = all(changes[i][2] is changes[decayed[0]][2] for i in decayed)
+                    torch._foreach_mul_([values[i] for i in decayed], kept[0] if same else kept)
+                if changes:
+                    torch._foreach_sub_(values, [change for _, change, _ in changes])
+
+    def _step_others(self, groups: Mapping[Any, int], options: list[Options]) -> None:
+        """AdamW, and embeddings by token frequency."""
+        core = self.core
+        tables = {table.weight: table for table in core.embeddings}
+        layered = {p for layer in core.routing.layers for p in (layer.weight, layer.bias) if p is not None}
+        for group, own in zip(self.param_groups, options, strict=True):
+            plain = []
+            for parameter in group["params"]:
+                if parameter in tables:
+                    tables[parameter].step(own, core.states, core.layout)
+                elif parameter not in layered and parameter.grad is not None:
+                    plain.append(parameter)
+            core.adamw.step(plain, own, core.states, core.layout)
 
     def _is_factor_step(self) -> bool:
-        return is_due(self._steps, self.config.factor_interval, self.config) or self._preconditioner is None
+        return self.core.steps % self.config.factor_interval == 0 or not self.core.started
 
-    def _update_factors(self) -> None:
-        capture = self._capture
-        if self._is_factor_step():
-            capture.look_round(p for group in self.param_groups for p in group["params"])
-            sums = capture.finish(self._ranks.everyone)
-            check_capture(self.config, capture, self._routing.layers, self._preconditioner is not None)
-            if self._preconditioner is None:
-                found = {"/".join(g["members"]): f"{g['links']} {g['stream']}" for g in capture.topology.state()}
-                order = {"order of layers": list(found)}
-                self._ranks.check_same("what follows the layers, and who shares an input", found | order)
-                self._preconditioner = self._new_preconditioner(capture.topology)
-            terms, drawn = capture.terms, capture.source.sampled_terms
-            if sums:
-                capture.source.check_terms(terms)
-            if self._ranks.size > 1:
-                groups, scalars = capture.topology.groups, [terms, drawn]
-                owners = self._preconditioner.owners
-                to_owners = None if owners is None else owners.sum
-                halved = self.config.factor_dtype == "bfloat16"
-                sums, (terms, drawn) = pool_sums(
-                    sums, groups, capture.empty_sums, self._like_of, scalars, self._ranks, to_owners, halved
+    def _arm(self) -> None:
+        """Get ready for the coming step."""
+        self.core.arm(self._is_factor_step())
+
+    # Gradient scalers and loops that leave steps out
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False: the scaler unscales the gradients itself, and leaves a step with an inf in them out.
+
+        It asks every optimizer this when its step begins, and then says no more if it leaves the step out: what hooks
+        have gathered is in doubt until the step is made.
+        """
+        scaler = stepping_scaler()
+        if scaler is not None:
+            if self.adopt() and scaler._per_optimizer_states[id(self)]["stage"] is OptState.UNSCALED:
+                raise RuntimeError(
+                    "LNGD: got GradScaler.unscale_ before the first step with parameters that fully_shard has put in "
+                    "the place of LNGD's, whose gradients it did not see, accepted: fully_shard before LNGD is made"
                 )
-            scale = capture.source.scale(terms, drawn, self._ranks.size, self._loss_scale) if sums else None
-            self._preconditioner.update_factors(sums, scale, self._steps)
-        assert self._preconditioner is not None
-        self._preconditioner.refresh(self._steps)
+            self._doubt(True)
+        return False
 
-    def _new_preconditioner(self, topology: Topology) -> Preconditioner:
-        layers, owners = self._capture.layers, None
-        if self._shards is not None:
-            owners = Owners(topology.groups, layers, self.config.max_factor_dim, self._shards)
-        return Preconditioner(layers, topology, self.config, self._ranks, owners)
+    def _doubt(self, doubtful: bool) -> None:
+        for collector in self.core.collectors:
+            collector.doubtful = doubtful
 
-    def _like_of(self, group: Group) -> Tensor:
-        return state_like(self._capture.layers[group.name])
+    def _read_scaler(self) -> None:
+        """At the start of a step, which is made: learn what its loss was multiplied by, without waiting for it."""
+        self._doubt(False)
+        scaler, device = stepping_scaler(), self.param_groups[0]["params"][0].device
+        self._loss_scale = None if scaler is None else scaler.scale(torch.ones((), device=device))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. If no step was made of these gradients, nothing that was gathered of them is kept."""
+        for collector in self.core.collectors:
+            collector.gradients.drop()
+        super().zero_grad(set_to_none)
 
     # What a training loop may call
 
     def train(self) -> None:
-        """Watch forward passes (the default); `Trainer` calls this before each micro-batch."""
-        self._watch(True)
+        """Collect statistics of forward passes (the default); `Trainer` calls this before each micro-batch."""
+        self._collect(True)
 
     def eval(self) -> None:
-        """Look away, whatever the model does; `Trainer` calls this around evaluation."""
-        self._watch(False)
+        """Stop collecting, whatever the model does; `Trainer` calls this around evaluation."""
+        self._collect(False)
 
-    def _watch(self, enabled: bool) -> None:
-        for watcher in self._gatherers:
-            watcher.watch(enabled)
+    def _collect(self, enabled: bool) -> None:
+        for collector in self.core.collectors:
+            collector.collect(enabled)
 
     def set_batch(self, inputs: Mapping[str, Any]) -> None:
         """Name the batch of the next forward, where the model does not see all of it (labels taken out before).
 
         ``labels`` [B, T] (−100: ignored), ``attention_mask`` [B, S] and ``decoder_attention_mask`` [B, T] are used.
         """
-        self._capture.set_batch(inputs)
+        self.core.capture.set_batch(inputs)
 
     @property
     def needs_fisher_pass(self) -> bool:
         """True in a factor step with ``fisher="true"``: call :meth:`fisher_backward` after the forward."""
-        return self.config.fisher == "true" and self._is_factor_step()
+        return self.core.capture.needs_fisher_pass and self._is_factor_step()
 
     def fisher_backward(self, logits: Tensor, mask: Tensor | None = None) -> None:
         """``fisher="true"``: the second backward pass, with labels drawn from softmax(logits). ``.grad`` is untouched.
 
         Args:
             logits: [..., classes], of the forward just made, before its graph is freed by ``loss.backward()``.
-            mask: [...], True (or a label other than −100 made so) where a position counts.
+            mask: [...], True (or a label other than −100 made so) where a token counts.
         """
-        self._capture.settle()
+        self.core.capture.flush()
         with torch.enable_grad():
-            self._capture.source.backward(logits, mask)
+            self.core.capture.fisher_backward(logits, mask)
 
     def close(self) -> None:
         """Remove every hook from the model. The optimizer cannot step afterwards without `RuntimeError`."""
-        self._capture.close()
-        for embedding in self._embeddings:
-            embedding.close()
+        for collector in self.core.collectors:
+            collector.close()
 
     # What it tells
 
     def routing(self) -> list[Route]:
-        """Each parameter's owner and the reason; after the first step also what was found to follow each layer."""
-        links = {name: group.links for name, group in self._capture.topology.of_layer.items()}
+        """What each parameter is assigned to, and why; after the first step also what was found to follow a layer."""
+        follows = {name: group.follows for name, group in self.core.capture.topology.of_layer.items()}
         return [
-            dataclasses.replace(r, follows=" → ".join(links[r.layer]) or "identity")
-            if r.owner == LNGD_OWNER and r.layer in links
+            dataclasses.replace(r, follows=" → ".join(follows[r.layer]) or "identity")
+            if r.owner == LNGD_OWNER and r.layer in follows
             else r
-            for r in self._routing.routes
+            for r in self.core.routing.routes
         ]
 
     def routing_table(self) -> str:
@@ -294,84 +444,125 @@ class LNGD(UnderScaler, torch.optim.Optimizer):
     def factors(self, name: str) -> dict[str, Tensor]:
         """The factors of a layer by module name: running averages, start-up bias corrected, undamped.
 
-        ``lngd``: ``phi`` Φ [d, d], ``psi`` Ψ [m]. ``kfac``: ``a`` A [d, d], ``b`` B [m, m]. ``ekfac``: these, their
-        eigenvectors ``basis_a`` and ``basis_b`` in columns, and ``moments`` s, a row for each of B's, a column for each
-        of A's. ``tkfac``: ``delta``, ``p`` [d, d], ``q`` [m, m]. ``ng+``: ``left`` [m, m] or ``right`` [d, d].
+        ``lngd``: ``phi`` Φ [d, d], ``psi`` Ψ [m] (1/m where φ' = 1). ``kfac``: ``a`` A [d, d], ``b`` B [m, m].
+        ``ekfac``: these, their eigenvectors ``basis_a`` and ``basis_b`` in columns, and ``moments`` s, a row for each
+        of B's, a column for each of A's. ``tkfac``: ``delta``, ``p`` [d, d], ``q`` [m, m]. ``ng+``: ``left`` [m, m] or
+        ``right`` [d, d].
 
         d is the number of columns of the layer's matrix: kernel times channels of a convolution; a grouped one has its
-        groups in a first dimension. Where factors are cut into blocks, zeros stand outside these. Under FSDP2 a
-        collective.
+        groups in a first dimension. Where factors are cut into blocks, zeros stand outside these. A collective where
+        layers have owners.
 
         Raises:
             KeyError: no such layer (the names are listed), or no factor step so far.
         """
-        if name not in self._capture.layers:
-            raise KeyError(f"no LNGD layer '{name}'; there are: {', '.join(self._capture.layers) or 'none'}")
-        if self._preconditioner is None:
+        layers = self.core.capture.layers
+        if name not in layers:
+            raise KeyError(f"no LNGD layer '{name}'; there are: {', '.join(layers) or 'none'}")
+        if not self.core.batches:
             raise KeyError(f"layer '{name}' has no factors before the first step")
-        return self._preconditioner.factors(name)
+        return self.core.factors(name)
 
     def memory_usage(self) -> dict[str, int]:
         """Bytes of this rank: ``momentum``, ``factors``, ``inverses``, ``embeddings``, ``fallback``, ``rounding`` (what
         bfloat16 weights lack), ``total``."""
-        return serialization.memory_usage(self)
+        return state.memory_usage(self.core)
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers for a log; waits for the device, so for logging steps only. Seconds are reset by the call.
 
-        ``failed_inverses``, ``skipped_factors`` and ``skipped_gradients`` count what was passed over: an inverse that
-        failed, a factor, a gradient (of AdamW: a step of a group) that was not finite. The last since this object was
-        made, the others are part of the state. Under FSDP2 a collective: call it on every rank.
+        ``failed_inverses``, ``skipped_factors`` and ``skipped_gradients`` count what was passed over since this object
+        was made: an inverse that failed, a factor, a gradient (of AdamW: a step of a group) that was not finite. Where
+        layers have owners a collective: call it on every rank.
         """
-        result = {} if self._preconditioner is None else self._preconditioner.diagnostics()
-        others = float(self._fallback.skipped) + sum(float(embedding.skipped) for embedding in self._embeddings)
-        result["skipped_gradients"] = result.get("skipped_gradients", 0.0) + others
-        result["factor_seconds"], self._factor_seconds = self._factor_seconds, 0.0
+        result = self.core.diagnostics()
+        result["factor_seconds"], self._seconds = self._seconds, 0.0
         return result
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict with one more key, ``lngd``: all of LNGD's state, loadable with ``weights_only=True``.
+        """torch's state dict with one more key, ``lngd``, that says what it is of; loadable with ``weights_only=True``.
 
-        Under FSDP2 a collective: call it on every rank. Rank 0's is whole, on the CPU; others hold nothing of it.
+        Layout *owned*: a collective, and whole on the first rank alone. *rows* (FSDP2): a collective, and as AdamW's is
+        made of DTensors.
         """
-        refuse_torchs_own()
-        state = super().state_dict()
-        state["lngd"] = serialization.state_of(self)
-        return state
+        core, own = self.core, self.state
+        core.states = own
+        self.state = defaultdict(dict, state.save(core))  # type: ignore[arg-type]
+        try:
+            found = super().state_dict()
+        finally:
+            self.state = own
+        found["lngd"] = state.describe(core)
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore bit for bit, dtypes kept.
+        """Restore bit for bit, dtypes kept. A collective where layers have owners.
 
         Raises:
             ValueError: another optimizer's state, another version, another model or config; says what differs.
                 Nothing is changed then.
         """
-        meet_shards(self)
-        state = dict(state_dict)
-        own = serialization.check(self, state.pop("lngd", None))
-        super().load_state_dict(state)  # type: ignore[arg-type]
-        for group in self.param_groups:
-            unshare_rate(group)
-        serialization.load(self, own)
+        self.adopt()
+        given, core = dict(state_dict), self.core
+        described = given.pop("lngd", None)
+        if described is not None or not given.get("state"):
+            described = state.check_origin(self.config, described)
+            state.check_parameters(state.parameters_of(core), described)
+        core.states = self.state
+        saved, groups = given.get("state", {}), given.get("param_groups", [])
+        ids = list(chain.from_iterable(group["params"] for group in groups))
+        own = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        if len(ids) == len(own):  # else torch says what differs
+            by_id = dict(zip(ids, own, strict=True))
+            state.load(core, {by_id[i]: value for i, value in saved.items() if i in by_id}, described)
+        kept = core.states
+        super().load_state_dict({**given, "state": {}})  # which would change dtypes
+        self.state = core.states = kept  # type: ignore[assignment]
+        self.after_loading()
+
+    def after_loading(self) -> None:
+        """Go on from a state that was loaded."""
         self._ranks_agree = False
         self._arm()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Raises TypeError (copy.copy, copy.deepcopy, pickle): a copy would watch the model of the original."""
-        raise TypeError(NO_COPY)
+        """Raises TypeError (copy.copy, copy.deepcopy, pickle): a copy would have hooks on the model of the original."""
+        raise TypeError(
+            "LNGD: got a copy or pickle of the optimizer, which watches one model. Accepted: its state_dict(), loaded "
+            "into LNGD(model, …) made of a copy of the model"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Parameters added later are AdamW's: no layer of the model is known to own them.
+        """As torch's, also with parameters of LNGD's own that were taken out of their group. What the group does not
+        say is that of its parameters' kind; parameters that LNGD did not find when it was made are AdamW's.
 
         Raises:
-            ValueError: the name of one of LNGD's own groups, as in a copy of one.
+            ValueError: parameters of several kinds in one group, without ``lr_scale`` and ``betas``.
         """
-        if isinstance(param_group, dict):  # else torch says what it takes
-            name = param_group.setdefault("name", "added")
-            if name not in self._names or any(group["name"] == name for group in self.param_groups):
-                check_added(name)
-            param_group.setdefault("lr", self.defaults["lr"])
-            unshare_rate(param_group)
+        if isinstance(param_group, dict) and hasattr(self, "core"):  # else torch says what it takes
+            params = param_group.get("params", [])
+            params = [params] if isinstance(params, Tensor) else list(params)
+            param_group = {**param_group, "params": params}
+            if isinstance(param_group.get("lr"), Tensor):
+                param_group["lr"] = param_group["lr"].clone()
+            kinds = sorted({self._kind_of.get(p, "added") for p in params if isinstance(p, Tensor)})
+            if len(kinds) > 1 and not {"lr_scale", "betas"} <= set(param_group):
+                raise ValueError(
+                    f"param_groups: got parameters of the kinds {', '.join(kinds)} in one group, accepted: one kind a "
+                    "group, or lr_scale and betas given"
+                )
+            kind = kinds[0] if len(kinds) == 1 else "added"
+            for key, value in kind_options(kind, self.config, self.defaults["lr"]).items():
+                param_group.setdefault(key, value)
+            param_group.setdefault("name", kind)
         super().add_param_group(param_group)
+
+
+def _share(lr: float | Tensor, own: float | Tensor) -> float | Tensor:
+    """By what a bias's column in its layer's update is multiplied to be at its own rate. Where the layer's rate is 0
+    there is no update that this could be a share of: the column is left as it is."""
+    if isinstance(lr, Tensor):
+        return torch.where(lr > 0, own / lr, 1.0)
+    return own / lr if lr else 1.0

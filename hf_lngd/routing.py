@@ -1,4 +1,4 @@
-"""Which parameter goes to LNGD and which to the fallback, and why."""
+"""Which parameter goes to LNGD and which to AdamW, and why: also of PEFT's adapters, tied weights, parametrizations."""
 
 from __future__ import annotations
 
@@ -6,30 +6,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .adapters import adapter_reason
-from .checks import check_precision
 from .config import LNGDConfig
-from .curvature.compiled import plain_name
-from .curvature.layers import Geometry, Layer, geometry_of
+from .layers import Geometry, Layer, geometry_of
+from .torch_internals import plain_name
 
-LNGD_OWNER = "lngd"
-FALLBACK_OWNER = "fallback"
-FROZEN_OWNER = "frozen"
-
-EMBEDDING = "embedding"
+LNGD_OWNER, FALLBACK_OWNER, FROZEN_OWNER = "lngd", "fallback", "frozen"
 EXACT_EMBEDDING = "embedding, exact"
-ROTATED_EMBEDDING = "embedding, rotated"
-
-# An eigenbasis costs about 10·d³ operations a factor step.
-WIDEST_ROTATION = 2048
 
 
 @dataclass(frozen=True)
 class Route:
-    """One parameter's owner.
+    """What one parameter is assigned to.
 
     Attributes:
         parameter: its first name in the model.
@@ -39,7 +30,7 @@ class Route:
             module, …
         decays: weight decay applies.
         follows: what LNGD found to follow the layer, whose derivative enters its factors: ``batch_norm → relu``;
-            ``identity`` where nothing that it knows does; empty before the first step and where AdamW owns.
+            ``identity`` where nothing does; empty before the first step and where AdamW has the parameter.
     """
 
     parameter: str
@@ -51,20 +42,41 @@ class Route:
     decays: bool
     follows: str = ""
 
+    @property
+    def kind(self) -> str | None:
+        """Its kind of parameter group: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback``, ``fallback_no_decay``;
+        None: it is not trained."""
+        if self.owner == FROZEN_OWNER:
+            return None
+        if self.reason == EXACT_EMBEDDING:
+            return "embedding"
+        if self.owner == LNGD_OWNER:
+            return "lngd" if self.decays else "lngd_bias"
+        return "fallback" if self.decays else "fallback_no_decay"
+
 
 @dataclass
 class Routing:
-    """The outcome: routes of all parameters, the layers LNGD owns, the embeddings with a rule of their own, and the
-    first home of each parameter: wrappers (FSDP2) put others there after the optimizer is made."""
+    """The outcome: routes of all parameters, the layers of LNGD, the embeddings with a rule of their own, every
+    parameter by name, and the module and attribute where it stands: wrappers (FSDP2) put others there later."""
 
     routes: list[Route]
     layers: list[Layer]
     embeddings: list[tuple[str, list[nn.Embedding]]]
+    parameters: dict[str, nn.Parameter]
     homes: dict[str, tuple[nn.Module, str]]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are not frozen, by name."""
+        return {r.parameter: self.parameters[r.parameter] for r in self.routes if r.kind is not None}
+
+
+# Every place of a parameter: (module name, module, attribute).
+Homes = list[tuple[str, nn.Module, str]]
 
 
 def route(model: nn.Module, config: LNGDConfig) -> Routing:
-    """Give each parameter of the model an owner, in the order of `model.named_parameters()`.
+    """Assign each parameter of the model, in the order of `model.named_parameters()`.
 
     Names are those from before torch.compile. Tied parameters have one route, under their first name; a weight that is
     both an embedding and a head is an embedding. Parameters that do not require a gradient are ``frozen``.
@@ -76,17 +88,17 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
     homes = _homes(model)
     around = {plain_name(name): module for name, module in model.named_modules()}
     exclude = re.compile(config.exclude) if config.exclude else None
-    routing = Routing([], [], [], {})
+    routing = Routing([], [], [], {}, {})
     layer_of: dict[int, Layer] = {}
     for compiled_name, parameter in model.named_parameters():
         name = plain_name(compiled_name)
         # peft's MultiheadAttention makes its frozen weights anew whenever its modules are listed
         module_name, _, attribute = name.rpartition(".")
         modules = homes.setdefault(id(parameter), [(module_name, around[module_name], attribute)])
-        routing.homes[name] = modules[0][1:]
+        routing.parameters[name], routing.homes[name] = parameter, modules[0][1:]
         _check(name, parameter, modules)
         owner, reason, decays = _decide(name, parameter, homes, config, exclude, around)
-        if reason in (EXACT_EMBEDDING, ROTATED_EMBEDDING):
+        if reason == EXACT_EMBEDDING:
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
         elif owner == LNGD_OWNER:
             _place(name, parameter, modules, layer_of, routing)
@@ -96,11 +108,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
     return routing
 
 
-Homes = list[tuple[str, nn.Module, str]]
-
-
 def _homes(model: nn.Module) -> dict[int, Homes]:
-    """Every place of every parameter: id → [(module name, module, attribute)]."""
     homes: dict[int, Homes] = {}
     for name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
@@ -123,6 +131,15 @@ def _check(name: str, parameter: nn.Parameter, modules: Homes) -> None:
         raise ValueError(f"{name}: got an embedding with sparse=True, accepted: sparse=False")
     if parameter.requires_grad:
         check_precision(name, parameter)
+
+
+def check_precision(name: str, weight: torch.Tensor) -> None:
+    """Raise ValueError for a weight of float16, by name."""
+    if weight.dtype == torch.float16:
+        raise ValueError(
+            f"{name}: got a weight of torch.float16, whose updates are lost below 6e-8, accepted: torch.float32 (under "
+            "torch.autocast and with a GradScaler for fp16) or torch.bfloat16"
+        )
 
 
 def _decide(
@@ -150,11 +167,8 @@ def _decide(
     if any(isinstance(m, nn.Embedding) for _, m, _ in modules):
         position = any("position" in f"{type(m).__name__}.{n}".lower() for n, m, _ in modules)
         if position or config.embedding == "fallback":
-            return FALLBACK_OWNER, "position" if position else EMBEDDING, True
-        if config.embedding == "exact":
-            return LNGD_OWNER, EXACT_EMBEDDING, True
-        narrow = parameter.shape[-1] <= WIDEST_ROTATION
-        return FALLBACK_OWNER, ROTATED_EMBEDDING if narrow else f"{EMBEDDING}, too wide to rotate", True
+            return FALLBACK_OWNER, "position" if position else "embedding", True
+        return LNGD_OWNER, EXACT_EMBEDDING, True
     geometries = {None if _inside_attention(m) else geometry_of(m) for _, m, _ in modules}
     geometry = geometries.pop() if len(geometries) == 1 else None
     if geometry is not None:
@@ -194,21 +208,73 @@ def _place(name: str, parameter: nn.Parameter, modules: Homes, layer_of: dict[in
     if layer is None:
         geometry = geometry_of(module)
         assert geometry is not None
-        layer = layer_of[id(module)] = Layer(module_name, name, None, geometry)  # weight or bias may come first
+        layer = layer_of[id(module)] = Layer(module_name, geometry, name, parameter)  # weight or bias may come first
         routing.layers.append(layer)
     if attribute == "weight":
-        layer.weight_name = name
+        layer.weight_name, layer.weight = name, parameter
         layer.modules = [(n, m) for n, m, _ in modules]
         for _, m, _ in modules:
             layer_of[id(m)] = layer
     else:
-        layer.bias_name = name
+        layer.bias_name, layer.bias = name, parameter
+
+
+# PEFT's adapters. LoRA's A and B are linear layers, called like any other, and need nothing of this. Told by the
+# modules around a parameter, so peft itself is not imported.
+
+_TUNERS = "peft.tuners."
+# Modules around LoRA's A and B that multiply both into the weight, so that their forward is never called.
+_MERGING = ("MultiheadAttention", "ParamWrapper")
+# Tuners whose linear layers are called; those of others may be read only.
+_CALLING = ("prefix_tuning", "p_tuning")
+
+
+def adapter_reason(name: str, modules: Mapping[str, nn.Module], geometry: object) -> str | None:
+    """Why AdamW takes the parameters of an adapter's module; None: it is no adapter's, or a layer like any other.
+
+    Args:
+        name: the module's, e.g. ``…q_proj.lora_A.default``.
+        modules: all of the model's by name.
+        geometry: of the module, None where it is no layer that LNGD can take.
+    """
+    parts = name.split(".") if name else []
+    for end in range(len(parts), -1, -1):  # innermost first
+        if parts[end : end + 1] == ["base_layer"]:  # what the adapter stands beside
+            return None
+        module = modules[".".join(parts[:end])]
+        path, kind = type(module).__module__, type(module).__name__
+        if not path.startswith(_TUNERS) or any(cls.__name__ == "BaseTuner" for cls in type(module).__mro__):
+            continue
+        tuner = path.removeprefix(_TUNERS).split(".")[0]
+        if tuner != "lora":
+            return None if geometry is not None and tuner in _CALLING else f"adapter, {tuner}"
+        outer = (type(modules[".".join(parts[:i])]).__name__ for i in range(end, -1, -1))
+        merging = next((found for found in outer if found in _MERGING), None)
+        return _reason_of_lora(module, kind, parts[-1], geometry, merging)
+    return None
+
+
+def _reason_of_lora(module: nn.Module, kind: str, adapter: str, geometry: object, merging: str | None) -> str | None:
+    """`module`, of type `kind`: the layer of peft's that holds A and B of an `adapter`, or what DoRA adds to it;
+    `merging`: the type of one around it that merges them."""
+    variant = getattr(module, "lora_variant", {}).get(adapter)
+    form = kind if variant is None else type(variant).__name__.removesuffix("Variant")
+    if form.startswith("Dora"):  # calls A and B on an identity matrix, too, and scales what they give by their norm
+        return "adapter, DoRA"
+    if variant is not None:
+        return f"adapter, LoRA variant {form}"
+    if geometry is None:
+        return f"adapter, LoRA of {kind}"
+    return None if merging is None else f"adapter, LoRA merged by {merging}"
+
+
+# The routing table
 
 
 def format_routes(routes: list[Route]) -> str:
     """The routing as a table, one line a kind of owner and reason, shares of all parameters, names abbreviated.
 
-    After the first step a second table tells what was found to follow LNGD's layers.
+    After the first step a second table tells what was found to follow LNGD's layers, where any does.
     """
     total = sum(r.numel for r in routes) or 1
     kinds: dict[tuple[str, str], list[Route]] = {}
@@ -223,7 +289,7 @@ def format_routes(routes: list[Route]) -> str:
         share = f"{100 * count / total:.1f} %"
         rows.append((owner, reason, str(len(members)), f"{count:,}", share, members[0].parameter))
     text = _align(rows, right={2, 3, 4})
-    if followed:
+    if set(followed) - {"identity"}:
         lines = [("followed by", "layers", "for example")]
         lines += [(name, str(len(members)), members[0].layer) for name, members in sorted(followed.items())]
         text += "\n\n" + _align(lines, right={1})
@@ -232,12 +298,10 @@ def format_routes(routes: list[Route]) -> str:
 
 def format_rates(config: LNGDConfig) -> str:
     """What a rate `lr` means for each owner, and the weight decays: two short sentences."""
-    given = config.fallback_lr
-    rest = f"{config.fallback_lr_scale:g} × lr" if given is None else f"{given:g}"
     own = config.weight_decay * config.weight_decay_scale
     return (
-        f"Rate of LNGD's layers: lr, weight decay {own:g}. "
-        f"Of all else: {rest}, weight decay {config.weight_decay:g}; none on norms and biases."
+        f"Rate of LNGD's layers: lr, weight decay {own:g}. Of all other parameters: {config.fallback_lr_scale:g} × lr, "
+        f"weight decay {config.weight_decay:g}; none on norms and biases."
     )
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.studies.rivals import split
 from hf_lngd import LNGD, LNGDConfig
-from hf_lngd.curvature.layers import Layer, factor_blocks
+from hf_lngd.layers import Layer, factor_blocks
 from hf_lngd.routing import Route, route
 
 FLOAT = 4
@@ -165,7 +165,7 @@ def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfi
     def watch(layer: Layer) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             own = seen.setdefault(layer.name, Seen(args[0]))
-            own.positions += output.numel() // (layer.units * layer.out_features)
+            own.positions += output.numel() // (layer.units * layer.m)
 
         return hook
 
@@ -192,10 +192,10 @@ def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfi
         estimated = follows[first.name] not in NOTHING or config.fisher != "expected"
         count = seen[first.name].positions
         kept = -(-count // CONV_ROWS[config.preset]) if first.is_convolution else count
-        features = first.out_features if estimated else 0
+        features = first.m if estimated else 0
         factors.append(Factor(first.units, k, b, first.columns, kept, features, first.is_convolution))
         for layer in members:
-            key = (layer.units, layer.out_features, layer.columns, layer.bias_name is None, k, b, estimated)
+            key = (layer.units, layer.m, layer.columns, layer.bias is None, k, b, estimated)
             banks.setdefault(key, []).append((layer, seen[layer.name].positions))
     matrices, tables, others = split(model)
     return Inventory(

@@ -26,10 +26,9 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import LNGDConfig
-from ..distributed import Ranks
-from ..serialization import check_origin, check_parameters
-from ..sharded_checkpoint import METADATA
-from ..sharding import is_fully_sharded, plain_class
+from ..parallel.ranks import Ranks
+from ..state import check_origin, check_parameters
+from ..torch_internals import is_fully_sharded, plain_class
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
@@ -72,7 +71,7 @@ def load_weights(model: Any, folder: str) -> None:
             state = _read_weights(model, folder)
         except (OSError, RuntimeError, ValueError) as error:
             problem = str(error)
-    problem = ranks.share(problem, 0)  # else the others would wait for weights
+    problem = ranks.broadcast_value(problem, 0)  # else the others would wait for weights
     if problem is not None:
         raise RuntimeError(problem)
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -134,14 +133,11 @@ def _problem_in(path: Path) -> str | None:
             raise ValueError
     except (ValueError, OSError, SafetensorError):
         return f"has a damaged {path.name}: it was cut off, or is of another kind"
-    # what `torch.distributed.checkpoint` wrote, or began to (accelerate's under FSDP)
-    if path.is_dir() and (path.name.startswith(SHARDED) or any(path.glob("*.distcp")) or (path / METADATA).exists()):
-        from ..sharded_files import ShardedFiles  # takes a second
-
-        try:
-            ShardedFiles(path)
-        except ValueError as error:
-            return f"has a damaged {path.name}: {str(error).removeprefix(f'checkpoint {path}: ')}"
+    if path.is_dir() and path.name.startswith(SHARDED):
+        parts = sorted(path.glob("*.safetensors"))
+        if not parts:
+            return f"has no weights in {path.name} that this Trainer can read: accepted: safetensors, as it writes them"
+        return next((f"{found} in {path.name}" for part in parts if (found := _problem_in(part))), None)
     return None
 
 

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..adamw import AdamW
 from ..config import LNGDConfig
-from ..curvature.layer_bank import polar_interval
-from ..fallback import Fallback
+from ..layers import factor_blocks
 from ..optimizer import LNGD
-from ..placement import Speed
-from ..routing import ROTATED_EMBEDDING, Route
+from ..routing import Route
 
-# n³ operations a Cholesky inverse, 9 n³ an eigendecomposition: "seconds" at these speeds are operations.
+# n³ operations a Cholesky inverse, 9 n³ an eigendecomposition.
 _EIGH = 9.0
-_OPERATIONS = Speed(eigh=1 / _EIGH, newton=1 / _EIGH, cholesky=1.0, latency=0.0, bandwidth=1.0)
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,14 @@ def estimate(model: nn.Module, loss: Callable[[], Tensor], config: LNGDConfig) -
         loss: one forward pass of it on a batch; what that raises is raised.
         config: the settings; of ``fisher=true`` the second backward pass is left out.
     """
-    # eigh, which the formula counts; a second pass for fisher=true is no work of this optimizer's
-    fields: dict[str, Any] = {**config.to_dict(), "inverse_root": "eigh"}
-    if config.fisher == "true":
+    fields: dict[str, Any] = config.to_dict()
+    if config.fisher == "true":  # whose second pass is no work of this optimizer's
         fields["fisher"] = "sampled" if config.family == "lngd" else "empirical"
     optimizer = LNGD(model, LNGDConfig(**fields))
     rest = [
         parameter
         for (name, parameter), r in zip(model.named_parameters(), optimizer.routing(), strict=True)
-        if r.owner == "fallback" and r.reason != ROTATED_EMBEDDING
+        if r.owner == "fallback"
     ]
     try:
         first = _gradients(loss, rest)
@@ -64,17 +61,12 @@ def estimate(model: nn.Module, loss: Callable[[], Tensor], config: LNGDConfig) -
         optimizer.eval()
         plain = _gradients(loss, rest)
         optimizer.train()
-        for _ in range(2):  # past early factor steps
-            _gradients(loss, rest)
-            optimizer.step()
         _gradients(loss, rest)
         with FlopCounterMode(display=False) as counter:
             optimizer.step()
-        made: Any = optimizer._preconditioner
         memory = optimizer.memory_usage()
-        memory["fallback"] = sum(value.nbytes for p in rest for value in Fallback.new_moments(p).values())
-        if config.bf16_update == "kahan":
-            memory["rounding"] += sum(p.nbytes for p in rest if p.dtype == torch.bfloat16)
+        memory["fallback"] = sum(value.nbytes for p in rest for value in AdamW.new_state(p).values())
+        memory["rounding"] += sum(p.nbytes for p in rest if p.dtype == torch.bfloat16)
         memory["total"] = sum(size for kind, size in memory.items() if kind != "total")
         return Estimate(
             routes=optimizer.routing(),
@@ -84,8 +76,8 @@ def estimate(model: nn.Module, loss: Callable[[], Tensor], config: LNGDConfig) -
             factors=_factors(optimizer),
             model_flops=plain,
             capture_flops=max(first - plain, 0.0),
-            inverse_flops=sum(bank.count * bank.seconds(_OPERATIONS) for bank in (made.factor_banks if made else ())),
-            step_flops=counter.get_total_flops() + _roots(made, optimizer.config),
+            inverse_flops=sum(bank.count * _inverse_flops(bank) for bank in optimizer.core.banks),
+            step_flops=float(counter.get_total_flops()),
         )
     finally:
         optimizer.close()
@@ -102,17 +94,18 @@ def _gradients(loss: Callable[[], Tensor], rest: list[nn.Parameter]) -> float:
 
 def _factors(optimizer: LNGD) -> dict[tuple[int, int], tuple[int, int]]:
     """(width, blocks of that width), the widest first → how many such factors, for how many layers."""
-    made: Any = optimizer._preconditioner
+    core = optimizer.core
     sizes: dict[tuple[int, int], tuple[int, int]] = {}
-    for group in [] if made is None else optimizer._capture.topology.groups:
-        bank, units = made._bank_of_group[group.name], made.layers[group.name].units
-        k, width = bank.sides.right if hasattr(bank, "sides") else (bank.k, bank.b)
-        groups, layers = sizes.get((width, units * k), (0, 0))
-        sizes[width, units * k] = groups + 1, layers + len(group.members)
+    for group in core.built.topology.groups:
+        layer = core.capture.layers[group.name]
+        k, width = factor_blocks(layer, core.config.max_factor_dim)
+        groups, layers = sizes.get((width, layer.units * k), (0, 0))
+        sizes[width, layer.units * k] = groups + 1, layers + len(group.members)
     return dict(sorted(sizes.items(), reverse=True))
 
 
-def _roots(made: Any, config: LNGDConfig) -> float:
-    """``gram``: eigendecompositions of a mean step."""
-    banks, late = [] if made is None or config.direction != "gram" else made.layer_banks, 1 << 30
-    return sum(_EIGH * len(bank.momentum) * bank._n**3 / polar_interval(late, bank._n, config) for bank in banks)
+def _inverse_flops(bank: Any) -> float:
+    """Of a row."""
+    sides = [bank.sides.blocks(side) for side in bank.kept_sides()] if hasattr(bank, "sides") else [(bank.k, bank.b)]
+    each = _EIGH if "basis_left" in bank.tensors() else 1.0
+    return sum(each * k * b**3 for k, b in sides)

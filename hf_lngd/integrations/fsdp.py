@@ -15,27 +15,53 @@ from torch import Tensor, nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..optimizer import LNGD
-from ..sharding import is_fully_sharded, is_sharded
+from ..parallel.checkpoint import read_tensors, write_tensors
+from ..torch_internals import is_fully_sharded, is_sharded
 from . import checkpoints
 from .checkpoints import SHARDED, restores_by_name
 
 
 def save(trainer: Any, optimizer: LNGD, folder: str | Path) -> None:
-    """Weights, optimizer and scheduler of a checkpoint. Every rank has to call it."""
-    save_weights(trainer, folder)
-    state = optimizer.state_dict()
+    """Weights (under FSDP2), optimizer and scheduler of a checkpoint. Every rank has to call it."""
+    if trainer.is_fsdp_enabled:
+        save_weights(trainer, folder)
+    state = whole_state(optimizer)
     if trainer.args.should_save:
         torch.save(state, Path(folder) / OPTIMIZER_NAME)
         torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER_NAME)
 
 
+def whole_state(optimizer: LNGD) -> dict[str, Any]:
+    """The state dict with whole tensors on the CPU of the first rank; every rank has to call it."""
+    state, first = optimizer.state_dict(), optimizer.core.layout.everyone.rank == 0
+    for own in state["state"].values():
+        for key, value in own.items():
+            whole = value.full_tensor() if is_sharded(value) else value
+            own[key] = whole.cpu() if first else None
+    return state
+
+
 def save_weights(trainer: Any, folder: str | Path) -> None:
-    """As the Trainer saves them, for its own loading."""
+    """Sharded by rows in safetensors, or whole as the Trainer saves them, for its own loading."""
     from accelerate.utils import save_fsdp_model
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
     from transformers.distributed.fsdp import get_fsdp_ckpt_kwargs
 
     accelerator = trainer.accelerator
-    save_fsdp_model(accelerator.state.fsdp_plugin, accelerator, trainer.model, str(folder), **get_fsdp_ckpt_kwargs())
+    if "SHARDED" not in str(accelerator.state.fsdp_plugin.state_dict_type):
+        kwargs = get_fsdp_ckpt_kwargs()
+        save_fsdp_model(accelerator.state.fsdp_plugin, accelerator, trainer.model, str(folder), **kwargs)
+        return
+    parts = Path(folder) / f"{SHARDED}0"
+    parts.mkdir(parents=True, exist_ok=True)
+    write_tensors(parts, get_model_state_dict(trainer.model, options=_options(trainer.model)), None)
+
+
+def _options(model: nn.Module) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    adapters = hasattr(model, "peft_config")  # of which what is trained is saved
+    return StateDictOptions(ignore_frozen_params=adapters, strict=not adapters)
 
 
 def save_model(trainer: Any, folder: str | Path) -> None:
@@ -88,21 +114,13 @@ def load_weights(model: nn.Module, folder: str | Path, under_fsdp: bool, crossin
 
 
 def _load_parts(model: nn.Module, parts: Path) -> None:
-    """What accelerate's `load_fsdp_model` does, but a file can run nothing, and the model may be whole."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    """What :func:`save_weights` has sharded; the model may be whole. Nothing is changed before all is read."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-    from ..sharded_files import ShardedFiles, tensors_of
-
-    adapters = hasattr(model, "peft_config")  # of which what is trained was saved
-    options = StateDictOptions(ignore_frozen_params=adapters, strict=not adapters)
+    options = _options(model)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
     weights = {name: torch.empty_like(v) if isinstance(v, Tensor) else v for name, v in state.items()}
-    files, wanted = ShardedFiles(parts), tensors_of(weights, "model")
-    files.check_shapes(wanted)
-    foreign = sorted(name.removeprefix("model.") for name in set(files.shapes) - set(wanted))
-    if foreign:
-        raise RuntimeError(f"checkpoint {parts}: weights of another model: {', '.join(foreign[:5])}")
-    files.read_into({"model": weights})
+    read_tensors(parts, weights, None)
     set_model_state_dict(model, weights, options=options)
 
 

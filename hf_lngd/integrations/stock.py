@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from transformers import Trainer, training_args
 
-from ..checks import fishers_beside
+from ..config import other_fishers
 from ..optimizer import LNGD
 from .launching import refuse_stock_fsdp
 from .trainer import create_lngd_optimizer
@@ -87,7 +87,7 @@ def _with_lngd(choice: Any) -> Any:
         if config.fisher == "true":
             raise ValueError(
                 "optim_args: fisher: got 'true' in a stock Trainer, which makes no second backward pass, accepted: "
-                f"{', '.join(fishers_beside('true', config.family))}; or use hf_lngd.LNGDTrainer"
+                f"{other_fishers(config)}; or use hf_lngd.LNGDTrainer"
             )
         return LNGDFactory, {"args": args}
 

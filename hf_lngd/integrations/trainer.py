@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from ..checks import fishers_beside
-from ..config import LNGDConfig
-from ..curvature.compiled import plain_name, uncompiled
+from ..config import LNGDConfig, other_fishers
 from ..optimizer import LNGD
-from ..serialization import parameters_of
+from ..state import parameters_of
+from ..torch_internals import plain_name, uncompiled
 from . import fsdp, hub
 from .checkpoints import STATE, check_checkpoint, check_optimizer, freeze_fixed_positions, last_checkpoint
 from .launching import refuse_unsupported
@@ -39,7 +38,7 @@ def create_lngd_optimizer(
         model: the bare model, before any wrapper.
         args: training arguments whose `optim_args`, `learning_rate`, `weight_decay` and `adam_*` are used.
         config, lr: in place of the settings and the rate of `args`; a rate of 1e-3 if neither is given.
-        **fields: fields of `LNGDConfig`, on top of the rest.
+        **fields: fields of `LNGDConfig`, on top of the rest; `param_groups` and `layout` of `LNGD`.
 
     Raises:
         ValueError: a bad setting; names field, value and what is accepted.
@@ -95,13 +94,24 @@ class LNGDTrainerMixin(_ATrainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """LNGD if the arguments ask for it, else what transformers makes of them."""
         if self.optimizer is None and is_lngd(self.args):
-            self.optimizer = create_lngd_optimizer(self.model if model is None else model, self.args)
+            model = self.model if model is None else model
+            self.optimizer = create_lngd_optimizer(model, self.args, layout="auto", **self._decay_groups(model))
         lngd = lngd_of(self.optimizer)
         if lngd is not None and not self._routing_is_told:
             self._routing_is_told = True
             if self.is_world_process_zero():
                 print(lngd.routing_table(), flush=True)
         return super().create_optimizer(model)
+
+    def _decay_groups(self, model: Any) -> dict[str, Any]:
+        """What a Trainer with a `get_decay_parameter_names` of its own leaves without weight decay."""
+        own = type(self).get_decay_parameter_names
+        if own in (Trainer.get_decay_parameter_names, Seq2SeqTrainer.get_decay_parameter_names):
+            return {}  # LNGD knows more kinds of norms
+        decayed = set(self.get_decay_parameter_names(model))
+        rest = [name for name, p in model.named_parameters() if p.requires_grad and name not in decayed]
+        entry = {"params": [plain_name(name) for name in rest], "weight_decay": 0.0, "name": "no_decay"}
+        return {"param_groups": [entry]} if rest else {}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -118,7 +128,7 @@ class LNGDTrainerMixin(_ATrainer):
         if lngd is not None and lngd.needs_fisher_pass:
             logits = outputs.get("logits") if isinstance(outputs, dict) else None
             if logits is None:
-                others = ", ".join(fishers_beside("true", lngd.config.family))
+                others = other_fishers(lngd.config)
                 raise ValueError(f"optim_args: fisher: got 'true' for a model without logits, accepted: {others}")
             fits = isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]
             lngd.fisher_backward(logits, labels.ne(IGNORED_LABEL) if fits else None)
@@ -177,7 +187,7 @@ class LNGDTrainerMixin(_ATrainer):
             here = self.model.named_parameters()
             shapes = {plain_name(name): list(p.shape) for name, p in here if p.requires_grad}
             made = lngd_of(self.optimizer)
-            check_optimizer(folder, self._lngd_config(), shapes if made is None else parameters_of(made))
+            check_optimizer(folder, self._lngd_config(), shapes if made is None else parameters_of(made.core))
         result = super().train(folder, *args, **kwargs)
         lngd = lngd_of(self.optimizer)
         if lngd is not None:
@@ -229,8 +239,8 @@ class LNGDTrainerMixin(_ATrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         lngd = lngd_of(self.optimizer)
-        if self.is_fsdp_enabled and lngd is not None:
-            fsdp.save(self, lngd, output_dir)
+        if lngd is not None and (self.is_fsdp_enabled or lngd.core.layout.has_owners):
+            fsdp.save(self, lngd, output_dir)  # the Trainer asks rank 0 alone for the state
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 

@@ -1,0 +1,297 @@
+"""`Core`: everything of the optimizer that has state, below `LNGD`.
+
+What belongs to one parameter stands in ``states[parameter]``, as torch's tools expect, as views of the batches' tensors
+where these compute for many layers at once. What layers share (Φ) stands in the state of each of them, one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adamw import AdamW, EmbeddingTable, States
+from .batches import LayerBatch, layer_batches
+from .capture import Capture, Collector, Coming
+from .config import LNGDConfig
+from .directions import Polar
+from .factors import Bank, FactorSpec, factor_banks
+from .layers import Layer, factor_blocks
+from .linalg import state_dtype
+from .method import Method
+from .routing import Routing, check_precision
+from .statistics import Statistics
+from .topology import Topology
+
+
+def method_of(config: LNGDConfig) -> Method:
+    """The default method, or one of the paper's and its rivals, which is imported only when it is asked for."""
+    default = config.fisher == "expected" and config.direction == "polar" and config.rate in ("rms", "none")
+    if config.family == "lngd" and default:
+        direction = Polar(config)
+        # φ' = 1: E[a aᵀ] is kept, Φ is m times that
+        return Method(Capture, direction, lambda s: factor_banks(s, direction.factor, config), lambda _, m: float(m))
+    from .paper import method_of as paper_method
+
+    return paper_method(config)
+
+
+@dataclass
+class Entry:
+    """A tensor of the state that belongs to a layer.
+
+    Attributes:
+        layer: by its name, the layer.
+        value: the live tensor on this process, a view of a batch's; None: another process has it.
+        group: whose owner has it; None: every process has it, or rows of it.
+        shared: it is the same tensor for all members of the group.
+        shape, like: of the whole tensor, and a tensor with its dtype and device.
+    """
+
+    layer: str
+    parameter: nn.Parameter
+    key: str
+    value: Tensor | None
+    group: str | None
+    shared: bool
+    shape: torch.Size
+    like: Tensor
+
+
+@dataclass
+class Built:
+    """Banks and batches for a topology.
+
+    Attributes:
+        group_of: layer → the name of its group.
+        bank_of: group → its bank, of those that this process keeps.
+        described: layer → (key, shape, dtype, shared) of what its owner keeps of it.
+    """
+
+    topology: Topology
+    banks: list[Bank]
+    batches: list[LayerBatch]
+    group_of: dict[str, str]
+    bank_of: dict[str, Bank]
+    described: dict[str, list[Any]]
+
+    def owned(self, batch: LayerBatch, place: int) -> dict[str, tuple[Tensor, bool]]:
+        """Views of what the owner of a layer keeps of it, its row scales and curvature, of two dimensions, so that they
+        can be sharded by rows as parameters are; and whether they are its group's."""
+        layer = batch.layers[place]
+        units, group = layer.units, self.group_of[layer.name]
+        rows = self.bank_of[group].rows[group]
+        found = {key: (value[place * units : (place + 1) * units], False) for key, value in batch.state.items()}
+        curvature = self.bank_of[group].tensors()
+        found |= {key: (value[rows.start : rows.stop], True) for key, value in curvature.items()}
+        return {k: (v.view(-1, v.shape[-1] if v.dim() > 1 else 1), shared) for k, (v, shared) in found.items()}
+
+
+class Core:
+    """Layers, factors, momenta, AdamW's moments, and the statistics that are collected for them.
+
+    Args:
+        model: the model that is trained.
+        config: the options.
+        routing: what each parameter is assigned to.
+        layout: which process keeps what, see `parallel.layout`.
+
+    Attributes:
+        states: parameter → name → tensor; the optimizer's own mapping.
+        built: banks and batches; made in the first step, empty before.
+        started: there are factors, so that the next ones can wait for their interval; `inverted`: whiteners, too.
+    """
+
+    def __init__(self, model: nn.Module, config: LNGDConfig, routing: Routing, layout: Any, states: States) -> None:
+        self.config, self.routing, self.layout, self.states = config, routing, layout, states
+        self.method = method_of(config)
+        self.capture = self.method.capture(model, routing.layers, config)
+        self.adamw = AdamW()
+        self.embeddings = [
+            EmbeddingTable(name, routing.parameters[name], modules, config) for name, modules in routing.embeddings
+        ]
+        self.collectors: list[Collector] = [self.capture, *self.embeddings]
+        self.count = torch.zeros((), dtype=torch.float32)  # steps made: the layers' ``step``, as AdamW's are kept
+        self.skipped_gradients: Tensor | int = 0
+        self.built = Built(Topology(), [], [], {}, {}, {})
+        self.started = self.inverted = False
+
+    @property
+    def banks(self) -> list[Bank]:
+        """The factors that this process keeps; none before the first step."""
+        return self.built.banks
+
+    @property
+    def batches(self) -> list[LayerBatch]:
+        """The layers by shape; none before the first step."""
+        return self.built.batches
+
+    # Banks and batches
+
+    def build(self, topology: Topology) -> None:
+        """Make banks and batches for a topology, all zeros, in place of what there was. A collective where groups have
+        owners."""
+        by_name, limit, layout = self.capture.layers, self.config.max_factor_dim, self.layout
+        group_of = {name: group.name for group in topology.groups for name in group.members}
+        specs = {}
+        for group in topology.groups:
+            first = by_name[group.name]
+            specs[group.name] = FactorSpec(first, group.follows, self.method.scale(group, first.m))
+        layout.assign(self._costs(topology), group_of)
+        banks = list(self.method.banks([spec for spec in specs.values() if layout.keeps(spec.name)]))
+        bank_of = {name: bank for bank in banks for name in bank.rows}
+
+        def key_of(layer: Layer) -> Any:
+            spec = specs[group_of[layer.name]]
+            return factor_blocks(layer, limit), spec.scale, bool(spec.follows)
+
+        batches = layer_batches(self.routing.layers, key_of, group_of, bank_of)
+        for batch in batches:
+            batch.momentum = layout.new_momentum(batch)
+            fresh = [self.method.direction.new_state(layer) for layer in batch.layers]
+            batch.state = {key: torch.cat([own[key] for own in fresh]) for key in fresh[0]} if fresh else {}
+        self.built = Built(topology, banks, batches, group_of, bank_of, {})
+        own = {
+            layer.name: [(k, list(v.shape), str(v.dtype), shared) for k, (v, shared) in self.built.owned(b, i).items()]
+            for b in batches
+            for i, layer in enumerate(b.layers)
+        }
+        for found in layout.ranks.all_gather_value(own) if layout.has_owners else [own]:
+            self.built.described.update(found)
+
+    def _costs(self, topology: Topology) -> dict[str, float]:
+        """Of each group the numbers that are kept, and roughly what a step costs: momenta, Φ and its inverse."""
+        costs = {}
+        for group in topology.groups:
+            members = [self.capture.layers[name] for name in group.members]
+            k, b = factor_blocks(members[0], self.config.max_factor_dim)
+            momenta = sum(layer.units * layer.m * layer.columns for layer in members)
+            costs[group.name] = float(momenta + members[0].units * k * b * b)
+        return costs
+
+    def entries(self) -> Iterator[Entry]:
+        """Every tensor of the layers' state, also those that other processes have: in the same order on all."""
+        built = self.built
+        for batch in built.batches:
+            place = {layer: i for i, layer in enumerate(batch.layers)}
+            held = {layer: i for i, layer in enumerate(self.layout.with_momentum(batch))}
+            for layer in batch.members:
+                name, owner = layer.name, built.group_of[layer.name]
+                momentum = self.layout.momentum_of(batch, held[layer]) if layer in held else (None, None)
+                of = None if self.layout.shards_rows else owner
+                for parameter, value in zip((layer.weight, layer.bias), momentum, strict=True):
+                    if parameter is not None:
+                        yield Entry(name, parameter, "momentum", value, of, False, parameter.shape, layer.like)
+                own = built.owned(batch, place[layer]) if layer in place else {}
+                for key, shape, dtype, shared in built.described[name]:
+                    like = layer.like.to(getattr(torch, dtype.removeprefix("torch.")))
+                    value = own[key][0] if own else None
+                    yield Entry(name, layer.weight, key, value, owner, shared, torch.Size(shape), like)
+
+    @property
+    def steps(self) -> int:
+        """Steps made."""
+        return int(self.count)
+
+    def restore(self, built: Built) -> None:
+        """Go back to banks and batches that :meth:`build` has replaced."""
+        self.built = built
+        if built.batches:
+            self.layout.assign(self._costs(built.topology), built.group_of)
+
+    def bind(self) -> None:
+        """Put this process's tensors of the layers into `states`, as views."""
+        for entry in self.entries():
+            if entry.value is not None:
+                self.states[entry.parameter].update({"step": self.count, entry.key: entry.value})
+
+    def lost_state(self) -> bool:
+        """Whether a user has taken the state of a layer away since :meth:`bind`: ``optimizer.state.clear()``."""
+        states = self.states
+        return any("momentum" not in states.get(layer.weight, ()) for b in self.batches for layer in b.layers)
+
+    def was_moved(self) -> bool:
+        """Whether a layer was moved to another device, or to a dtype whose state is kept in another one.
+
+        Raises:
+            ValueError: to float16.
+        """
+        for batch in self.batches:
+            momentum = batch.momentum[0]
+            for layer in batch.members:
+                check_precision(layer.weight_name, layer.weight)
+                if layer.weight.device != momentum.device or state_dtype(layer.weight.dtype) != momentum.dtype:
+                    return True
+        return False
+
+    # Factors
+
+    def update_factors(self, statistics: dict[str, Statistics], scale: Tensor | float | None) -> None:
+        """Take one step's statistics, of all processes, into the running averages (Eq. 4, 5, 14)."""
+        seen = {name: one.kept > 0 for name, one in statistics.items() if isinstance(one.kept, Tensor)}
+        fresh = {name: one.factors(scale) for name, one in statistics.items() if one.sums}
+        for bank in self.banks:
+            bank.update(fresh, seen)
+        self.started = True
+
+    def invert(self) -> None:
+        """Derive all whiteners or inverses anew."""
+        for bank in self.banks:
+            bank.invert()
+            bank.inverted = True
+        self.inverted = True
+
+    def arm(self, factors: bool) -> None:
+        """Attach the hooks that the coming step needs."""
+        everyone = self.layout.everyone
+        self.capture.arm(factors, Coming(self.steps, everyone.rank, everyone.size, self.built.bank_of))
+
+    def like_of(self, group: str) -> Tensor:
+        """A tensor with the device and dtype of a group's statistics."""
+        return self.capture.layers[group].like
+
+    # What it tells
+
+    def factors(self, name: str) -> dict[str, Tensor]:
+        """The factors of a layer, see `LNGD.factors`. A collective where layers have owners."""
+        group, layer = self.built.group_of[name], self.capture.layers[name]
+        found = None
+        if group in self.built.bank_of:
+            bank = self.built.bank_of[group]
+            rows = torch.tensor(bank.rows_of([group]), device=layer.weight.device)
+            found = self.method.direction.factors(layer, bank, rows)
+            found = {key: value if layer.units > 1 else value[0].clone() for key, value in found.items()}
+        owner = self.layout.owner(group)
+        if owner is None:
+            assert found is not None
+            return found
+        cpu = None if found is None else {key: value.cpu() for key, value in found.items()}
+        shared = self.layout.ranks.broadcast_value(cpu, owner)
+        return {key: value.to(layer.weight.device) for key, value in shared.items()}
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers for a log, of all processes' layers, see `LNGD.diagnostics`; waits for the device once."""
+        none = torch.zeros(1)
+        rates = torch.cat([batch.rate.flatten().double().cpu() for batch in self.batches] or [none[:0]])
+        damping = torch.cat([bank.damping.flatten().double().cpu() for bank in self.banks] or [none[:0]])
+        conditions = [float(bank.condition.amax()) for bank in self.banks if bank.count]
+        own = [float(rates.sum()), rates.numel(), float(damping.sum()), damping.numel()]
+        own += [float(sum(bank.failures for bank in self.banks)), float(sum(bank.skipped for bank in self.banks))]
+        own += [float(self.skipped_gradients), max(conditions, default=float("-inf"))]
+        everyone = self.layout.ranks.all_gather_value(own) if self.layout.has_owners else [own]
+        *sums, _ = (sum(column) for column in zip(*everyone, strict=True))
+        rate, layers, damped, rows, failed, skipped, gradients = sums
+        others = float(self.adamw.skipped) + sum(float(table.skipped) for table in self.embeddings)
+        if not self.batches:
+            return {"skipped_gradients": others}
+        return {
+            "layer_rate_mean": rate / max(layers, 1),
+            "damping_mean": damped / max(rows, 1),
+            "condition_max": max(one[-1] for one in everyone),
+            "failed_inverses": failed,
+            "skipped_factors": skipped,
+            "skipped_gradients": gradients + others,
+        }

@@ -1,0 +1,364 @@
+"""Hooks of the paper's Fishers: φ' of what follows a layer, gradients of a loss, rows for the adaptive rate.
+
+``expected`` and ``sampled`` use the layer's own predictive distribution N(φ(s), I): g = −φ'(s) ⊙ ε. They need the
+forward pass only. ``empirical`` and ``true`` use gradients of a loss and keep each layer's input until these are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from ..capture import Call, Capture
+from ..config import GRADIENT_FISHERS, LNGDConfig, other_fishers
+from ..layers import Layer
+from ..linalg import state_dtype
+from ..statistics import Statistics
+from ..topology import Group
+from ..torch_internals import Hook, accumulates, accumulator, call_input, origin
+from .chains import Chain, ChainWatch, is_elementwise
+from .families import new_statistics
+from .rate import RowSamples
+
+
+class Observation:
+    """One call of a layer, as far as it is summed: input, mask, which samples of the batch."""
+
+    def __init__(self, statistics: Any, layer: Layer, a: Tensor, mask: Tensor | None, samples: slice) -> None:
+        self.statistics, self.layer, self.a, self.mask, self.samples = statistics, layer, a, mask, samples
+
+    def _mask(self, where: slice) -> Tensor | None:
+        return None if self.mask is None else self.mask[where]
+
+    def add(self, g2: Tensor | None) -> None:
+        """Add the call with g² [units, N, m], or None where it is 1."""
+        for a, where in self.layer.inputs(self.a):
+            self.statistics.add(a, None if g2 is None else g2[:, where], self._mask(where))
+
+    def add_gradient(self, g: Tensor) -> None:
+        """Add the call with the gradients of a loss, in the shape of the output."""
+        with torch.no_grad():
+            g = at_least_float(self.chosen(g.detach()))
+            samples = self.a.shape[0] if self.a.dim() > 1 else 1
+            for a, where in self.layer.inputs(self.a):
+                self.statistics.add_gradient(a, g[:, where], self._mask(where), max(1, g.shape[1] // max(1, samples)))
+
+    def chosen(self, output: Tensor) -> Tensor:
+        """[units, N, m]: a tensor of the output's shape, the samples that count."""
+        return self.layer.outputs(self.layer.batched(output)[self.samples])
+
+
+class PaperCapture(Capture):
+    """Capture with the paper's Fishers and what its adaptive rate needs.
+
+    Attributes:
+        samples: layer → inputs and gradients of the batch's rows (``rate=adaptive``).
+    """
+
+    convolution_samples = 1
+
+    def __init__(self, model: nn.Module, layers: list[Layer], config: LNGDConfig) -> None:
+        self.kind = config.fisher
+        self.uses_gradients = self.kind in GRADIENT_FISHERS
+        self.shares = self.kind == "expected"
+        self._keeps_rows = config.rate == "adaptive"
+        self._watch = ChainWatch()
+        self._watching = self.in_fisher_pass = False
+        self._forwards = 0
+        self._generators: dict[torch.device, torch.Generator] = {}
+        super().__init__(model, layers, config)
+
+    @property
+    def needs_fisher_pass(self) -> bool:  # type: ignore[override]
+        """``true``: a second backward pass is needed in factor steps."""
+        return self.kind == "true"
+
+    # Life of a step
+
+    def wants_hooks(self, factors: bool) -> bool:
+        """The adaptive rate: in each step."""
+        return factors or self._keeps_rows
+
+    def forget(self) -> None:
+        """Forget what was gathered for the current step."""
+        super().forget()
+        self.samples: dict[str, RowSamples] = {}
+        self._without_graph: set[str] = set()  # layers whose outputs had no graph, as in a reentrant checkpoint
+        self._waiting: list[tuple[Observation, GradientEdge, torch.Size]] = []
+        self._drawn: Tensor | int = 0
+        self._unfinished: set[Chain] = set()
+        self._generators = {}
+
+    def module_hooks(self, module: nn.Module) -> Iterator[RemovableHandle]:
+        """Activations are one link of a chain, whatever they are made of."""
+        if is_elementwise(module) and not self.uses_gradients:
+            yield module.register_forward_pre_hook(Hook(self._before_activation), with_kwargs=True)
+            yield module.register_forward_hook(Hook(self._after_activation))
+
+    def _before_activation(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_collecting():
+            self._watch.enter_module(module, call_input(args, kwargs))
+
+    def _after_activation(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.is_collecting():
+            self._watch.leave_module(output)
+
+    def disarm(self) -> None:
+        """Remove every hook."""
+        self._stop_watching()
+        self._watch.clear()
+        super().disarm()
+
+    # A forward pass
+
+    def forward_begins(self) -> None:
+        """Follow chains."""
+        self._forwards += 1
+        if self.armed and not self.uses_gradients:
+            self._watching = True
+            self._watch.__enter__()
+
+    def forward_ends(self, finished: bool) -> None:
+        """Stop following chains."""
+        self._stop_watching()
+        super().forward_ends(finished)
+        if not finished:
+            self._unfinished = set()
+            self._watch.clear()
+
+    def _stop_watching(self) -> None:
+        """Leave the function mode; also after an interrupt, which no hook sees."""
+        if self._watching:
+            self._watching = False
+            self._watch.remove()
+
+    def layer_called(self, call: Call) -> None:
+        """As of `Capture`; rows are kept, and what follows a layer is waited for."""
+        if self._keeps_rows:
+            self._keep_rows(call)
+        group = self.topology.of_layer.get(call.layer.name)
+        if not self.armed or self.uses_gradients or group is None or not group.follows:
+            super().layer_called(call)
+            return
+
+        def done(chain: Chain) -> None:
+            self._unfinished.discard(chain)
+            call.note = chain
+            self.observe(call)
+
+        if not self._inside:  # parts of the model called by themselves: hold no more than one call of each
+            for chain in [chain for chain in self._unfinished if chain.owner == call.layer.name]:
+                chain.finish()
+                self._watch.drop(chain)
+        chain = Chain(group.follows, done, call.layer.name)
+        self._unfinished.add(chain)
+        self._watch.follow(call.output, chain)
+
+    def held(self, call: Call) -> None:
+        """Follow the output of a layer whose group is not known yet."""
+        if self.uses_gradients:  # of the output as it is now, whatever works on it in place
+            self.flush()
+        else:
+            call.note = Chain(None)
+            self._watch.follow(call.output, call.note)
+
+    def flush(self) -> None:
+        """As of `Capture`, when all chains have ended."""
+        for chain in list(self._unfinished):
+            chain.finish()
+        self._watch.clear()
+        super().flush()
+
+    def follows(self, call: Call) -> tuple[str, ...]:
+        """The links of the chain that count."""
+        return () if call.note is None else call.note.names()
+
+    # What is gathered
+
+    def observe(self, call: Call) -> None:
+        """Take in one call of a layer."""
+        found = self.select(call)
+        if found is None:
+            return
+        statistics, a, mask, samples = found
+        seen, output = Observation(statistics, call.layer, a, mask, samples), call.output
+        if self.uses_gradients:
+            return self._await_gradient(seen, output)
+        follows = self.topology.of_layer[call.layer.name].follows
+        slope = None
+        if follows:  # else called twice, and only once with these links behind it
+            same = call.note is not None and call.note.names() == follows
+            slope = call.note.slope() if same else torch.ones_like(output)
+        with torch.no_grad():
+            g2 = None if slope is None else at_least_float(seen.chosen(slope)).square()
+            if self.kind == "sampled":
+                shape, dtype = seen.chosen(output).shape, state_dtype(output.dtype)
+                draw = self._generator(output.device)
+                noise = torch.randn(*shape, dtype=dtype, device=output.device, generator=draw).square_()
+                g2 = noise if g2 is None else g2 * noise
+            seen.add(g2)
+
+    def _await_gradient(self, seen: Observation, output: Tensor) -> None:
+        if not output.requires_grad:
+            self._without_graph.add(seen.layer.name)
+        elif self.kind == "true":
+            self._waiting.append((seen, get_gradient_edge(origin(output)), output.shape))
+        else:
+            weight, shape = accumulator(self.live_weight(seen.layer)), output.shape
+
+            def receive(g: Tensor | None) -> None:
+                if g is not None and accumulates(weight, if_asked_for=True):
+                    seen.add_gradient(g.view(shape))
+
+            origin(output).register_hook(receive)
+
+    def new_statistics(self, group: Group) -> Statistics:
+        """What this step's statistics of a group begin with."""
+        bank = self.coming.bank_of.get(group.name)
+        basis = None if bank is None else bank.basis_of(group.name)
+        return new_statistics(self.layers[group.name], group, self.config, basis)
+
+    def _keep_rows(self, call: Call) -> None:
+        layer, output = call.layer, call.output
+        if not output.requires_grad:
+            self._without_graph.add(layer.name)
+            return
+        forward, shape = self._forwards, output.shape
+        kept = layer.batched(call.a.detach()).clone()
+        own = self.samples.setdefault(layer.name, RowSamples())
+        own.seen += kept.shape[0]
+        weight = accumulator(self.live_weight(layer))
+
+        def receive(g: Tensor | None) -> None:
+            if g is not None and not self.in_fisher_pass and accumulates(weight, if_asked_for=True):
+                own.add(forward, kept, layer.batched(g.detach().view(shape)).clone())
+
+        origin(output).register_hook(receive)
+
+    def fisher_backward(self, logits: Tensor, mask: Tensor | None) -> None:
+        """``true``: draw a label a row from softmax(logits), and take in the gradients of their log-likelihood.
+
+        Args:
+            logits: [..., classes], with the graph of the forward pass that was seen; it is kept.
+            mask: [...], True where a row counts.
+        """
+        if _waits_for_first_backward(logits):
+            raise RuntimeError(
+                "fisher: 'true' makes a backward pass before the loss's own, which DDP(static_graph=True) takes for "
+                f"it: gradients would not be reduced. Use static_graph=False; or accepted: {other_fishers(self.config)}"
+            )
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        flat = logits.reshape(-1, logits.shape[-1]).float()
+        with torch.no_grad():
+            p = flat.softmax(-1)
+            p = torch.where(p.isfinite().all(-1, keepdim=True), p, 1.0)  # NaN logits: the draw may not fail, Φ will
+            labels = torch.multinomial(p, 1, generator=self._generator(flat.device)).squeeze(-1)
+        losses = torch.nn.functional.cross_entropy(flat, labels, reduction="none")
+        if mask is not None:
+            losses = losses * mask.reshape(-1).to(losses.dtype)
+        self._drawn = self._drawn + (labels.shape[0] if mask is None else (mask != 0).sum())
+        self.in_fisher_pass = True
+        try:
+            edges = [edge for _, edge, _ in waiting]
+            gradients = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True)
+        finally:
+            self.in_fisher_pass = False
+        for (seen, _, shape), g in zip(waiting, gradients, strict=True):
+            if g is not None:
+                seen.add_gradient(g.view(shape))
+
+    def scalars(self) -> list[Tensor | int]:
+        """Terms of the loss, and labels drawn."""
+        return [self.terms, self._drawn]
+
+    def scale(self, scalars: list[Tensor], size: int, loss_scale: Tensor | None) -> Tensor | float | None:
+        """What sums are multiplied by to become factors; None: one over the number of tokens.
+
+        With g the gradient of the mean over T terms, the Fisher block is (1/T) Σ (T g)(T g)ᵀ = T Σ g gᵀ; with g
+        the gradient of the sum over T drawn labels it is (1/T) Σ g gᵀ. Over W ranks the loss is the mean of theirs,
+        and the g of a rank's own loss is W times that of the loss: T/W² Σ g gᵀ.
+        """
+        terms, drawn = scalars
+        if self.kind == "empirical":
+            return unscaled(terms if size == 1 else terms / size**2, loss_scale)
+        return 1.0 / drawn.clamp_min(1) if self.kind == "true" else None
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """Never the user's: a stream that belongs to the seed, this rank and step, so that no state has to be kept.
+        The meta device has none and draws nothing: it takes one of the CPU's."""
+        if device not in self._generators:
+            text = f"{self.config.seed} {self.coming.rank} {self.coming.step}"
+            seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+            self._generators[device] = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
+        return self._generators[device]
+
+    # Checks
+
+    def check_gradients(self) -> None:
+        """The adaptive rate: Eq. 12-13 without curvature is a rate of about 1/μ."""
+        if not self._keeps_rows:
+            return
+        names = [name for name, layer in self.layers.items() if layer.weight.grad is not None]
+        if self.samples_seen and self.coming.size > 1:  # another rank may have called a layer that this did not
+            names = [name for name in names if name in self._without_graph]
+        known = self.samples_seen > 0  # or the batch is empty, and so is what its layers saw
+        own = self.samples
+        unseen = [n for n in names if n not in own or not own[n].calls or not (known or own[n].seen == 0)]
+        if unseen and not self.only_zeros():
+            raise RuntimeError(
+                f"rate: 'adaptive' saw no gradients of {', '.join(unseen[:3])} in this step. Call the model that was "
+                "given to LNGD itself, on tensors, in each step, without optimizer.eval(); checkpoint activations with "
+                "use_reentrant=False; or accepted: rms, none"
+            )
+
+    def check(self, started: bool) -> None:
+        """As of `Capture`, and for the gradients that ``fisher`` needs."""
+        others = other_fishers(self.config)
+        if self.kind == "true" and self._waiting:
+            raise RuntimeError(
+                "fisher: 'true' needs optimizer.fisher_backward(logits) after each forward of a factor step "
+                f"(optimizer.needs_fisher_pass is True in one), or accepted: {others}"
+            )
+        unseen = [name for name in self._without_graph if self.layers[name].weight.grad is not None]
+        if self.uses_gradients and unseen:
+            own = [kind for kind in others.split(", ") if kind not in GRADIENT_FISHERS]
+            raise RuntimeError(
+                f"fisher: '{self.kind}' saw no gradients of {', '.join(sorted(unseen)[:3])} in this step. Checkpoint "
+                "with use_reentrant=False, call layers within the model's forward"
+                + (f"; or accepted: {', '.join(own)}" if own else "")
+            )
+        super().check(started)
+        if self.kind == "empirical" and self.statistics and isinstance(self.terms, int) and self.terms == 0:
+            raise RuntimeError(
+                "fisher: 'empirical' needs the size of the batch, and the model's arguments hold no tensor; name "
+                f"them with optimizer.set_batch(inputs) before each forward, or accepted: {others}"
+            )
+
+
+def unscaled(factor: Any, loss_scale: Tensor | None) -> Any:
+    """A factor of sums of products of two gradients, for those of a loss that was multiplied by `loss_scale`."""
+    return factor if loss_scale is None else factor / loss_scale.square()
+
+
+def at_least_float(value: Tensor) -> Tensor:
+    """The value in at least float32."""
+    return value.to(state_dtype(value.dtype))
+
+
+def _waits_for_first_backward(output: Tensor) -> bool:
+    """Whether this comes out of a DDP with a static graph, whose first backward pass starts its reduction."""
+    node, steps = output.grad_fn, 0
+    while node is not None and steps < 16:  # the model's output, or little made of it
+        wrapper = getattr(node, "ddp_weakref", None)
+        if wrapper is not None:
+            return bool(wrapper().static_graph)
+        node, steps = (node.next_functions[0][0] if node.next_functions else None), steps + 1
+    return False

@@ -1,0 +1,103 @@
+"""The paper's adaptive rate (Eq. 12, 13): α_l = ⟨D, M⟩ / (DᵀF_l D + μ), F_l of the rows of the batch.
+
+With g the gradient of the global mean loss over T terms with respect to a layer's output, DᵀF_l D = T · Σ_n q_n²,
+q_n = Σ_{t∈n} g_tᵀ D a_t over the tokens t of row n. DDP averages gradients: with W ranks the gradient of the loss with
+respect to a rank's activation is 1/W of the one that this rank's hooks see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batches import Job
+from ..layers import Layer
+
+# μ of Eq. 13; the paper gives no value.
+MU = 1e-8
+
+
+@dataclass
+class RowSamples:
+    """Inputs and output gradients of the rows of the batch, of one layer.
+
+    Attributes:
+        calls: forward pass → list of (a [n, ...], g [n, ...]), one entry a call of the layer.
+        seen: rows of its calls.
+    """
+
+    calls: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    seen: int = 0
+
+    def add(self, forward: int, a: Tensor, g: Tensor) -> None:
+        """Keep the rows of one call."""
+        self.calls.setdefault(forward, []).append((a, g))
+
+    def sum_of_squares(self, layer: Layer, direction: Tensor) -> Tensor:
+        """Σ q_n²; direction [u, m, columns].
+
+        A layer that is called twice in one forward adds both calls to a row's q; other forwards are other rows.
+        """
+        total = direction.new_zeros(())
+        for calls in self.calls.values():
+            q = sum(_row_products(layer, direction, a, g) for a, g in calls)
+            total = total + torch.as_tensor(q).square().sum()
+        return total
+
+
+def _row_products(layer: Layer, direction: Tensor, a: Tensor, g: Tensor) -> Tensor:
+    """q_n: D a is what the layer would give with D for its weight."""
+    return (layer.apply(a.to(direction.dtype), direction) * g.to(direction.dtype)).flatten(1).sum(1)
+
+
+def adaptive_rate(slope: Tensor, curvature: Tensor, mu: float) -> Tensor:
+    """Eq. 12-13: α = ⟨D, M⟩₊ / (DᵀFD + μ); 0 where a sample's gradient is not finite."""
+    return torch.where(torch.isfinite(curvature), slope.clamp_min(0) / (curvature + mu), 0.0)
+
+
+def rates(core: Any, jobs: list[Job], directions: list[Any], gradients: list[Any], loss_scale: Any) -> list[Any]:
+    """α_l of the layers that this process computes, [n] for each job. A collective over several processes.
+
+    Args:
+        directions, gradients: D and M [n · units, m, columns] of each job; None: this process has none.
+        loss_scale: what the loss was multiplied by; None: one.
+    """
+    from .capture import unscaled
+
+    layout, capture = core.layout, core.capture
+    terms = unscaled(capture.terms, loss_scale)
+    found: list[Any] = []
+    for job, whole, own, gradient in zip(
+        jobs, layout.all_matrices(jobs, directions), directions, gradients, strict=True
+    ):
+        layers, u = [job.batch.members[i] for i in job.present], job.batch.units
+        rows = [capture.samples.get(layer.name, RowSamples()) for layer in layers]
+        squares = torch.stack(
+            [
+                one.sum_of_squares(layer, whole[i * u : (i + 1) * u])
+                for i, (layer, one) in enumerate(zip(layers, rows, strict=True))
+            ]
+        )
+        curvature, known = _over_ranks(squares, rows, terms, layout)
+        if own is None:
+            found.append(None)
+            continue
+        mine = {job.batch.layers[i] for i in job.own}
+        chosen = torch.tensor([layer in mine for layer in layers], device=squares.device)
+        slope = (own * gradient).sum((-2, -1)).view(-1, u).sum(-1)
+        # with no curvature at all the rate would be about 1/μ
+        found.append(torch.where(known[chosen], adaptive_rate(slope, curvature[chosen], MU), 0.0))
+    return found
+
+
+def _over_ranks(squares: Tensor, rows: list[RowSamples], terms: Any, layout: Any) -> tuple[Tensor, Tensor]:
+    """T Σ q² over all processes [n], and where [n] any of them kept a row and its gradient."""
+    counts = torch.tensor([float(x) for own in rows for x in (own.seen, bool(own.calls))], dtype=squares.dtype)
+    total = torch.as_tensor(terms).to(squares.device, squares.dtype, non_blocking=True)
+    parts = [squares, counts.to(squares.device, non_blocking=True), total]
+    squares, counts, total = layout.everyone.all_reduce(parts)
+    seen, heard = counts.view(-1, 2).unbind(1)
+    return squares * (total / layout.size**2), (seen > 0) & (heard > 0)

@@ -1,0 +1,511 @@
+"""Which process keeps and computes what: one interface, three layouts. The step is written once, in `optimizer`.
+
+*Whole*: every process has whole parameters and computes all (one process, DDP). *Owned* (DDP): a process computes the
+steps of its share of layers, and has their momentum and curvature alone; updates are all-gathered. *Rows* (FSDP2):
+parameters and what has their shape are sharded by rows; gradients go whole to the process that owns a layer, updates
+come back as rows: two all-to-alls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..batches import Job, LayerBatch
+from ..config import LNGDConfig
+from ..layers import Layer
+from ..torch_internals import is_fully_sharded, is_sharded, local
+from .ranks import Ranks, balanced, by_dtype
+
+Change = tuple[Layer, Tensor, Tensor | None]
+
+
+class Whole:
+    """Every process computes and keeps all.
+
+    Momentum of a batch: [L · units, m, columns], of the layers that this process computes.
+
+    Attributes:
+        name: of the layout.
+        everyone: all processes that train the model.
+        ranks: those among which layers, or rows, are shared out.
+        has_owners: whether each group of layers is one process's alone.
+        shards_rows: whether parameters are sharded.
+    """
+
+    name = "whole"
+    has_owners = False
+    shards_rows = False
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.everyone = self.ranks = ranks
+        self._owner: dict[str, int] = {}
+        self._group_of: Mapping[str, str] = {}
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.everyone.size
+
+    def assign(self, costs: Mapping[str, float], group_of: Mapping[str, str]) -> None:
+        """Decide which process owns each group of layers: the same on all.
+
+        Args:
+            costs: group → what it keeps and costs, roughly.
+            group_of: layer → its group.
+        """
+
+    def owner(self, group: str) -> int | None:
+        """The process that owns a group; None: each has it."""
+        return self._owner.get(group)
+
+    def keeps(self, group: str) -> bool:
+        """Whether this process owns a group, or each has it."""
+        return self.owner(group) in (None, self.ranks.rank)
+
+    # Statistics
+
+    def reduce(
+        self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Sums over processes of the statistics of the groups named beside them, for those who keep them (None for the
+        others), and of numbers, for all."""
+        found = self.ranks.all_reduce(parts + numbers)
+        return [*found[: len(parts)]], found[len(parts) :]
+
+    def complete(self, squares: list[Tensor]) -> list[Tensor]:
+        """Sums of squares of what this process has of tensors → of the whole tensors."""
+        return squares
+
+    def rows(self, count: int, rank: int | None = None) -> slice:
+        """Which of `count` rows of a parameter a process has."""
+        return slice(0, count)
+
+    # Momentum, gradients, updates
+
+    def with_momentum(self, batch: LayerBatch) -> list[Layer]:
+        """The layers whose momentum this process has, whole or in part."""
+        return batch.layers
+
+    def rounds(self, jobs: list[Job]) -> Iterator[list[Job]]:
+        """The jobs of a step that are done together: one by one, so that one batch's updates are there at a time."""
+        yield from ([job] for job in jobs if job.own)
+
+    def layers_of(self, job: Job) -> list[Layer]:
+        """The layers of a job in the momentum's form."""
+        return job.layers
+
+    def new_momentum(self, batch: LayerBatch) -> list[Tensor]:
+        """The momentum of a batch before the first step."""
+        first = batch.members[0]
+        return [first.like.new_zeros(len(batch.layers) * first.units, first.m, first.columns)]
+
+    def momentum_of(self, batch: LayerBatch, i: int) -> tuple[Tensor, Tensor | None]:
+        """Views of the momentum of a batch in the shape of the weight, and of the bias if it is in the factor, of the
+        i-th of those that :meth:`with_momentum` tells."""
+        layer = batch.layers[i]
+        own = batch.momentum[0][i * layer.units : (i + 1) * layer.units]
+        bias = None if layer.bias is None else own[..., layer.d].view(-1)
+        return layer.like_weight(own), bias
+
+    def gradients(self, job: Job) -> list[Tensor]:
+        """Gradients of the layers of a job in the momentum's form, copies."""
+        dtype = job.batch.momentum[0].dtype
+        return [torch.cat([_matrices(layer, dtype) for layer in job.layers])] if job.own else []
+
+    def index(self, job: Job) -> slice | Tensor:
+        """The rows of a job in the first dimension of each part of the momentum."""
+        return job.batch.index(job.own)
+
+    def to_owners(self, jobs: list[Job], parts: list[list[Tensor]]) -> list[Tensor | None]:
+        """What is in the momentum's form → [n · units, m, columns] of the layers that this process computes; None: it
+        computes none of a job's."""
+        return [own[0] if own else None for own in parts]
+
+    def from_owners(self, jobs: list[Job], updates: list[Tensor | None]) -> list[list[Tensor]]:
+        """The inverse of :meth:`to_owners`, of all present layers."""
+        return [[update] for update in updates if update is not None]
+
+    def all_matrices(self, jobs: list[Job], own: list[Tensor | None]) -> list[Tensor]:
+        """Matrices of the layers that this process computes → of all present ones: all that there are."""
+        return [matrices for matrices in own if matrices is not None]
+
+    def changes(self, job: Job, parts: list[Tensor]) -> Iterator[Change]:
+        """Each present layer with what is subtracted from its weight and its bias."""
+        layers = [job.batch.members[i] for i in job.present]
+        for layer, own in zip(layers, parts[0].unflatten(0, (-1, layers[0].units)).unbind(0), strict=True):
+            yield layer, layer.like_weight(own), None if layer.bias is None else layer.like_bias(own)
+
+    # Checkpoints
+
+    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor, everywhere: bool) -> Any:
+        """What only a group's owner has, as a checkpoint has it. A collective where groups have owners.
+
+        Args:
+            value: the tensor, on the owner.
+            shape: its shape; `like`: a tensor with its dtype and device.
+            everywhere: on every process, else on the first alone (None elsewhere).
+        """
+        return value
+
+
+class Owned(Whole):
+    """DDP: each process computes the steps of its share of groups."""
+
+    name = "owned"
+    has_owners = True
+
+    def assign(self, costs: Mapping[str, float], group_of: Mapping[str, str]) -> None:
+        """Balanced by cost."""
+        self._owner = dict(zip(costs, balanced(list(costs.values()), self.ranks.size), strict=True))
+        self._group_of = group_of
+
+    def reduce(
+        self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Statistics to their owners by reduce-scatter, numbers to all."""
+        return self.ranks.reduce_scatter(parts, [self._owner[g] for g in groups]), self.ranks.all_reduce(numbers)
+
+    def rounds(self, jobs: list[Job]) -> Iterator[list[Job]]:
+        """All at once: one exchange."""
+        if jobs:
+            yield jobs
+
+    def from_owners(self, jobs: list[Job], updates: list[Tensor | None]) -> list[list[Tensor]]:
+        """All-gather the updates."""
+        return [[own] for own in self.all_matrices(jobs, updates)]
+
+    def all_matrices(self, jobs: list[Job], own: list[Tensor | None]) -> list[Tensor]:
+        """Matrices [n · units, m, columns] of the layers that each process computes → of all present ones, everywhere:
+        one collective for each dtype."""
+        likes = [job.batch.members[0].like for job in jobs]
+        found = list(likes)
+        for places in by_dtype(likes):
+            shares = {i: self._shares(jobs[i]) for i in places}
+            sizes = {i: math.prod(_matrix_shape(jobs[i])) for i in places}
+            most = max(sum(len(shares[i][rank]) * sizes[i] for i in places) for rank in range(self.ranks.size))
+            flat = [matrices.reshape(-1) for i in places if (matrices := own[i]) is not None]
+            everyone = self.ranks.all_gather(torch.cat(flat) if flat else likes[places[0]], most)
+            starts = [0] * self.ranks.size
+            for i in places:
+                whole = everyone.new_empty(len(jobs[i].present), sizes[i])
+                for rank, share in enumerate(shares[i]):
+                    end = starts[rank] + len(share) * sizes[i]
+                    whole[share] = everyone[rank, starts[rank] : end].view(len(share), sizes[i])
+                    starts[rank] = end
+                shape = _matrix_shape(jobs[i])
+                found[i] = whole.view(len(jobs[i].present) * shape[0], *shape[1:])
+        return found
+
+    def _shares(self, job: Job) -> list[list[int]]:
+        """Of each process the places of its layers among the present ones."""
+        owners = [self._owner_of(job.batch.members[i]) for i in job.present]
+        return [[place for place, owner in enumerate(owners) if owner == rank] for rank in range(self.ranks.size)]
+
+    def _owner_of(self, layer: Layer) -> int:
+        return self._owner[self._group_of[layer.name]]
+
+    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor, everywhere: bool) -> Any:
+        """Sent to the first process, or to all."""
+        owner = self._owner[group]
+        if everywhere:
+            buffer = like.new_empty(tuple(shape)) if value is None else value.detach().clone()
+            dist.broadcast(buffer, group=self.ranks.group, group_src=owner)
+            return buffer
+        if self.ranks.rank == 0:
+            if value is not None:
+                return value
+            buffer = like.new_empty(tuple(shape))
+            dist.recv(buffer, group=self.ranks.group, group_src=owner)
+            return buffer
+        if value is not None:
+            dist.send(value.contiguous(), group=self.ranks.group, group_dst=0)
+        return None
+
+
+class Rows(Owned):
+    """FSDP2: parameters are sharded by rows over a mesh, or (HSDP) over its second dimension and alike over the first.
+
+    Momentum of a batch: a weight's rows [L, rows, …] and, where biases are in the factor, those of the bias [L, rows],
+    of all members.
+
+    Args:
+        model: some of its modules `fully_shard` was called on.
+        parameters: those that are trained, by name.
+        group: the processes of LNGD; None: all of the job.
+
+    Attributes:
+        replicas: the processes that hold the same rows (HSDP), else none.
+
+    Raises:
+        RuntimeError: another way of sharding than FSDP2's own; names the parameter.
+    """
+
+    name = "rows"
+    shards_rows = True
+
+    def __init__(self, model: Any, parameters: Mapping[str, Tensor], group: Any = None) -> None:
+        first_name, first = next((name, p) for name, p in parameters.items() if is_sharded(p))
+        if not is_fully_sharded(model):
+            raise RuntimeError(
+                f"LNGD: parameter '{first_name}' is a DTensor, but fully_shard was not called (tensor parallelism?), "
+                "accepted: parameters that fully_shard has sharded, or whole ones"
+            )
+        mesh = first.device_mesh  # type: ignore[attr-defined]
+        for name, parameter in parameters.items():
+            _check_sharding(name, parameter, first_name, mesh)
+        super().__init__(Ranks(mesh.get_group(mesh.ndim - 1)))
+        self.mesh, self._placements = mesh, tuple(first.placements)  # type: ignore[attr-defined]
+        self.replicas = Ranks(mesh.get_group(0)) if mesh.ndim == 2 else None
+        self.everyone = Ranks(mesh.get_group() if mesh.ndim == 1 else group)
+        if self.everyone.size != mesh.size():
+            raise RuntimeError(
+                f"LNGD: got a mesh of {mesh.size()} ranks in a group of {self.everyone.size}, accepted: with a mesh of "
+                "two dimensions process_group= with just its ranks"
+            )
+
+    def reduce(
+        self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor]]:
+        """As of `Owned`, and over replicas."""
+        found = self.ranks.reduce_scatter(parts, [self._owner[g] for g in groups])
+        if self.replicas is not None:
+            mine = [i for i, part in enumerate(found) if part is not None]
+            for i, part in zip(mine, self.replicas.all_reduce([found[i] for i in mine]), strict=True):  # type: ignore[misc]
+                found[i] = part
+        return found, self.everyone.all_reduce(numbers)
+
+    def complete(self, squares: list[Tensor]) -> list[Tensor]:
+        """Summed over the processes that have the other rows."""
+        return self.ranks.all_reduce(squares)
+
+    def rows(self, count: int, rank: int | None = None) -> slice:
+        """As many for each process, the last ones have fewer or none."""
+        each = -(-count // self.ranks.size)
+        first = min(count, each * (self.ranks.rank if rank is None else rank))
+        return slice(first, min(count, first + each))
+
+    # Momentum, gradients, updates
+
+    def with_momentum(self, batch: LayerBatch) -> list[Layer]:
+        """All: some rows of each."""
+        return batch.members
+
+    def new_momentum(self, batch: LayerBatch) -> list[Tensor]:
+        """Zeros in the shape of what this process has of the weights and biases."""
+        first = batch.members[0]
+        parameters = [first.weight] if first.bias is None else [first.weight, first.bias]
+        return [first.like.new_zeros(len(batch.members), *local(p).shape) for p in parameters]
+
+    def momentum_of(self, batch: LayerBatch, i: int) -> tuple[Tensor, Tensor | None]:
+        """DTensors of the memory of a batch's momentum."""
+        layer, parts = batch.members[i], batch.momentum
+        bias = None if layer.bias is None else self.as_sharded(parts[1][i], layer.bias)
+        return self.as_sharded(parts[0][i], layer.weight), bias
+
+    def layers_of(self, job: Job) -> list[Layer]:
+        """All that are present."""
+        return [job.batch.members[i] for i in job.present]
+
+    def gradients(self, job: Job) -> list[Tensor]:
+        """Stacked rows of the gradients."""
+        layers, dtype = [job.batch.members[i] for i in job.present], job.batch.momentum[0].dtype
+        found = [torch.stack([_local_gradient(layer.weight) for layer in layers]).to(dtype)]
+        if layers[0].bias is not None:
+            found.append(torch.stack([_local_gradient(layer.bias) for layer in layers]).to(dtype))
+        return found
+
+    def index(self, job: Job) -> slice | Tensor:
+        """All members of a batch are in its momentum."""
+        if len(job.present) == len(job.batch.members):
+            return slice(None)
+        return torch.tensor(job.present, device=job.batch.rows.device)
+
+    def to_owners(self, jobs: list[Job], parts: list[list[Tensor]]) -> list[Tensor | None]:
+        """Rows to whole matrices at each layer's owner."""
+        rows, shapes, owners = [], [], []
+        for job, own in zip(jobs, parts, strict=True):
+            for place, i in enumerate(job.present):
+                layer = job.batch.members[i]
+                for part, parameter in zip(own, (layer.weight, layer.bias), strict=False):
+                    rows.append(part[place])
+                    shapes.append(parameter.shape)  # type: ignore[union-attr]
+                    owners.append(self._owner_of(layer))
+        whole = iter(self._collect(rows, shapes, owners))
+        found: list[Tensor | None] = []
+        for job, own in zip(jobs, parts, strict=True):
+            matrices = []
+            for i in job.present:
+                layer, tensors = job.batch.members[i], [next(whole) for _ in own]
+                if tensors[0] is not None:
+                    bias = tensors[1] if layer.bias is not None else None
+                    matrices.append(layer.matrices(tensors[0], bias, own[0].dtype))
+            found.append(torch.cat(matrices) if matrices else None)
+        return found
+
+    def from_owners(self, jobs: list[Job], updates: list[Tensor | None]) -> list[list[Tensor]]:
+        """Whole matrices to rows."""
+        whole: list[Tensor | None] = []
+        likes, shapes, owners = [], [], []
+        for job, update in zip(jobs, updates, strict=True):
+            own = iter([] if update is None else update.unflatten(0, (-1, job.batch.units)).unbind(0))
+            for i in job.present:
+                layer, owner = job.batch.members[i], self._owner_of(job.batch.members[i])
+                matrices = next(own) if owner == self.ranks.rank else None
+                shards = job.batch.momentum
+                for kind, parameter in enumerate((layer.weight, layer.bias)[: len(shards)]):
+                    like = layer.like_weight if kind == 0 else layer.like_bias
+                    whole.append(None if matrices is None else like(matrices))
+                    likes.append(shards[kind][i])
+                    shapes.append(parameter.shape)  # type: ignore[union-attr]
+                    owners.append(owner)
+        pieces = iter(self._spread(whole, likes, shapes, owners))
+        found = []
+        for job in jobs:
+            count = len(job.batch.momentum)
+            every = [[next(pieces) for _ in range(count)] for _ in job.present]
+            found.append([torch.stack(kind) for kind in zip(*every, strict=True)])
+        return found
+
+    def changes(self, job: Job, parts: list[Tensor]) -> Iterator[Change]:
+        """Each present layer with the rows that are subtracted."""
+        for place, i in enumerate(job.present):
+            yield job.batch.members[i], parts[0][place], parts[1][place] if len(parts) > 1 else None
+
+    def _collect(
+        self, rows: Sequence[Tensor], shapes: Sequence[torch.Size], owners: Sequence[int]
+    ) -> list[Tensor | None]:
+        """Sharded tensors, each whole on its owner (None elsewhere): one collective for each dtype."""
+        found: list[Tensor | None] = [None] * len(rows)
+        for places in by_dtype(rows):
+            order = sorted(places, key=lambda i: owners[i])
+            mine = [i for i in order if owners[i] == self.ranks.rank]
+            sent = [sum(rows[i].numel() for i in order if owners[i] == rank) for rank in range(self.ranks.size)]
+            got = [sum(self._numel(shapes[i], rank) for i in mine) for rank in range(self.ranks.size)]
+            flat = self.ranks.all_to_all(torch.cat([rows[i].reshape(-1) for i in order]), sent, got)
+            pieces = flat.split([self._numel(shapes[i], rank) for rank in range(self.ranks.size) for i in mine])
+            for place, i in enumerate(mine):
+                found[i] = torch.cat(pieces[place :: len(mine)]).view(shapes[i])
+        return found
+
+    def _spread(
+        self,
+        whole: Sequence[Tensor | None],
+        likes: Sequence[Tensor],
+        shapes: Sequence[torch.Size],
+        owners: Sequence[int],
+    ) -> list[Tensor]:
+        """The inverse of :meth:`_collect`: this process's rows of each tensor, in the shape of `likes`."""
+        found: list[Tensor] = list(likes)
+        for places in by_dtype(likes):
+            order = sorted(places, key=lambda i: owners[i])
+            parts, sent = [], []
+            for rank in range(self.ranks.size):
+                own = [
+                    tensor[self.rows(shapes[i][0], rank)].reshape(-1) for i in order if (tensor := whole[i]) is not None
+                ]
+                parts += own
+                sent.append(sum(part.numel() for part in own))
+            got = [sum(likes[i].numel() for i in order if owners[i] == rank) for rank in range(self.ranks.size)]
+            flat = torch.cat(parts) if parts else likes[order[0]].new_empty(0)
+            flat = self.ranks.all_to_all(flat, sent, got)
+            for i, piece in zip(order, flat.split([likes[i].numel() for i in order]), strict=True):
+                found[i] = piece.view(likes[i].shape)
+        return found
+
+    def _numel(self, shape: torch.Size, rank: int) -> int:
+        rows = self.rows(shape[0], rank)
+        return (rows.stop - rows.start) * math.prod(shape[1:])
+
+    # Checkpoints
+
+    def as_sharded(self, rows: Tensor, like: Tensor) -> Any:
+        """This process's rows of something in the shape of `like`, as a DTensor of their memory."""
+        from torch.distributed.tensor import DTensor
+
+        size, stride = like.shape, torch.empty(like.shape, device="meta").stride()
+        return DTensor.from_local(rows, self.mesh, self._placements, run_check=False, shape=size, stride=stride)
+
+    def shard(self, whole: Tensor) -> Any:
+        """This process's rows of a tensor that is there whole, as a DTensor; a copy."""
+        return self.as_sharded(whole[self.rows(whole.shape[0])].clone(), whole)
+
+    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor, everywhere: bool) -> Any:
+        """Sharded by rows, as parameters are."""
+        whole, size = None if value is None else value.contiguous(), torch.Size(shape)
+        rows = self.rows(size[0])
+        empty = like.new_empty(rows.stop - rows.start, *size[1:])
+        (own,) = self._spread([whole], [empty], [size], [self._owner[group]])
+        return self.as_sharded(own.clone(), torch.empty(size, device="meta"))
+
+
+# Roughly, of a device: operations a second of batched matmuls, and numbers a second that a process receives: they
+# decide between two ways to the same numbers. The CPU's are of one thread and gloo between processes of one machine; an
+# accelerator's are set by arithmetic at a tenth of a data-centre GPU's peak, and a slow link.
+_SPEEDS = {"cpu": (5e10, 1e8), "accelerator": (3e13, 2.5e9)}
+
+
+def owned_pays(layers: Sequence[Layer], size: int) -> bool:
+    """Whether it is quicker to compute each layer's step once and all-gather the updates than to compute all of them
+    everywhere: a polar factor takes about 15 matmuls of the narrower side, and each number is received once."""
+    if size == 1 or not layers:
+        return False
+    operations = sum(30.0 * y.units * min(y.m, y.columns) * y.m * y.columns for y in layers)
+    numbers = sum(float(y.units * y.m * y.columns) for y in layers)
+    matmuls, received = _SPEEDS["cpu" if layers[0].weight.device.type == "cpu" else "accelerator"]
+    return operations / matmuls * (1 - 1 / size) > numbers / received
+
+
+def make_layout(name: str, config: LNGDConfig, layers: Sequence[Layer], group: Any) -> Whole:
+    """The layout of this name for whole parameters; ``auto``: owned where it can be and pays.
+
+    Raises:
+        ValueError: an unknown name, or owned for options that need every layer's step on every process.
+    """
+    if name not in ("whole", "owned", "auto"):
+        raise ValueError(f"layout: got {name!r}, accepted: whole, owned, auto")
+    ranks = Ranks(group)
+    everywhere = config.momentum_on == "update" or config.rate == "adaptive" or config.family == "ekfac"
+    if name == "owned" and everywhere:
+        raise ValueError(
+            "layout: got 'owned', accepted: whole, for momentum_on=update, rate=adaptive and family=ekfac, which need "
+            "every layer on every process"
+        )
+    if name == "owned" or (name == "auto" and not everywhere and owned_pays(layers, ranks.size)):
+        return Owned(ranks)
+    return Whole(ranks)
+
+
+def _check_sharding(name: str, parameter: Tensor, first_name: str, mesh: Any) -> None:
+    if not is_sharded(parameter):
+        raise RuntimeError(
+            f"LNGD: parameter '{name}' is whole and '{first_name}' is sharded, accepted: all of them sharded, by "
+            "fully_shard(model) around the whole model and without ignored_params that are trained"
+        )
+    here: Any = parameter
+    kinds = [f"{type(p).__name__}({getattr(p, 'dim', '')})" for p in here.placements]
+    if kinds not in (["Shard(0)"], ["Replicate()", "Shard(0)"]) or here.device_mesh != mesh:
+        raise RuntimeError(
+            f"LNGD: parameter '{name}': got {kinds} over {here.device_mesh}, accepted: Shard(0) over one mesh for "
+            "all, or Replicate and Shard(0) over a mesh of two dimensions (HSDP)"
+        )
+
+
+def _matrix_shape(job: Job) -> tuple[int, int, int]:
+    first = job.batch.members[0]
+    return first.units, first.m, first.columns
+
+
+def _local_gradient(parameter: Any) -> Tensor:
+    return torch.zeros_like(local(parameter)) if parameter.grad is None else local(parameter.grad)
+
+
+def _matrices(layer: Layer, dtype: torch.dtype) -> Tensor:
+    """A layer's gradient as [units, m, columns]; zeros where there is none."""
+    bias = None if layer.bias is None else _local_gradient(layer.bias)
+    return layer.matrices(_local_gradient(layer.weight), bias, dtype)

@@ -1,0 +1,183 @@
+"""The processes of one job, and the collectives that LNGD needs of them.
+
+Every collective here runs inside ``LNGD(...)``, ``LNGD.step()`` or a call that says so, at the same steps on every
+rank: whether it runs never depends on what a rank has seen. `torch.distributed` is all that is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# So many differences between two ranks are listed by name.
+_LISTED = 3
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a job of `torch.distributed`, of one process or more."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Places of the tensors of each device and dtype: what can travel together."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(i)
+    return list(kinds.values())
+
+
+class Ranks:
+    """The processes that train one model.
+
+    Args:
+        group: their process group, if these are not all processes of the job: the one that DDP was given.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+
+    @property
+    def size(self) -> int:
+        """How many they are; 1 where nothing is distributed (yet)."""
+        if not is_distributed():
+            return 1
+        return max(1, dist.get_world_size(self.group))
+
+    @property
+    def rank(self) -> int:
+        """This process's number among them."""
+        return dist.get_rank(self.group) if self.size > 1 else 0
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sum over ranks of each tensor, in one collective for each device and dtype (almost always one in all).
+
+        Shapes, dtypes and order must be the same on every rank. A sum that is not finite is so on every rank.
+        """
+        result = list(tensors)
+        for places in by_dtype(tensors) if self.size > 1 else ():
+            flat = torch.cat([tensors[i].reshape(-1) for i in places])
+            dist.all_reduce(flat, group=self.group)
+            pieces = flat.split([tensors[i].numel() for i in places])
+            for i, piece in zip(places, pieces, strict=True):
+                result[i] = piece.view(tensors[i].shape)
+        return result
+
+    def all_gather(self, own: Tensor, most: int) -> Tensor:
+        """A flat tensor of every rank: own [n], n at most `most` (the same on every rank) → [ranks, most]."""
+        buffer = own.new_zeros(most)
+        buffer[: own.numel()] = own
+        everyone = own.new_empty(self.size * most)
+        dist.all_gather_single(everyone, buffer, group=self.group)
+        return everyone.view(self.size, most)
+
+    def reduce_scatter(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> list[Tensor | None]:
+        """The sum over ranks of each tensor, on its owner alone: None elsewhere. One collective for each dtype."""
+        found: list[Tensor | None] = [None] * len(tensors)
+        for places in by_dtype(tensors):
+            shares = [[i for i in places if owners[i] == rank] for rank in range(self.size)]
+            most = max(sum(tensors[i].numel() for i in share) for share in shares)
+            buffer = tensors[places[0]].new_zeros(self.size, most)
+            for row, share in zip(buffer, shares, strict=True):
+                if share:
+                    flat = torch.cat([tensors[i].reshape(-1) for i in share])
+                    row[: flat.numel()] = flat
+            own = buffer[0]
+            if self.size > 1:
+                own = buffer.new_empty(most)
+                dist.reduce_scatter_single(own, buffer.view(-1), group=self.group)
+            start = 0
+            for i in shares[self.rank]:
+                found[i] = own[start : start + tensors[i].numel()].view(tensors[i].shape)
+                start += tensors[i].numel()
+        return found
+
+    def all_to_all(self, flat: Tensor, sent: list[int], got: list[int]) -> Tensor:
+        """A flat tensor of which `sent[r]` numbers go to rank r → those of all ranks for this one, `got[r]` of each."""
+        if self.size == 1:
+            return flat
+        received = flat.new_empty(sum(got))
+        dist.all_to_all_single(received, flat, got, sent, group=self.group)
+        return received
+
+    def check_same(self, what: str, own: Mapping[str, Any]) -> None:
+        """Make sure that every rank says the same of itself: only a digest travels where they do.
+
+        Args:
+            what: is compared, for the message.
+            own: plain values by name.
+
+        Raises:
+            RuntimeError: on every rank; names the ranks, what differs, and both values.
+        """
+        if self.size == 1:
+            return
+        text = json.dumps(own, sort_keys=True, default=str)
+        digests = self._all_gather_text(hashlib.sha256(text.encode()).hexdigest())
+        if len(set(digests)) == 1:
+            return
+        everyone = [json.loads(other) for other in self._all_gather_text(text)]
+        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        first, second = everyone[0], everyone[other]
+        names = [name for name in [*first, *(n for n in second if n not in first)]]
+        differing = [
+            f"{name}: rank 0 has {_shown(first, name)}, rank {other} has {_shown(second, name)}"
+            for name in names
+            if _shown(first, name) != _shown(second, name)
+        ]
+        more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
+        raise RuntimeError(
+            f"LNGD: the ranks disagree about {what}: {'; '.join(differing[:_LISTED])}{more}. Accepted: the same on "
+            "every rank"
+        )
+
+    def all_gather_value(self, value: Any) -> list[Any]:
+        """A plain value of every rank, in their order."""
+        return [value] if self.size == 1 else [json.loads(own) for own in self._all_gather_text(json.dumps(value))]
+
+    def broadcast_value(self, value: Any, rank: int) -> Any:
+        """What one rank has, on every rank: anything that can be pickled, its tensors on the CPU."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=rank)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all of them."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+    def _all_gather_text(self, value: str) -> list[str]:
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "none"
+
+
+def balanced(costs: Sequence[float], ranks: int) -> list[int]:
+    """The rank of each task: longest processing time first, each to the rank that has least.
+
+    The most loaded rank has at most 4/3 of what it would have in the best assignment (Graham 1969). Depends on nothing
+    but the arguments.
+
+    Raises:
+        ValueError: fewer than one rank, or a negative cost.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks: got {ranks}, accepted: an integer, at least 1")
+    if any(not cost >= 0 for cost in costs):
+        raise ValueError(f"costs: got {min(costs)}, accepted: numbers, at least 0")
+    owners, loads = [0] * len(costs), [0.0] * ranks
+    for task in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[task] = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        loads[owners[task]] += costs[task]
+    return owners

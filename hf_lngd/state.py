@@ -1,0 +1,287 @@
+"""`Core` ↔ plain dicts of tensors, numbers and strings; every check of a state that is loaded.
+
+A state dict is torch's, with one key more: ``lngd`` says which version wrote it, for which options and parameters, and
+who shares a factor with whom. `torch.distributed.checkpoint` drops that key: then the topology is found again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adamw import AdamW
+from .config import LNGDConfig
+from .core import Built, Core, Entry
+from .topology import Topology
+from .torch_internals import is_sharded, local
+
+VERSION = 6
+_KINDS: dict[str, type] = {"config": dict, "parameters": dict, "topology": list, "steps": int}
+# What EKFAC's bank cannot know is NaN.
+_MAY_BE_NAN = ("condition",)
+
+ByParameter = dict[nn.Parameter, dict[str, Any]]
+
+
+def save(core: Core, everywhere: bool = False) -> ByParameter:
+    """Parameter → name → tensor, as a checkpoint has them: the live ones, and under layouts with owners what others
+    keep (*owned*: whole, on the first process or `everywhere`; *rows*: as DTensors). A collective under these."""
+    if not core.layout.has_owners:
+        return core.states  # type: ignore[return-value]
+    found = {parameter: dict(state) for parameter, state in core.states.items()}
+    shared: dict[tuple[str, str], Any] = {}
+    for entry in core.entries():
+        if entry.group is None:
+            continue
+        key = (entry.group, entry.key)
+        if not entry.shared or key not in shared:
+            shared[key] = core.layout.export(entry.value, entry.group, entry.shape, entry.like, everywhere)
+        if shared[key] is not None:
+            found.setdefault(entry.parameter, {}).update({"step": core.count, entry.key: shared[key]})
+    return found
+
+
+def describe(core: Core) -> dict[str, Any]:
+    """What stands under the key ``lngd``."""
+    return {
+        "version": VERSION,
+        "config": core.config.to_dict(),
+        "parameters": parameters_of(core),
+        "topology": core.built.topology.state() if core.batches else [],
+        "steps": core.steps,
+    }
+
+
+def parameters_of(core: Core) -> dict[str, list[int]]:
+    """Shapes of the parameters that are trained, by name."""
+    return {r.parameter: list(r.shape) for r in core.routing.routes if r.kind is not None}
+
+
+# Checks
+
+
+def check_origin(config: LNGDConfig, found: Any) -> Mapping[str, Any]:
+    """What stands under ``lngd``, if LNGD wrote it, in this version, with these options; else raise ValueError."""
+    if not isinstance(found, Mapping) or "version" not in found:
+        raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote (key 'lngd')")
+    if found["version"] != VERSION:
+        raise ValueError(f"state_dict: got version {found['version']}, accepted: {VERSION}")
+    missing = sorted(set(_KINDS) - set(found))
+    if missing:
+        raise ValueError(f"state_dict: got a state without {', '.join(missing)}, accepted: a whole one")
+    for name, kind in _KINDS.items():
+        if not isinstance(found[name], kind) or isinstance(found[name], bool):
+            raise ValueError(f"state_dict: {name}: got {found[name]!r}, accepted: a {kind.__name__}")
+    if found["steps"] < 0:
+        raise ValueError(f"state_dict: steps: got {found['steps']!r}, accepted: an integer, at least 0")
+    here, there = config.to_dict(), found["config"]
+    differing = [name for name in here if there.get(name) != here[name]]
+    if differing:
+        what = "; ".join(f"{name}: checkpoint {there.get(name)!r}, here {here[name]!r}" for name in differing)
+        raise ValueError(f"state_dict: the config differs: {what}")
+    return found
+
+
+def check_parameters(here: Mapping[str, list[int]], found: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a state's ``parameters`` are these; names those that differ."""
+    there = {name: list(shape) for name, shape in found["parameters"].items()}
+    if here == there:
+        return
+    differing = [
+        f"{name}: checkpoint {there.get(name, 'none')}, here {here.get(name, 'none')}"
+        for name in [*here, *(n for n in there if n not in here)]
+        if here.get(name) != there.get(name)
+    ]
+    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    raise ValueError(f"state_dict: the model differs: {'; '.join(differing[:5])}{more}")
+
+
+def _check_tensor(name: str, found: Any, shape: torch.Size) -> None:
+    """Raise ValueError unless this is a tensor of finite numbers in this shape: a damaged state must not be loaded by
+    half."""
+    if not isinstance(found, Tensor) or found.shape != shape:
+        what = list(found.shape) if isinstance(found, Tensor) else "none"
+        raise ValueError(f"state_dict: {name}: got {what}, accepted: a tensor {list(shape)}")
+    if not found.is_floating_point():  # those that are, of another precision, are converted
+        raise ValueError(f"state_dict: {name}: got {found.dtype}, accepted: floating point")
+    if not name.endswith(_MAY_BE_NAN) and not bool(torch.isfinite(local(found)).all()):
+        raise ValueError(f"state_dict: {name}: got NaN or infinity, accepted: finite numbers")
+
+
+def _check_others(core: Core, states: ByParameter, layered: set[nn.Parameter]) -> None:
+    """What is kept of parameters in no layer, and what bfloat16 weights lack."""
+    names = {parameter: name for name, parameter in core.routing.parameters.items()}
+    tables = {table.weight: table for table in core.embeddings}
+    for parameter, state in states.items():
+        name = names.get(parameter, f"an added parameter {list(parameter.shape)}")
+        if "lost" in state:
+            _check_tensor(f"{name}.lost", state["lost"], parameter.shape)
+        if parameter in layered or not set(state) - {"lost"}:
+            continue
+        new = tables[parameter].new_state() if parameter in tables else AdamW.new_state(parameter)
+        for key, like in new.items():
+            _check_tensor(f"{name}.{key}", state.get(key), like.shape)
+
+
+# Loading
+
+
+def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -> None:
+    """Take over a state; a collective under layouts with owners. Nothing is changed if it does not fit.
+
+    Args:
+        states: parameter → name → tensor, of what :func:`save` gives on any layout.
+        described: what stands under ``lngd``, checked; None: it is not known.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or is not finite; names it.
+    """
+    before = core.built
+    layered = {p for layer in core.routing.layers for p in (layer.weight, layer.bias) if p is not None}
+    known = [layer.name for layer in core.routing.layers]
+    try:
+        _check_others(core, states, layered)
+        topology = Topology.from_state(described["topology"]) if described and described["topology"] else None
+        has_layers = any("momentum" in states.get(parameter, ()) for parameter in layered)
+        if known and described is None and not has_layers:
+            raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote")
+        if has_layers:
+            empty(core, topology or Topology.unshared(known))
+            for entry in core.entries():
+                value = states.get(entry.parameter, {}).get(entry.key)
+                _check_tensor(f"{entry.layer}.{entry.key}", value, entry.shape)
+            for entry in core.entries():
+                _copy(core, entry, states[entry.parameter][entry.key])
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        core.restore(before)
+        raise ValueError(f"state_dict: got a damaged state ({type(error).__name__}: {error})") from error
+    except ValueError:
+        core.restore(before)
+        raise
+    if not has_layers:
+        empty(core, None)
+    others = {p: _own_share(core, p, state, p in layered) for p, state in states.items()}
+    attach(core, topology, others, int(described["steps"]) if described else _steps_in(states))
+
+
+def empty(core: Core, topology: Topology | None) -> None:
+    """New banks and batches for the topology of a state; None: there are none yet.
+
+    Raises:
+        ValueError: it is of other layers than the model's.
+    """
+    if topology is None:
+        core.built = Built(Topology(), [], [], {}, {}, {})
+        return
+    unknown = sorted(set(topology.of_layer) ^ {layer.name for layer in core.routing.layers})
+    if unknown:
+        raise ValueError(f"state_dict: the layers differ: {', '.join(unknown[:5])}")
+    core.build(topology)
+
+
+def attach(core: Core, topology: Topology | None, others: ByParameter, steps: int) -> None:
+    """Go on from banks and batches that were filled.
+
+    Args:
+        topology: who shares a factor; None: it is to be found.
+        others: what is kept of parameters besides their layers' tensors.
+        steps: steps made.
+    """
+    core.capture.topology = topology or Topology()
+    core.states.clear()
+    for parameter, state in others.items():
+        core.states[parameter].update(state)
+    core.count.fill_(float(steps))
+    has_factors = any(bool((bank.weight > 0).any()) for bank in core.banks)
+    core.started = core.inverted = any(core.layout.everyone.all_gather_value(has_factors))
+    for bank in core.banks:
+        bank.inverted = core.inverted
+    core.bind()
+
+
+def rebuild(core: Core, topology: Topology) -> None:
+    """Banks and batches for another topology, or for layers that were moved, with the state of those before. A
+    collective under layouts with owners."""
+    carried = save(core, everywhere=True) if core.batches else {}
+    core.build(topology)
+    for entry in core.entries():
+        value = carried.get(entry.parameter, {}).get(entry.key)
+        if value is not None:
+            _copy(core, entry, value)
+    for bank in core.banks:
+        bank.inverted = core.inverted
+    core.bind()
+
+
+def clear(core: Core) -> None:
+    """Start anew, as before the first step."""
+    empty(core, None)
+    core.capture.topology = Topology()
+    core.started = core.inverted = False
+    core.count.zero_()
+
+
+def _copy(core: Core, entry: Entry, value: Tensor) -> None:
+    """Take what belongs to this process of a tensor that is whole or sharded."""
+    rows_here = entry.group is None and core.layout.shards_rows
+    if is_sharded(value) and not rows_here:
+        value = value.full_tensor()  # type: ignore[attr-defined]
+    if entry.value is None:
+        return
+    if rows_here:
+        value = local(value) if is_sharded(value) else value[core.layout.rows(value.shape[0])]
+    local(entry.value).copy_(value)
+
+
+def _own_share(core: Core, parameter: nn.Parameter, state: Mapping[str, Any], in_layer: bool) -> dict[str, Any]:
+    """A copy of what is kept of a parameter besides its layer's tensors, on its device, sharded as it is."""
+    sharded = is_sharded(parameter)
+    found = {}
+    for key, value in state.items():
+        if in_layer and key != "lost":
+            continue
+        if not isinstance(value, Tensor):
+            found[key] = value
+        elif sharded and not is_sharded(value) and value.shape == parameter.shape:
+            found[key] = core.layout.shard(value.detach().to(parameter.device))
+        elif is_sharded(value) and not sharded:
+            found[key] = value.full_tensor().to(parameter.device)  # type: ignore[attr-defined]
+        else:
+            found[key] = value.detach().clone().to(parameter.device)
+    return found
+
+
+def _steps_in(states: ByParameter) -> int:
+    steps = [int(state["step"]) for parameter, state in states.items() if "step" in state]
+    return max(steps, default=0)
+
+
+def memory_usage(core: Core) -> dict[str, int]:
+    """Bytes of this process by kind, as `LNGD.memory_usage` promises."""
+    usage = {"momentum": 0, "factors": 0, "inverses": 0, "embeddings": 0, "fallback": 0, "rounding": 0}
+    for batch in core.batches:
+        usage["momentum"] += sum(map(_bytes, batch.momentum))
+        usage["factors"] += sum(map(_bytes, batch.state.values()))
+    for bank in core.banks:
+        for key, tensor in bank.tensors().items():
+            derived = key.startswith(("whitener", "inverse", "basis"))
+            usage["inverses" if derived else "factors"] += _bytes(tensor)
+    tables = {table.weight for table in core.embeddings}
+    layered = {p for layer in core.routing.layers for p in (layer.weight, layer.bias) if p is not None}
+    for parameter, state in core.states.items():
+        kind = "embeddings" if parameter in tables else "fallback"
+        for key, tensor in state.items():
+            if key == "lost":
+                usage["rounding"] += _bytes(tensor)
+            elif parameter not in layered:
+                usage[kind] += _bytes(tensor)
+    usage["total"] = sum(usage.values())
+    return usage
+
+
+def _bytes(tensor: Any) -> int:
+    here = local(tensor)
+    return here.numel() * here.element_size()

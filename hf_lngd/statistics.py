@@ -1,0 +1,147 @@
+"""Sums of one factor step: over calls, micro-batches and processes, divided once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .linalg import input_statistic, pack, unpack
+
+
+class Statistics:
+    """Sums of one group of layers over the tokens or locations of a step.
+
+    A subclass says which sums there are, with their shapes, and what becomes of them.
+
+    Attributes:
+        sums: name → tensor; those named in `SYMMETRIC` equal their transpose. Sums of micro-batches, calls and
+            processes add up.
+        n: tokens or locations, a scalar tensor.
+        seen, kept: samples of the batch in the step, and those of them that were summed; tensors over processes.
+    """
+
+    SYMMETRIC: ClassVar[tuple[str, ...]] = ("phi",)
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.n: Tensor | None = None
+        self.seen: int | Tensor = 0
+        self.kept: int | Tensor = 0
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each sum."""
+        raise NotImplementedError
+
+    def factors(self, scale: Tensor | float | None) -> dict[str, Tensor]:
+        """What the factors of this step are, each [units, …]; what is not finite is not to be used.
+
+        Args:
+            scale: by which sums are multiplied; None: one over the number of tokens.
+        """
+        raise NotImplementedError
+
+    def accumulate(self, new: Iterable[tuple[str, Tensor]], count: Tensor) -> None:
+        """Add the sums of some tokens, by name, and how many they are."""
+        for name, value in new:
+            self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
+        self.n = count if self.n is None else self.n + count
+
+    def all_sums(self, like: Tensor) -> dict[str, Tensor]:
+        """Every sum by name, zeros of this dtype and device where there is none yet."""
+        zeros = {name: like.new_zeros(shape) for name, shape in self.shapes().items()}
+        return zeros | self.sums | {"n": like.new_zeros(()) if self.n is None else self.n}
+
+    def reduced(self, sums: dict[str, Tensor], seen: Tensor, kept: Tensor) -> Self:
+        """This one with the sums of all processes in place of its own."""
+        self.sums = {name: value for name, value in sums.items() if name != "n"}
+        # called, but no gradient came back: nothing was summed, and zeros are not its factors
+        self.n, self.seen, self.kept = sums["n"], seen, torch.where(sums["n"] > 0, kept, 0.0)
+        return self
+
+    @property
+    def scale_of_samples(self) -> Tensor | float:
+        """Samples of the step over those of them that were summed; over several processes a tensor, NaN for none."""
+        return self.seen / self.kept if isinstance(self.kept, Tensor) or self.kept else 1.0
+
+
+class InputStatistics(Statistics):
+    """Σ_t a_t a_tᵀ over a group's inputs a, with φ' = 1 (Eq. 4): ``phi`` [units, k, b, b].
+
+    Args:
+        units: matrices of a layer.
+        blocks: (k, b).
+    """
+
+    def __init__(self, units: int, blocks: tuple[int, int]) -> None:
+        super().__init__()
+        self.units, self.blocks = units, blocks
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each sum."""
+        k, b = self.blocks
+        return {"phi": (self.units, k, b, b)}
+
+    def add(self, a: Tensor, mask: Tensor | None) -> None:
+        """Add some tokens: a [units, N, d], mask [N] or None."""
+        with exact(a):
+            weight = None if mask is None else mask.to(a.dtype)
+            count = a.new_full((), a.shape[-2]) if weight is None else weight.sum()
+            self.accumulate([("phi", input_statistic(a, weight, *self.blocks))], count)
+
+    def factors(self, scale: Tensor | float | None) -> dict[str, Tensor]:
+        """E[a aᵀ]; NaN where there were no tokens."""
+        assert self.n is not None
+        return {"phi": self.sums["phi"] / self.n}
+
+
+def exact(like: Tensor) -> Any:
+    """A context without autocast: sums in half precision would be off by more than λ."""
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)  # the meta device knows none
+
+
+def reduce(
+    own: Mapping[str, Statistics],
+    names: Sequence[str],
+    empty: Callable[[str], Statistics],
+    like: Callable[[str], Tensor],
+    scalars: Sequence[Tensor | int],
+    layout: Any,
+) -> tuple[dict[str, Statistics], list[Tensor]]:
+    """The statistics of every group over all processes, symmetric sums packed: one collective, and one for numbers.
+
+    A process that saw nothing of a group adds zeros; where none saw anything ``kept`` is 0.
+
+    Args:
+        own: of this process, by group.
+        names: all groups, in an order that is the same everywhere.
+        empty: makes the statistics of a group of which this process saw nothing.
+        like: a tensor with the device and dtype of a group's sums.
+        scalars: more numbers to sum.
+        layout: the processes and what each of them keeps, see `parallel.layout`.
+
+    Returns:
+        The statistics of the groups that this process keeps; the sums of the scalars.
+    """
+    if layout.size == 1:
+        return dict(own), [torch.as_tensor(value) for value in scalars]
+    here = [own[name] if name in own else empty(name) for name in names]
+    every = [one.all_sums(like(name)) for one, name in zip(here, names, strict=True)]
+    flat = [(one, key, value) for one, sums in zip(here, every, strict=True) for key, value in sums.items()]
+    sizes = [value.shape[-1] if key in one.SYMMETRIC else 0 for one, key, value in flat]
+    parts = [pack(value) if size else value for (_, _, value), size in zip(flat, sizes, strict=True)]
+    first = every[0]["n"]
+    counts = torch.tensor([float(x) for one in here for x in (one.seen, one.kept)], dtype=first.dtype)
+    numbers = [counts.to(first.device, non_blocking=True)]
+    numbers += [torch.as_tensor(x).to(first.device, first.dtype, non_blocking=True) for x in scalars]
+    parts, numbers = layout.reduce(parts, [n for n, sums in zip(names, every, strict=True) for _ in sums], numbers)
+    whole = [unpack(t, size) if size and t is not None else t for t, size in zip(parts, sizes, strict=True)]
+    found = iter(whole)
+    result: dict[str, Statistics] = {}
+    for name, one, sums, (seen, kept) in zip(names, here, every, numbers[0].view(-1, 2), strict=True):
+        total = {key: next(found) for key in sums}
+        if total["n"] is not None:
+            result[name] = one.reduced(total, seen, kept)
+    return result, numbers[1:]
