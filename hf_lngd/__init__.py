@@ -1,7 +1,6 @@
 """hf_lngd: Layer-Wise Natural Gradient Descent for Hugging Face Transformers, switched on with one flag.
 
-`LNGD` and `LNGDConfig` need torch only; the names that need transformers are imported when they are first used.
-"""
+`LNGD` and `LNGDConfig` need torch only; the names that need transformers are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -20,35 +19,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _INTEGRATIONS = {
-    "LNGDTrainer": "trainer",
-    "LNGDTrainerMixin": "trainer",
-    "LNGDSeq2SeqTrainer": "trainer",
-    "create_lngd_optimizer": "trainer",
-    "LNGDTrainingArguments": "training_args",
-    "LNGDArgumentsMixin": "training_args",
-    "LNGDSeq2SeqTrainingArguments": "training_args",
-    "register": "stock",
-    "unregister": "stock",
+    "trainer": ("LNGDTrainer", "LNGDTrainerMixin", "LNGDSeq2SeqTrainer", "create_lngd_optimizer"),
+    "training_args": ("LNGDTrainingArguments", "LNGDArgumentsMixin", "LNGDSeq2SeqTrainingArguments"),
+    "stock": ("register", "unregister"),
 }
+_MODULE_OF = {name: module for module, names in _INTEGRATIONS.items() for name in names}
 
 __all__ = [
-    "LNGD",
-    "LNGDArgumentsMixin",
-    "LNGDConfig",
-    "LNGDSeq2SeqTrainer",
-    "LNGDSeq2SeqTrainingArguments",
-    "LNGDTrainer",
-    "LNGDTrainerMixin",
-    "LNGDTrainingArguments",
-    "create_lngd_optimizer",
-    "load_checkpoint",
-    "register",
-    "save_checkpoint",
-    "unregister",
-]
+    "LNGD", "LNGDArgumentsMixin", "LNGDConfig", "LNGDSeq2SeqTrainer", "LNGDSeq2SeqTrainingArguments", "LNGDTrainer",
+    "LNGDTrainerMixin", "LNGDTrainingArguments", "create_lngd_optimizer", "load_checkpoint", "register",
+    "save_checkpoint", "unregister",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in _INTEGRATIONS:
-        return getattr(import_module(f".integrations.{_INTEGRATIONS[name]}", __name__), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f".integrations.{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,33 +13,24 @@ from torch.optim.adamw import adamw
 from .config import LNGDConfig
 from .groups import Options
 from .linalg import damping, rms_rate, state_dtype
-from .torch_internals import Gradients, Hook, in_backward, local, run_eagerly
+from .torch_internals import Collector, Hook, accumulates, accumulator, in_transform, local, origin, run_eagerly
 
-# What a parameter has, by name.
-ParameterState = MutableMapping[str, Any]
+ParameterState = MutableMapping[str, Any]  # what a parameter has, by name
 States = MutableMapping[Any, ParameterState]
 
 
 class Rounding:
     """Writes float32 values into bfloat16 weights, whose numbers lie 0.4 to 0.8 % apart: what rounding takes off a
-    weight is kept under ``lost`` in bfloat16, and comes back at its next change (Kahan). Weights of float32 or float64
-    are left as they are.
-
-    Args:
-        states: parameter → its state. ``lost`` has the parameter's shape; it is not added to a number that somebody
-            else has written since, see `rest_of`.
-    """
+    weight is kept in its state under ``lost`` in bfloat16, in its shape, and comes back at its next change (Kahan), see
+    `rest_of`. Weights of float32 or float64 are left as they are."""
 
     def __init__(self, states: States) -> None:
         self._states = states
 
     @contextmanager
     def full(self, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """The weights to work on in place: themselves, or in bfloat16's place float32, rounded when the block ends.
-        Of sharded ones what this rank holds.
-
-        If it raises, weights of bfloat16 stay as they were.
-        """
+        """The weights to work on in place: themselves, or in bfloat16's place float32, rounded when the block ends. Of
+        sharded ones what this rank holds. If it raises, weights of bfloat16 stay as they were."""
         whole = [self._open(weight) for weight in weights]
         yield whole
         for weight, value in zip(weights, whole, strict=True):
@@ -53,30 +44,24 @@ class Rounding:
         if weight.dtype != torch.bfloat16:
             return here
         state = self._states[weight]
-        lost = state.get("lost")
-        if lost is None:
+        if "lost" not in state:
             state["lost"] = torch.zeros_like(weight.detach())
-            return here.float()
-        return here.float().add_(rest_of(here, local(lost)))
+        return here.float().add_(rest_of(here, local(state["lost"])))
 
 
 def rest_of(weight: Tensor, lost: Tensor) -> Tensor:
     """What rounding took off `weight`, and 0 where `lost` cannot be that: somebody has written another number since.
 
-    Rounding takes off half the gap to the next number at most. Numbers are asked, as versions of tensors do not tell
-    of ``weight.data`` nor how a state that was saved belongs to its weights, and change where next to nothing does, as
-    by a clamp after each step. A rest that passes is within the rounding of the new number.
-    """
+    Rounding takes off half the gap to the next number at most. Numbers are asked, as versions of tensors do not tell of
+    ``weight.data`` nor how a state that was saved belongs to its weights, and change where next to nothing does, as by
+    a clamp after each step. A rest that passes is within the rounding of the new number."""
     nearest = lost.float().mul_(1 - 2**-8).add_(weight).to(weight.dtype)  # half a gap is the number's own yet
     return torch.where(nearest == weight, lost, 0)
 
 
 class AdamW:
-    """AdamW for parameters in no layer; torch's own function does the arithmetic, fused where they allow it.
-
-    Attributes:
-        skipped: steps of a group that were passed over.
-    """
+    """AdamW for parameters in no layer; torch's own function does the arithmetic, fused where they allow it. `skipped`:
+    steps of a group that were passed over."""
 
     def __init__(self) -> None:
         self.skipped: Tensor | int = 0
@@ -90,25 +75,22 @@ class AdamW:
 
     def _state_of(self, parameter: Tensor, states: States) -> ParameterState:
         """Its state, made at its first step; it follows the parameter to another device or dtype."""
-        state = states[parameter]
+        state, dtype, device = states[parameter], state_dtype(parameter.dtype), parameter.device
         if "exp_avg" not in state:
             state.update(self.new_state(parameter))
-        dtype = state_dtype(parameter.dtype)
-        if state["exp_avg"].dtype != dtype or state["exp_avg"].device != parameter.device:
-            state["step"] = state["step"].to(parameter.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = state[name].to(parameter.device, dtype)
+        if state["exp_avg"].dtype != dtype or state["exp_avg"].device != device:
+            state["step"] = state["step"].to(device)
+            state.update({name: state[name].to(device, dtype) for name in ("exp_avg", "exp_avg_sq")})
         return state
 
     @torch.no_grad()
     def step(self, parameters: Sequence[nn.Parameter], options: Options, states: States, layout: Any) -> None:
-        """One step of the parameters of a group that have a gradient.
-
-        They all rest where the norm of a gradient is no number or overflows: AdamW would never recover.
-        """
+        """One step of the parameters of a group that have a gradient. They all rest where the norm of a gradient is no
+        number or overflows: AdamW would never recover."""
         if not parameters:
             return
         own = [self._state_of(p, states) for p in parameters]
+        first, second = ([local(state[name]) for state in own] for name in ("exp_avg", "exp_avg_sq"))
         gradients = [local(p.grad) for p in parameters]  # type: ignore[arg-type]
         (squares,) = layout.complete([_squares(gradients)])
         bad = (~torch.isfinite(squares)).any().long()
@@ -118,24 +100,10 @@ class AdamW:
             gradients = [g.to(w.dtype) for g, w in zip(gradients, whole, strict=True)]
             if not fused:  # which does not know `found_inf`: a gradient of zero comes closest
                 gradients = [torch.where(bad > 0, torch.zeros_like(g), g) for g in gradients]
-            adamw(
-                whole,
-                gradients,
-                [local(state["exp_avg"]) for state in own],
-                [local(state["exp_avg_sq"]) for state in own],
-                [],
-                [state["step"] for state in own],
-                foreach=None if fused else True,
-                fused=True if fused else None,
-                found_inf=bad.float() if fused else None,
-                amsgrad=False,
-                beta1=options.momentum,
-                beta2=options.beta2,
-                lr=options.lr,
-                weight_decay=options.weight_decay,
-                eps=options.eps,
-                maximize=False,
-            )
+            how: dict[str, Any] = {"fused": True, "found_inf": bad.float()} if fused else {"foreach": True}
+            rates = {"lr": options.lr, "beta1": options.momentum, "beta2": options.beta2, "eps": options.eps}
+            how |= {"amsgrad": False, "maximize": False, "weight_decay": options.weight_decay, **rates}
+            adamw(whole, gradients, first, second, [], [state["step"] for state in own], **how)
 
 
 def _squares(gradients: list[Tensor]) -> Tensor:
@@ -159,94 +127,89 @@ def embedding_direction(
 
     Args:
         layout: of the processes, where they have a table's other rows; V is the number of this one's then.
-        size: numbers in the whole table.
-    """
+        size: numbers in the whole table."""
     direction = grad / (frequency + lam).unsqueeze(-1)
     norm = torch.linalg.vector_norm(direction)
     if layout is not None and layout.shards_rows:
         norm = layout.complete([norm.square()])[0].sqrt()
     direction = direction * rms_rate(norm, size or grad.numel(), scale)
-    row_rms = direction.square().mean(-1, keepdim=True).sqrt()
-    most = ROW_CAP * scale
+    row_rms, most = direction.square().mean(-1, keepdim=True).sqrt(), ROW_CAP * scale
     return direction * (most / row_rms.clamp_min(most))
 
 
-class EmbeddingTable:
+class EmbeddingTable(Collector):
     """An embedding table: a linear layer with one-hot inputs, whose Φ is diagonal, the frequency of each token. Counts
-    tokens in every forward pass.
+    in factor steps the tokens whose output gets a gradient: padding and forward passes without a backward do not count.
 
     Args:
         name: the parameter's name.
         weight: the table; under FSDP2 the sharded one.
         modules: the embeddings that share it; `padding_idx` is not counted.
-        config: averages, damping.
 
     Attributes:
-        enabled, doubtful, gradients: as of `capture.Capture`.
-        skipped: gradients that were not finite.
-    """
+        skipped: gradients that were not finite."""
 
     def __init__(self, name: str, weight: nn.Parameter, modules: list[nn.Embedding], config: LNGDConfig) -> None:
-        self.name, self.weight, self.module, self.config = name, weight, modules[0], config
-        self.enabled = True
-        self.doubtful = False
-        self.gradients = Gradients(lambda: (self.weight,))
+        super().__init__(lambda: (self.weight,))
+        self.name, self.weight, self.modules, self.config = name, weight, modules, config
+        self._counting = False
         self.skipped: Tensor | int = 0
         self._counts: Tensor | None = None
-        self._handles = [module.register_forward_hook(Hook(self._count)) for module in modules]
-        run_eagerly(self, True)
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        run_eagerly(self, False)
-
-    def collect(self, enabled: bool) -> None:
-        """Count, or stop counting."""
-        self.enabled = enabled
-        run_eagerly(self, enabled and bool(self._handles))
+    def arm(self, factors: bool) -> None:
+        """Attach the hooks that the coming step needs."""
+        self.disarm()
+        self.forget()
+        self._counting = factors
+        if factors and not self.closed:
+            self._handles = [module.register_forward_hook(Hook(self._called)) for module in self.modules]
+            run_eagerly(self, self.enabled)
 
     def forget(self) -> None:
-        """Forget what was counted for the current step."""
         self._counts = None
+        self.doubtful = False
+        self.gradients.reset()
 
-    def _count(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if not self.enabled or not torch.is_grad_enabled() or in_backward() or not args:
+    def _called(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if not self.enabled or not args or not output.requires_grad or in_transform():
             return
-        ids = args[0].reshape(-1)
-        if self._counts is None or self.doubtful or self.gradients.gone:
-            self.doubtful = False
-            self.gradients.reset()
-            self._counts = torch.zeros(self.module.num_embeddings, device=ids.device)
-        self.gradients.follow(output, self.module.weight)
-        self._counts.index_add_(0, ids, torch.ones_like(ids, dtype=self._counts.dtype))
+        if self.doubtful or self.gradients.gone:
+            self.forget()
+        ids, weight = args[0].reshape(-1), accumulator(module.weight)  # type: ignore[arg-type]
+        self.gradients.follow(output, module.weight)  # type: ignore[arg-type]
+
+        def receive(g: Tensor) -> None:
+            if accumulates(weight, if_asked_for=False):
+                self._count(ids, g.reshape(len(ids), -1) if len(ids) else g.reshape(0, 1))
+
+        origin(output).register_hook(receive)
+
+    def _count(self, ids: Tensor, g: Tensor) -> None:
+        if self._counts is None:
+            self._counts = torch.zeros(self.modules[0].num_embeddings, device=ids.device)
+        self._counts.index_add_(0, ids, g.ne(0).any(-1).to(self._counts.dtype))
 
     def new_state(self) -> dict[str, Tensor]:
         """``momentum`` [V, d], ``frequency`` [V] and its ``frequency_weight`` before the first step."""
         dtype = state_dtype(self.weight.dtype)
         momentum = torch.zeros_like(self.weight.detach(), dtype=dtype)
-        frequency = torch.zeros(self.module.num_embeddings, dtype=dtype, device=self.weight.device)
+        frequency = torch.zeros(self.modules[0].num_embeddings, dtype=dtype, device=self.weight.device)
         return {"momentum": momentum, "frequency": frequency, "frequency_weight": frequency.new_zeros(())}
 
-    def _average(self, state: ParameterState, layout: Any) -> Tensor:
-        """The running frequency of every token, with this step's counts of all processes."""
+    def _update(self, state: ParameterState, layout: Any) -> None:
+        """Eq. 14 of every token's frequency, with this step's counts of all processes."""
         frequency, weight = state["frequency"], state["frequency_weight"]
         counts, self._counts = self._counts, None
-        many = layout.size > 1
-        if many:  # whether or not this rank has looked anything up
-            none = torch.zeros_like(frequency, dtype=torch.float32)
-            (counts,) = layout.everyone.all_reduce([none if counts is None else counts])
-        if counts is not None:
-            seen = (counts.sum() > 0).to(frequency.dtype) if many else 1.0
-            if self.module.padding_idx is not None:
-                counts[self.module.padding_idx] = 0
-            fresh = (1 - self.config.ema_decay) * seen
-            frequency.mul_(1 - fresh).add_((counts / counts.sum().clamp_min(1)).to(frequency) * fresh)
-            weight.mul_(1 - fresh).add_(fresh)
-        uniform = torch.full_like(frequency, 1.0 / frequency.shape[0])
-        return torch.where(weight > 0, frequency / weight.clamp_min(1e-30), uniform)
+        if counts is None:
+            counts = torch.zeros_like(frequency, dtype=torch.float32)
+        (counts,) = layout.everyone.all_reduce([counts])
+        padding = self.modules[0].padding_idx
+        if padding is not None:
+            counts[padding] = 0
+        total = counts.sum()
+        fresh = (1 - self.config.ema_decay) * (total > 0).to(frequency.dtype)
+        frequency.mul_(1 - fresh).add_((counts / total.clamp_min(1)).to(frequency) * fresh)
+        weight.mul_(1 - fresh).add_(fresh)
 
     @torch.no_grad()
     def step(self, options: Options, states: States, layout: Any) -> None:
@@ -255,15 +218,18 @@ class EmbeddingTable:
             self._counts = None
             return
         state, c = states[self.weight], self.config
+        dtype, device = state_dtype(self.weight.dtype), self.weight.device
         if "momentum" not in state:
             state.update(self.new_state())
-        dtype, device = state_dtype(self.weight.dtype), self.weight.device
         if state["momentum"].dtype != dtype or state["momentum"].device != device:
-            state.update({key: value.to(device, dtype) for key, value in state.items() if key in self.new_state()})
-        frequency = self._average(state, layout)
+            state.update({key: state[key].to(device, dtype) for key in self.new_state()})
+        if self._counting:
+            self._update(state, layout)
+        frequency, weight = state["frequency"], state["frequency_weight"]
+        uniform = torch.full_like(frequency, 1.0 / self.modules[0].num_embeddings)
+        frequency = torch.where(weight > 0, frequency / weight.clamp_min(1e-30), uniform)
         lam = damping(frequency.mean(), c.damping, c.damping_rho, c.damping_bounds)
-        momentum = local(state["momentum"])
-        grad = local(self.weight.grad).to(dtype, copy=True)
+        momentum, grad = local(state["momentum"]), local(self.weight.grad).to(dtype, copy=True)
         (square,) = layout.complete([torch.linalg.vector_norm(grad).square()])
         bad = ~torch.isfinite(square)
         self.skipped = self.skipped + bad

@@ -25,8 +25,7 @@ class LayerBatch:
         bank: holds the factors of the latter (None: there are none), `rows` [L · units] are those of their matrices.
         momentum: in the layout's form, see `parallel.layout`.
         state: the direction's: name → [L · units, …], of `layers`.
-        rate: [L], α_l of the last step.
-    """
+        rate: [L], α_l of the last step."""
 
     members: list[Layer]
     layers: list[Layer]
@@ -41,12 +40,13 @@ class LayerBatch:
         """Matrices a layer."""
         return self.members[0].units
 
-    def index(self, layers: Sequence[int]) -> slice | Tensor:
-        """The rows of these of `layers`' matrices; a slice where it is all of them."""
+    def index(self, layers: Sequence[int], units: int | None = None) -> slice | Tensor:
+        """The rows of these of `layers`' matrices (or of tensors with `units` rows a layer); a slice where it is
+        all."""
         if len(layers) == len(self.layers):
             return slice(None)
-        rows = tuple(i * self.units + j for i in layers for j in range(self.units))
-        return index_tensor(rows, self.rows.device)
+        units = self.units if units is None else units
+        return index_tensor(tuple(i * units + j for i in layers for j in range(units)), self.rows.device)
 
 
 @dataclass
@@ -62,6 +62,11 @@ class Job:
         """Those that this process computes."""
         return [self.batch.layers[i] for i in self.own]
 
+    @property
+    def members(self) -> list[Layer]:
+        """Those that are present, of all processes."""
+        return [self.batch.members[i] for i in self.present]
+
 
 def layer_batches(
     layers: Sequence[Layer],
@@ -73,21 +78,12 @@ def layer_batches(
 
     Args:
         key_of: layer → what decides which bank its factor is in.
-        group_of: layer → the name of its group.
-        bank_of: group → the bank of its factor, of those that this process keeps.
-    """
+        group_of: layer → the name of its group; `bank_of`: group → its bank, of those that this process keeps."""
     keyed: dict[Hashable, list[Layer]] = {}
     for layer in layers:
-        like = layer.like
-        shape = (
-            layer.units,
-            layer.m,
-            layer.columns,
-            layer.geometry.kind,
-            tuple(layer.weight.shape),
-            layer.bias is None,
-        )
-        keyed.setdefault((*shape, like.device, like.dtype, key_of(layer)), []).append(layer)
+        like, kind, shape = layer.like, layer.geometry.kind, (layer.units, layer.m, tuple(layer.weight.shape))
+        key = (*shape, layer.bias is None, kind, like.device, like.dtype, key_of(layer))
+        keyed.setdefault(key, []).append(layer)
     batches = []
     for members in keyed.values():
         first = members[0]

@@ -2,10 +2,7 @@
 
 Hooks are attached for factor steps only, from the end of one ``step()`` to the next, so a factor step takes in all its
 micro-batches and nothing is left in the model between. A forward pass counts if gradients are enabled where it starts;
-evaluation and recomputation by activation checkpointing never count.
-
-What else the paper's directions need of a forward pass is added by `paper.capture.PaperCapture`.
-"""
+evaluation and recomputation by activation checkpointing never count. `paper.capture` adds what the paper needs."""
 
 from __future__ import annotations
 
@@ -15,30 +12,19 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import torch_internals as internals
 from .config import LNGDConfig
 from .layers import Layer, factor_blocks
 from .masks import OPEN, BatchMasks, MaskSources, bind_batch
 from .statistics import InputStatistics, Statistics
 from .topology import Group, Topology
-from .torch_internals import (
-    Gradients,
-    Hook,
-    call_input,
-    calls_under_way,
-    in_backward,
-    in_reentrant_checkpoint,
-    in_transform,
-    is_sharded,
-    run_eagerly,
-    same_tensor,
-    stance_in_the_way,
-)
+from .torch_internals import Collector, Hook, call_input, in_backward, is_sharded, run_eagerly, same_tensor
 
 logger = logging.getLogger("hf_lngd")
 
@@ -46,36 +32,10 @@ logger = logging.getLogger("hf_lngd")
 CONVOLUTION_SAMPLES = 8
 
 
-class Collector(Protocol):
-    """What gathers statistics between two steps.
-
-    Attributes:
-        doubtful: they are of a step that may be left out; the next forward pass then begins anew.
-        gradients: of the same step, and whether they were dropped; so does it then.
-    """
-
-    doubtful: bool
-    gradients: Gradients
-
-    def collect(self, enabled: bool) -> None:
-        """Collect statistics of forward passes, or stop collecting."""
-
-    def forget(self) -> None:
-        """Forget what was gathered for the current step."""
-
-    def close(self) -> None:
-        """Remove every hook, for good."""
-
-
 @dataclass(frozen=True)
 class Coming:
-    """The step that hooks are attached for.
-
-    Attributes:
-        step: steps made before it.
-        rank, size: this process's number among those that train the model, and how many they are.
-        bank_of: group → the bank of its factor.
-    """
+    """The step that hooks are attached for: steps made before it; this process's number among those that train the
+    model, and how many they are; group → the bank of its factor."""
 
     step: int = 0
     rank: int = 0
@@ -85,13 +45,8 @@ class Coming:
 
 @dataclass
 class Call:
-    """One call of a layer.
-
-    Attributes:
-        a: its input.
-        output: its output; `version`: of its memory, as it was then.
-        note: what a subclass of `Capture` has to remember.
-    """
+    """One call of a layer: its input; its output, and the version of its memory as it was then; `note`: what a subclass
+    of `Capture` has to remember."""
 
     layer: Layer
     a: Tensor
@@ -100,40 +55,30 @@ class Call:
     note: Any = None
 
 
-class Capture:
-    """Collects the statistics of a model's layers between two steps.
-
-    Args:
-        model: the model whose forward starts a batch.
-        layers: LNGD's layers.
-        config: the optimizer's.
+class Capture(Collector):
+    """Collects the statistics of a model's layers between two steps; the model's forward starts a batch.
 
     Attributes:
         topology: who shares a factor with whom.
         terms: terms of the mean loss in this step.
-        seconds: spent in hooks.
-    """
+        seconds: spent in hooks."""
 
-    # One sample of a batch in so many estimates the factors of convolutions.
     convolution_samples = CONVOLUTION_SAMPLES
-    # Layers that read the same tensor have one factor.
-    shares = True
+    shares = True  # layers that read the same tensor have one factor
+    needs_fisher_pass = False
 
     def __init__(self, model: nn.Module, layers: list[Layer], config: LNGDConfig) -> None:
+        super().__init__(lambda: (layer.weight for layer in self.layers.values()))
         self._model = weakref.ref(model)
         self.layers = {layer.name: layer for layer in layers}
         self._modules = {id(module) for layer in layers for _, module in layer.modules}
         self.config = config
         self.topology = Topology()
-        self.gradients = Gradients(lambda: (layer.weight for layer in self.layers.values()))
-        self.enabled, self.closed, self.armed = True, False, False
-        self.seconds = 0.0
-        self.masks = MaskSources()
-        self._handles: list[RemovableHandle] = []
+        self.armed = False
+        self.seconds, self.masks, self.coming = 0.0, MaskSources(), Coming()
         self._next_batch: Mapping[str, Any] | None = None
         self._warned: set[str] = set()
         self.terms: Tensor | int = 0
-        self.coming = Coming()
         self._reset_forward()
         self.forget()
 
@@ -142,34 +87,18 @@ class Capture:
         """The model, as long as it lives."""
         return self._model()
 
-    # Life of a step
-
     def forget(self) -> None:
-        """Forget what was gathered for the current step."""
         self.statistics: dict[str, Statistics] = {}
-        self.terms = 0
-        self.doubtful = False
-        self.gradients.reset()
-        self.samples_seen = 0
         self._pending: list[Call] = []
-
-    def close(self) -> None:
-        """Remove every hook, for good."""
-        self.closed = True
-        self.disarm()
-        self.forget()
+        self.samples_seen, self.terms, self.doubtful = 0, 0, False
+        self.gradients.reset()
 
     def wants_hooks(self, factors: bool) -> bool:
         """Whether the coming step needs any."""
         return factors
 
     def arm(self, factors: bool, coming: Coming) -> None:
-        """Attach the hooks that the coming step needs; nothing at all once closed.
-
-        Args:
-            factors: it is a factor step.
-            coming: the step.
-        """
+        """Attach the hooks that the coming step (a factor step or none) needs; nothing at all once closed."""
         self.coming = coming
         self.disarm()
         self.forget()
@@ -186,10 +115,8 @@ class Capture:
                 # FSDP2's own hook, which takes the weight away, comes after it
                 first = is_sharded(layer.weight)
                 add(module.register_forward_hook(Hook(self._layer_hook(layer)), with_kwargs=True, prepend=first))
-        if not factors:
-            return
         seeks = not self.topology.frozen or any(group.source == OPEN for group in self.topology.groups)
-        for name, module in model.named_modules():
+        for name, module in model.named_modules() if factors else ():
             found = list(self.module_hooks(module))
             self._handles.extend(found or (self.masks.attach(name, module) if seeks else ()))
 
@@ -200,26 +127,15 @@ class Capture:
     def disarm(self) -> None:
         """Remove every hook."""
         self._reset_forward()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        run_eagerly(self, False)
-
-    def collect(self, enabled: bool) -> None:
-        """Collect statistics of forward passes, or stop collecting: then compiled models may run compiled."""
-        self.enabled = enabled
-        run_eagerly(self, enabled and bool(self._handles))
+        super().disarm()
 
     def set_batch(self, inputs: Mapping[str, Any]) -> None:
         """Name the tensors of the next forward, where the model does not see them all (labels taken out)."""
         self._next_batch = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
     def finish(self, all_gather: Callable[[Any], list[Any]] = lambda own: [own]) -> dict[str, Statistics]:
-        """Close the step: flush what is open, freeze the topology, hand over the statistics.
-
-        Args:
-            all_gather: own topology → that of every rank.
-        """
+        """Close the step: flush what is open, freeze the topology (`all_gather`: own one → that of every rank), hand
+        over the statistics."""
         self.flush()
         if not self.topology.frozen:
             self.topology.learn(all_gather(self.topology.state()))
@@ -231,22 +147,17 @@ class Capture:
         """Warn once of each parameter of the model that has a gradient and is in no parameter group."""
         model, known = self._model(), set(trained)
         for name, parameter in [] if model is None else model.named_parameters():
-            if parameter.grad is not None and parameter not in known and self._is_new(f"parameter {name}"):
-                logger.warning(
-                    "LNGD: parameter '%s' has a gradient and is not trained: it was frozen, or no part of the model, "
+            if parameter.grad is not None and parameter not in known:
+                self._warn_once(
+                    f"parameter '{name}' has a gradient and is not trained: it was frozen, or no part of the model, "
                     "when LNGD was made. To have it trained: optimizer.add_param_group({'params': [...]}) (AdamW), or "
-                    "make LNGD anew",
-                    name,
+                    "make LNGD anew"
                 )
 
-    def _is_new(self, key: str) -> bool:
-        new = key not in self._warned
-        self._warned.add(key)
-        return new
-
-    # What a Fisher of gradients adds, see `paper`
-
-    needs_fisher_pass = False
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            logger.warning("LNGD: %s", text)
+        self._warned.add(text)
 
     def fisher_backward(self, logits: Tensor, mask: Tensor | None) -> None:
         """A second backward pass, with labels drawn from the model."""
@@ -259,10 +170,8 @@ class Capture:
         """By what statistics are multiplied to become factors; None: one over the number of tokens.
 
         Args:
-            scalars: of :meth:`scalars`, of all processes.
-            size: number of processes.
-            loss_scale: what the loss was multiplied by (a gradient scaler's); None: one.
-        """
+            scalars: of :meth:`scalars`, of all processes, `size` of them.
+            loss_scale: what the loss was multiplied by (a gradient scaler's); None: one."""
         return None
 
     def only_zeros(self) -> bool:
@@ -274,27 +183,20 @@ class Capture:
         """Raise RuntimeError if a step lacks what it needs of every one."""
 
     def check(self, started: bool) -> None:
-        """Raise RuntimeError for a factor step that saw no forward pass.
-
-        Args:
-            started: there are factors of earlier steps.
-        """
+        """Raise RuntimeError for a factor step that saw no forward pass. `started`: there are factors of earlier
+        steps."""
         if self.topology.groups or started or self.only_zeros():
             return
-        stance = stance_in_the_way()
-        given = "" if stance is None else f", got {stance!r}"
+        stance = internals.stance_in_the_way()
         raise RuntimeError(
             "LNGD.step(): the layers have gradients, but no forward pass of the model was seen. Call the model "
             "that was given to LNGD (a wrapper around it is fine), with gradients enabled, after LNGD was made "
             "and without optimizer.eval(); if it is compiled, with no torch.compiler.set_stance around the "
-            f"call{given}."
+            f"call{'' if stance is None else f', got {stance!r}'}."
         )
 
-    # A forward pass
-
     def _reset_forward(self) -> None:
-        self._inside = False
-        self._depth = 0
+        self._inside, self._gathered, self._depth = False, False, 0
         self._first_sample, self._terms_before = 0, self.terms
         self.masks.begin(BatchMasks({}))
         self._last_input: dict[str, weakref.ref[Tensor]] = {}
@@ -309,26 +211,25 @@ class Capture:
             self.samples_seen, self.terms = self._first_sample, self._terms_before
 
     def _begin_anew_if_skipped(self) -> None:
-        """A forward begins: what is in doubt still, or has no gradients left, was of a step left out."""
-        if self.doubtful or self.gradients.gone:
+        if self.doubtful or self.gradients.gone:  # what was gathered is of a step left out
             self.forget()
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model is not self._model():  # a copy or replica of the model has our hooks
             return
-        if self._inside and calls_under_way(model) > 1:  # a model that calls itself
+        if self._inside and internals.calls_under_way(model) > 1:  # a model that calls itself
             self._depth += 1
             return
         if self._inside:  # an interrupt ended the last forward, and no hook saw it
             self.forward_ends(finished=False)
         batch, self._next_batch = self._next_batch, None
-        if not self.enabled or not torch.is_grad_enabled() or in_backward() or in_transform():
+        if not torch.is_grad_enabled() or not self._may_count():
             return
         self._begin_anew_if_skipped()
         self._reset_forward()
         self._inside = True
-        bound = bind_batch(model, args, kwargs)
-        masks = BatchMasks({**bound, **(batch or {})}, getattr(model, "config", None))
+        self._gathered = internals.is_fully_sharded(model)
+        masks = BatchMasks({**bind_batch(model, args, kwargs), **(batch or {})}, getattr(model, "config", None))
         self.masks.begin(masks)
         self._first_sample, self._terms_before = self.samples_seen, self.terms
         self.samples_seen += masks.samples
@@ -349,9 +250,12 @@ class Capture:
 
     def is_collecting(self) -> bool:
         """Whether a module that is called now counts."""
-        if not self.enabled or in_backward() or in_transform():
+        if not self._may_count():
             return False
-        return torch.is_grad_enabled() or (self._inside and in_reentrant_checkpoint())
+        return torch.is_grad_enabled() or (self._inside and internals.in_reentrant_checkpoint())
+
+    def _may_count(self) -> bool:
+        return self.enabled and not in_backward() and not internals.in_transform()
 
     def _layer_hook(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -359,7 +263,7 @@ class Capture:
             if a is None or not self.is_collecting() or id(module) not in self._modules:  # a copy has our hooks
                 return
             weight = module._parameters.get("weight")
-            if weight is not None and weight is not layer.weight and not is_sharded(layer.weight):
+            if weight is not None and weight is not layer.weight and not self._gathered:
                 return  # another parameter was put in its place: not one that is trained here
             start = time.perf_counter()
             self._begin_anew_if_skipped()
@@ -369,10 +273,9 @@ class Capture:
 
         return hook
 
-    @staticmethod
-    def live_weight(layer: Layer) -> Tensor:
+    def live_weight(self, layer: Layer) -> Tensor:
         """The weight that a forward pass which is under way works with: FSDP2 puts the whole one there."""
-        return layer.module.weight if is_sharded(layer.weight) else layer.weight
+        return layer.module.weight if self._gathered else layer.weight
 
     def layer_called(self, call: Call) -> None:
         """Sum a call of a layer, or hold it until the forward pass is over if its group is not known yet."""
@@ -380,12 +283,11 @@ class Capture:
         if not self.armed:
             return
         if name in self.topology.of_layer:
-            if name in self.topology.unseen and self._is_new(f"layer {name}"):
-                logger.warning(
-                    "LNGD: layer '%s' is called for the first time after the first factor step. What follows it is not "
+            if name in self.topology.unseen:
+                self._warn_once(
+                    f"layer '{name}' is called for the first time after the first factor step. What follows it is not "
                     "known and counts as the identity (φ' = 1), and it shares no factor. To have it looked at: call "
-                    "every layer in the first step, or make LNGD anew",
-                    name,
+                    "every layer in the first step, or make LNGD anew"
                 )
             self.observe(call)
         elif not self.topology.frozen:
@@ -396,8 +298,6 @@ class Capture:
 
     def held(self, call: Call) -> None:
         """A call is held, see :meth:`layer_called`."""
-
-    # What is gathered
 
     def flush(self) -> None:
         """Place the layers that this forward showed for the first time into groups, then take in their calls."""
@@ -424,12 +324,11 @@ class Capture:
         return ()
 
     def _compatible(self, layer: Layer, group: Group) -> bool:
-        first = self.layers[group.name]
+        first, limit = self.layers[group.name], self.config.max_factor_dim
         # λ of the paper's damping depends on m
         same_width = layer.m == first.m or self.config.damping != "paper"
         same_rows = layer.geometry.reads_like(first.geometry) and (layer.bias is None) == (first.bias is None)
         # the state of a layer has one shape, whoever it shares with
-        limit = self.config.max_factor_dim
         return same_width and same_rows and factor_blocks(layer, limit) == factor_blocks(first, limit)
 
     def observe(self, call: Call) -> None:

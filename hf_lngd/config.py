@@ -24,40 +24,38 @@ def invalid(name: str, value: Any, accepted: str) -> ValueError:
     return ValueError(f"{name}: got {value!r}, accepted: {accepted}")
 
 
-# Checks: (name, value) -> None, or ValueError. Parsers: text -> value; what they cannot read is left to the check.
-
 Check = Callable[[str, Any], None]
 
 
-def _choice(*accepted: str) -> Check:
+def _must(accepted: str, test: Callable[[Any], bool]) -> Check:
+    """A check: (name, value) → None, or ValueError. What a parser cannot read is left to it as text."""
+
     def check(name: str, value: Any) -> None:
-        if value not in accepted:
-            raise invalid(name, value, ", ".join(accepted))
+        if not test(value):
+            raise invalid(name, value, accepted)
 
     return check
+
+
+def _choice(*accepted: str) -> Check:
+    return _must(", ".join(accepted), lambda value: value in accepted)
 
 
 def _number(accepted: str, test: Callable[[float], bool]) -> Check:
-    def check(name: str, value: Any) -> None:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not test(value):
-            raise invalid(name, value, f"a number {accepted}")
-
-    return check
+    return _must(f"a number {accepted}", lambda x: _is(x, int, float) and math.isfinite(x) and test(x))
 
 
 def _integer(least: int, most: float = math.inf) -> Check:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            bound = "" if math.isinf(most) else f" and at most {most:d}"
-            raise invalid(name, value, f"an integer, at least {least}{bound}")
-
-    return check
+    bound = "" if math.isinf(most) else f" and at most {most:d}"
+    return _must(f"an integer, at least {least}{bound}", lambda x: _is(x, int) and least <= x <= most)
 
 
-def _auto_or_integer(name: str, value: Any) -> None:
-    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise invalid(name, value, "auto or an integer, at least 1")
+def _pair(accepted: str, test: Callable[[float, float], bool]) -> Check:
+    return _must(accepted, lambda x: _is(x, tuple) and len(x) == 2 and all(_is(y, int, float) for y in x) and test(*x))
+
+
+def _is(value: Any, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
 def _regex(name: str, value: Any) -> None:
@@ -67,21 +65,15 @@ def _regex(name: str, value: Any) -> None:
         raise invalid(name, value, f"a regular expression ({error})") from None
 
 
-def _pair(accepted: str, test: Callable[[float, float], bool]) -> Check:
-    def check(name: str, value: Any) -> None:
-        is_pair = isinstance(value, tuple) and len(value) == 2
-        if not is_pair or not all(isinstance(x, (int, float)) for x in value) or not test(*value):
-            raise invalid(name, value, accepted)
-
-    return check
-
-
 _POSITIVE = _number("above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("at least 0", lambda x: x >= 0)
 _FRACTION = _number("in [0, 1)", lambda x: 0 <= x < 1)
+_AUTO = _must("auto or an integer, at least 1", lambda x: x == "auto" or (_is(x, int) and x >= 1))
+_BETAS = _pair("two numbers in [0, 1), written 0.9:0.999 in optim_args", lambda a, b: 0 <= a < 1 and 0 <= b < 1)
+_BOUNDS = _pair("two numbers, 0 < ν1 ≤ ν2, written 1e-5:1e-2 in optim_args", lambda a, b: 0 < a <= b)
 
 
-def _number_pair(text: str) -> Any:
+def _numbers(text: str) -> Any:
     return tuple(float(part) for part in text.split(":"))
 
 
@@ -95,26 +87,13 @@ def _option(default: Any, check: Check, help: str, parse: Callable[[str], Any] |
     return field(default=_FROM_PRESET, metadata=metadata)
 
 
-# A factor this wide is never cut: the paper works with whole factors.
-_UNCUT = 1 << 20
-
 # Presets: what differs from the defaults below, which are those of ``fast``.
 _PAPER: dict[str, Any] = {
-    "fisher": "sampled",
-    "direction": "natural",
-    "rate": "adaptive",
-    "damping": "paper",
-    "momentum": 0.9,
-    "momentum_on": "update",
-    "factor_interval": 100,
-    "inverse_interval": 100,
-    "weight_decay": 0.004,
-    "weight_decay_scale": 1.0,
-    "bias": "factor",
-    "max_factor_dim": _UNCUT,
-    "embedding": "fallback",
-    "fallback_lr_scale": 1.0,
-}
+    "fisher": "sampled", "direction": "natural", "rate": "adaptive", "damping": "paper",
+    "momentum": 0.9, "momentum_on": "update", "factor_interval": 100, "inverse_interval": 100,
+    "weight_decay": 0.004, "weight_decay_scale": 1.0, "fallback_lr_scale": 1.0,
+    "bias": "factor", "max_factor_dim": 1 << 20, "embedding": "fallback",  # factors are whole
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
     "paper": _PAPER,
@@ -124,11 +103,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Options of other families than LNGD. g² of `expected` and `sampled` is known output by output only, without g gᵀ, and
 # `polar` whitens by Φ. The loss's own gradients cost no second pass, as in public K-FAC: the default.
-_OTHER_FAMILIES: dict[str, tuple[str, ...]] = {
-    "fisher": ("empirical", "true"),
-    "direction": ("natural",),
-    "rate": ("adaptive", "rms", "none"),
-}
+_OTHER_FAMILIES: dict[str, tuple[str, ...]] = {"fisher": ("empirical", "true"), "direction": ("natural",)}
 _FAMILY_DEFAULTS = {"fisher": "empirical", "direction": "natural"}
 
 
@@ -141,100 +116,56 @@ class LNGDConfig:
     printed by ``python -m hf_lngd --options``.
 
     Raises:
-        ValueError: a bad value; names the option, the value and what is accepted.
-    """
+        ValueError: a bad value; names the option, the value and what is accepted."""
 
     preset: str = "fast"
     family: str = "lngd"
-    fisher: str = _option(
-        "expected",
-        _choice(*FISHERS),
+    # fmt: off
+    fisher: str = _option("expected", _choice(*FISHERS),
         "where g² of a layer comes from. expected: the mean over the layer's own predictive distribution N(φ(s), I), "
         "no second pass. sampled: one draw of it a position (the paper). true: labels drawn from the model, needs "
-        "LNGD.fisher_backward. empirical: the loss's gradients.",
-    )
-    direction: str = _option(
-        "polar",
-        _choice("polar", "natural"),
+        "LNGD.fisher_backward. empirical: the loss's gradients.")
+    direction: str = _option("polar", _choice("polar", "natural"),
         "polar: the momentum, orthogonalised in coordinates in which the layer's inputs are white; φ' is taken as 1. "
-        "natural: Ψ⁻¹GΦ⁻¹ (the paper), with φ' of the activation that follows the layer.",
-    )
-    rate: str = _option(
-        "rms",
-        _choice("rms", "adaptive", "none"),
+        "natural: Ψ⁻¹GΦ⁻¹ (the paper), with φ' of the activation that follows the layer.")
+    rate: str = _option("rms", _choice("rms", "adaptive", "none"),
         "the layer's rate α_l. rms: rate_scale / RMS(D). adaptive: Eq. 12-13 over the rows of the batch (keeps every "
-        "layer's inputs and gradients, each step). none: 1.",
-    )
-    rate_scale: float = _option(
-        1.0,
-        _POSITIVE,
+        "layer's inputs and gradients, each step). none: 1.")
+    rate_scale: float = _option(1.0, _POSITIVE,
         "κ of rms. 1: the size of AdamW's first steps, with which AdamW's rates suit LNGD; 0.2: its settled size "
-        "(Muon's match_rms_adamw), for rates five times as high.",
-    )
-    damping: str = _option(
-        "relative",
-        _choice("relative", "paper"),
-        "relative: λ = ρ · tr/dim; paper: λ = clamp(tr/dim, ν1, ν2).",
-    )
+        "(Muon's match_rms_adamw), for rates five times as high.")
+    damping: str = _option("relative", _choice("relative", "paper"),
+        "relative: λ = ρ · tr/dim; paper: λ = clamp(tr/dim, ν1, ν2).")
     damping_rho: float = _option(1.0, _POSITIVE, "ρ of relative damping.")
-    damping_bounds: tuple[float, float] = _option(
-        (1e-5, 1e-2),
-        _pair("two numbers, 0 < ν1 ≤ ν2, written 1e-5:1e-2 in optim_args", lambda a, b: 0 < a <= b),
-        "(ν1, ν2) of the paper's damping.",
-        _number_pair,
-    )
+    damping_bounds: tuple[float, float] = _option((1e-5, 1e-2), _BOUNDS, "(ν1, ν2) of the paper's damping.", _numbers)
     momentum: float = _option(0.8, _FRACTION, "τ. A parameter group's betas[0] starts with it.")
-    momentum_on: str = _option(
-        "gradient",
-        _choice("gradient", "update"),
+    momentum_on: str = _option("gradient", _choice("gradient", "update"),
         "gradient averages G before it is preconditioned, and looks one step ahead (Nesterov); update averages α_l D "
-        "(Algorithm 1).",
-    )
+        "(Algorithm 1).")
     ema_decay: float = _option(0.95, _FRACTION, "ε of Eq. 14, the weight of the old factor.")
     factor_interval: int = _option(20, _integer(1), "T_FIM, steps between two updates of the factors.")
     inverse_interval: int = _option(20, _integer(1), "T_INV, steps between two inverses of the factors.")
     weight_decay: float = _option(0.1, _NOT_NEGATIVE, "decoupled, never on norms and biases.")
-    weight_decay_scale: float = _option(
-        15.0,
-        _NOT_NEGATIVE,
+    weight_decay_scale: float = _option(15.0, _NOT_NEGATIVE,
         "LNGD's layers take this multiple of weight_decay. Weights settle where steps and decay balance, at "
-        "κ · sqrt(lr / 2 decay): at AdamW's size with (κ / 0.2)² = 25 times its decay.",
-    )
-    bias: str = _option(
-        "fallback",
-        _choice("factor", "fallback"),
-        "factor: a last column of the layer's factor; fallback: AdamW.",
-    )
-    max_factor_dim: int | str = _option(
-        "auto",
-        _auto_or_integer,
+        "κ · sqrt(lr / 2 decay): at AdamW's size with (κ / 0.2)² = 25 times its decay.")
+    bias: str = _option("fallback", _choice("factor", "fallback"),
+        "factor: a last column of the layer's factor; fallback: AdamW.")
+    max_factor_dim: int | str = _option("auto", _AUTO,
         "a wider Φ is cut into equal diagonal blocks no wider than this; auto: min(fan-in, fan-out) of the layer, but "
-        "64 at the least.",
-        _word_or_integer,
-    )
-    embedding: str = _option(
-        "exact",
-        _choice("exact", "fallback"),
+        "64 at the least.", _word_or_integer)
+    embedding: str = _option("exact", _choice("exact", "fallback"),
         "exact: Φ of one-hot inputs, that is token frequency; fallback: AdamW. Both at the rate of all other "
-        "parameters.",
-    )
-    exclude: str = _option(
-        "", _regex, "a regular expression; parameters whose name it matches (re.search) go to AdamW.", str
-    )
-    fallback_lr_scale: float = _option(
-        3.0,
-        _POSITIVE,
+        "parameters.")
+    exclude: str = _option("", _regex,
+        "a regular expression; parameters whose name it matches (re.search) go to AdamW.")
+    fallback_lr_scale: float = _option(3.0, _POSITIVE,
         "all parameters that are not in LNGD's layers have this multiple of lr. Embeddings, norms and biases learn "
-        "best at about three times the matrices' rate, with AdamW, too.",
-    )
-    betas: tuple[float, float] = _option(
-        (0.9, 0.999),
-        _pair("two numbers in [0, 1), written 0.9:0.999 in optim_args", lambda a, b: 0 <= a < 1 and 0 <= b < 1),
-        "AdamW's, of all other parameters.",
-        _number_pair,
-    )
+        "best at about three times the matrices' rate, with AdamW, too.")
+    betas: tuple[float, float] = _option((0.9, 0.999), _BETAS, "AdamW's, of all other parameters.", _numbers)
     eps: float = _option(1e-8, _POSITIVE, "AdamW's, of all other parameters.")
     seed: int = _option(0, _integer(0, 2**63 - 1), "of the draws of sampled and true; the user's random state is kept.")
+    # fmt: on
 
     def __post_init__(self) -> None:
         _choice(*PRESETS)("preset", self.preset)
@@ -258,14 +189,11 @@ class LNGDConfig:
     def from_optim_args(cls, text: str | None, **overrides: Any) -> LNGDConfig:
         """Parse ``--optim_args``, e.g. ``"factor_interval=10,preset=fast,betas=0.9:0.98"``.
 
-        Args:
-            text: ``name=value`` items with commas between them; a comma inside a value (``exclude=a{1,2}``) is
-                written ``\\,``.
-            **overrides: options that stand above the preset and below `text`.
+        A comma inside a value (``exclude=a{1,2}``) is written ``\\,``. `overrides` stand above the preset and below
+        `text`.
 
         Raises:
-            ValueError: an item without ``=``, an unknown name (the closest are listed), a value of the wrong kind.
-        """
+            ValueError: an item without ``=``, an unknown name (the closest are listed), a value of the wrong kind."""
         return cls(**{**overrides, **_parse_items(text or "")})
 
     def with_fields(self, **fields: Any) -> LNGDConfig:
@@ -273,8 +201,7 @@ class LNGDConfig:
 
         Raises:
             ValueError: as the class; `preset` or `family` for options that were given whole (``LNGDConfig(**d)``),
-                in which it would change nothing.
-        """
+                in which it would change nothing."""
         given: tuple[str, ...] = self._given  # type: ignore[attr-defined]
         mine = self.to_dict()
         for name in ("preset", "family"):
@@ -292,10 +219,8 @@ class LNGDConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values (tuples become lists), ready for JSON and for ``LNGDConfig(**d)``."""
-        return {
-            f.name: list(value) if isinstance(value := getattr(self, f.name), tuple) else value
-            for f in dataclasses.fields(self)
-        }
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 # Option → its metadata, see `_option`. `preset` and `family` are none: they say where the others' values come from.
@@ -307,8 +232,7 @@ def _preset(cls: type[LNGDConfig], name: str, **fields: Any) -> LNGDConfig:
     return cls(preset=name, **fields)
 
 
-# `preset` is a field of an instance and a constructor of the class. A classmethod is no data descriptor, so an
-# instance's own attribute hides it.
+# A field of an instance and a constructor of the class: a classmethod is no data descriptor, an attribute hides it.
 LNGDConfig.preset = classmethod(_preset)  # type: ignore[assignment]
 
 
@@ -319,22 +243,15 @@ def other_fishers(config: LNGDConfig) -> str:
 
 
 def settings_of(config: LNGDConfig | None, fields: Mapping[str, Any]) -> LNGDConfig:
-    """The options that :class:`hf_lngd.LNGD` was given: `fields` on top of `config`.
-
-    Raises:
-        ValueError: `config` is something else, such as the learning rate, which AdamW takes in that place; an unknown
-            or bad field.
-    """
+    """The options that :class:`hf_lngd.LNGD` was given: `fields` on top of `config`. ValueError: `config` is something
+    else, such as the learning rate, which AdamW takes in that place; an unknown or bad field."""
     if config is not None and not isinstance(config, LNGDConfig):
-        hint = (
-            "settings by name, as in LNGD(model, **settings)" if isinstance(config, Mapping) else "the rate as lr=1e-3"
-        )
+        is_dict = isinstance(config, Mapping)
+        hint = "settings by name, as in LNGD(model, **settings)" if is_dict else "the rate as lr=1e-3"
         raise ValueError(f"config: got {config!r}, accepted: an LNGDConfig or None; {hint}")
     _check_names(fields, "LNGD")
     return LNGDConfig(**fields) if config is None else config.with_fields(**fields)
 
-
-# Options as text
 
 # What other optimizers' and transformers' names are called here, where no letters tell.
 _CALLED = {"learning_rate": "lr"}
@@ -375,6 +292,4 @@ def _parse_items(text: str) -> dict[str, Any]:
 
 def _text_of(value: Any) -> str:
     """An option's value as :meth:`LNGDConfig.from_optim_args` reads it."""
-    if isinstance(value, list):
-        return ":".join(map(str, value))
-    return str(value).replace(",", "\\,")
+    return ":".join(map(str, value)) if isinstance(value, list) else str(value).replace(",", "\\,")

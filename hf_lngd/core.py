@@ -1,13 +1,12 @@
 """`Core`: everything of the optimizer that has state, below `LNGD`.
 
 What belongs to one parameter stands in ``states[parameter]``, as torch's tools expect, as views of the batches' tensors
-where these compute for many layers at once. What layers share (Φ) stands in the state of each of them, one tensor.
-"""
+where these compute for many layers at once. What layers share (Φ) stands in the state of each of them, one tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from .adamw import AdamW, EmbeddingTable, States
 from .batches import LayerBatch, layer_batches
-from .capture import Capture, Collector, Coming
+from .capture import Capture, Coming
 from .config import LNGDConfig
 from .directions import Polar
 from .factors import Bank, FactorSpec, factor_banks
@@ -23,8 +22,9 @@ from .layers import Layer, factor_blocks
 from .linalg import state_dtype
 from .method import Method
 from .routing import Routing, check_precision
-from .statistics import Statistics
+from .statistics import Statistics, reduce
 from .topology import Topology
+from .torch_internals import Collector
 
 
 def method_of(config: LNGDConfig) -> Method:
@@ -48,8 +48,7 @@ class Entry:
         value: the live tensor on this process, a view of a batch's; None: another process has it.
         group: whose owner has it; None: every process has it, or rows of it.
         shared: it is the same tensor for all members of the group.
-        shape, like: of the whole tensor, and a tensor with its dtype and device.
-    """
+        shape, like: of the whole tensor, and a tensor with its dtype and device."""
 
     layer: str
     parameter: nn.Parameter
@@ -63,20 +62,19 @@ class Entry:
 
 @dataclass
 class Built:
-    """Banks and batches for a topology.
+    """Banks and batches for a topology; none before the first step.
 
     Attributes:
         group_of: layer → the name of its group.
         bank_of: group → its bank, of those that this process keeps.
-        described: layer → (key, shape, dtype, shared) of what its owner keeps of it.
-    """
+        described: layer → (key, shape, dtype, shared) of what its owner keeps of it."""
 
-    topology: Topology
-    banks: list[Bank]
-    batches: list[LayerBatch]
-    group_of: dict[str, str]
-    bank_of: dict[str, Bank]
-    described: dict[str, list[Any]]
+    topology: Topology = field(default_factory=Topology)
+    banks: list[Bank] = field(default_factory=list)
+    batches: list[LayerBatch] = field(default_factory=list)
+    group_of: dict[str, str] = field(default_factory=dict)
+    bank_of: dict[str, Bank] = field(default_factory=dict)
+    described: dict[str, list[Any]] = field(default_factory=dict)
 
     def owned(self, batch: LayerBatch, place: int) -> dict[str, tuple[Tensor, bool]]:
         """Views of what the owner of a layer keeps of it, its row scales and curvature, of two dimensions, so that they
@@ -94,16 +92,11 @@ class Core:
     """Layers, factors, momenta, AdamW's moments, and the statistics that are collected for them.
 
     Args:
-        model: the model that is trained.
-        config: the options.
-        routing: what each parameter is assigned to.
         layout: which process keeps what, see `parallel.layout`.
 
     Attributes:
         states: parameter → name → tensor; the optimizer's own mapping.
-        built: banks and batches; made in the first step, empty before.
-        started: there are factors, so that the next ones can wait for their interval; `inverted`: whiteners, too.
-    """
+        started: there are factors, so that the next ones can wait for their interval; `inverted`: whiteners, too."""
 
     def __init__(self, model: nn.Module, config: LNGDConfig, routing: Routing, layout: Any, states: States) -> None:
         self.config, self.routing, self.layout, self.states = config, routing, layout, states
@@ -114,31 +107,37 @@ class Core:
             EmbeddingTable(name, routing.parameters[name], modules, config) for name, modules in routing.embeddings
         ]
         self.collectors: list[Collector] = [self.capture, *self.embeddings]
-        self.count = torch.zeros((), dtype=torch.float32)  # steps made: the layers' ``step``, as AdamW's are kept
+        self.count = torch.zeros((), dtype=torch.float32, device="cpu")  # steps made, the layers' ``step``
         self.skipped_gradients: Tensor | int = 0
-        self.built = Built(Topology(), [], [], {}, {}, {})
+        self.built = Built()
         self.started = self.inverted = False
 
     @property
     def banks(self) -> list[Bank]:
-        """The factors that this process keeps; none before the first step."""
         return self.built.banks
 
     @property
     def batches(self) -> list[LayerBatch]:
-        """The layers by shape; none before the first step."""
         return self.built.batches
 
-    # Banks and batches
+    @property
+    def tables(self) -> dict[Any, EmbeddingTable]:
+        """The embeddings with a rule of their own, by parameter."""
+        return {table.weight: table for table in self.embeddings}
+
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter in no layer before its first step."""
+        table = self.tables.get(parameter)
+        return AdamW.new_state(parameter) if table is None else table.new_state()
 
     def build(self, topology: Topology) -> None:
         """Make banks and batches for a topology, all zeros, in place of what there was. A collective where groups have
         owners."""
-        by_name, limit, layout = self.capture.layers, self.config.max_factor_dim, self.layout
+        layers, limit, layout = self.capture.layers, self.config.max_factor_dim, self.layout
         group_of = {name: group.name for group in topology.groups for name in group.members}
         specs = {}
         for group in topology.groups:
-            first = by_name[group.name]
+            first = layers[group.name]
             specs[group.name] = FactorSpec(first, group.follows, self.method.scale(group, first.m))
         layout.assign(self._costs(topology), group_of)
         banks = list(self.method.banks([spec for spec in specs.values() if layout.keeps(spec.name)]))
@@ -149,18 +148,17 @@ class Core:
             return factor_blocks(layer, limit), spec.scale, bool(spec.follows)
 
         batches = layer_batches(self.routing.layers, key_of, group_of, bank_of)
+        self.built = built = Built(topology, banks, batches, group_of, bank_of)
+        own = {}
         for batch in batches:
             batch.momentum = layout.new_momentum(batch)
             fresh = [self.method.direction.new_state(layer) for layer in batch.layers]
-            batch.state = {key: torch.cat([own[key] for own in fresh]) for key in fresh[0]} if fresh else {}
-        self.built = Built(topology, banks, batches, group_of, bank_of, {})
-        own = {
-            layer.name: [(k, list(v.shape), str(v.dtype), shared) for k, (v, shared) in self.built.owned(b, i).items()]
-            for b in batches
-            for i, layer in enumerate(b.layers)
-        }
+            batch.state = {key: torch.cat([state[key] for state in fresh]) for key in fresh[0]} if fresh else {}
+            for i, layer in enumerate(batch.layers):
+                kept = built.owned(batch, i).items()
+                own[layer.name] = [(key, list(v.shape), str(v.dtype), shared) for key, (v, shared) in kept]
         for found in layout.ranks.all_gather_value(own) if layout.has_owners else [own]:
-            self.built.described.update(found)
+            built.described.update(found)
 
     def _costs(self, topology: Topology) -> dict[str, float]:
         """Of each group the numbers that are kept, and roughly what a step costs: momenta, Φ and its inverse."""
@@ -214,25 +212,25 @@ class Core:
         return any("momentum" not in states.get(layer.weight, ()) for b in self.batches for layer in b.layers)
 
     def was_moved(self) -> bool:
-        """Whether a layer was moved to another device, or to a dtype whose state is kept in another one.
-
-        Raises:
-            ValueError: to float16.
-        """
+        """Whether a layer was moved to another device, or to a dtype whose state is kept in another one; ValueError: to
+        float16."""
+        moved = False
         for batch in self.batches:
             momentum = batch.momentum[0]
             for layer in batch.members:
                 check_precision(layer.weight_name, layer.weight)
-                if layer.weight.device != momentum.device or state_dtype(layer.weight.dtype) != momentum.dtype:
-                    return True
-        return False
+                moved |= layer.weight.device != momentum.device or state_dtype(layer.weight.dtype) != momentum.dtype
+        return moved
 
-    # Factors
-
-    def update_factors(self, statistics: dict[str, Statistics], scale: Tensor | float | None) -> None:
-        """Take one step's statistics, of all processes, into the running averages (Eq. 4, 5, 14)."""
-        seen = {name: one.kept > 0 for name, one in statistics.items() if isinstance(one.kept, Tensor)}
-        fresh = {name: one.factors(scale) for name, one in statistics.items() if one.sums}
+    def update_factors(self, own: dict[str, Statistics], loss_scale: Tensor | None) -> None:
+        """Take one step's statistics, of this process by group, into the running averages of all (Eq. 4, 5, 14).
+        `loss_scale`: what the loss was multiplied by; None: one."""
+        capture, names = self.capture, [group.name for group in self.capture.topology.groups]
+        likes = {name: capture.layers[name].like for name in names}
+        found, scalars = reduce(own, names, capture.empty_statistics, likes.__getitem__, capture.scalars(), self.layout)
+        scale = capture.scale(scalars, self.layout.size, loss_scale)
+        seen = {name: one.kept > 0 for name, one in found.items() if isinstance(one.kept, Tensor)}
+        fresh = {name: one.factors(scale) for name, one in found.items() if one.sums}
         for bank in self.banks:
             bank.update(fresh, seen)
         self.started = True
@@ -247,13 +245,9 @@ class Core:
     def arm(self, factors: bool) -> None:
         """Attach the hooks that the coming step needs."""
         everyone = self.layout.everyone
+        for table in self.embeddings:
+            table.arm(factors)
         self.capture.arm(factors, Coming(self.steps, everyone.rank, everyone.size, self.built.bank_of))
-
-    def like_of(self, group: str) -> Tensor:
-        """A tensor with the device and dtype of a group's statistics."""
-        return self.capture.layers[group].like
-
-    # What it tells
 
     def factors(self, name: str) -> dict[str, Tensor]:
         """The factors of a layer, see `LNGD.factors`. A collective where layers have owners."""
@@ -280,7 +274,8 @@ class Core:
         conditions = [float(bank.condition.amax()) for bank in self.banks if bank.count]
         own = [float(rates.sum()), rates.numel(), float(damping.sum()), damping.numel()]
         own += [float(sum(bank.failures for bank in self.banks)), float(sum(bank.skipped for bank in self.banks))]
-        own += [float(self.skipped_gradients), max(conditions, default=float("-inf"))]
+        counts = not self.layout.shards_rows or self.layout.ranks.rank == 0  # each has some rows of all gradients
+        own += [float(self.skipped_gradients) if counts else 0.0, max(conditions, default=float("-inf"))]
         everyone = self.layout.ranks.all_gather_value(own) if self.layout.has_owners else [own]
         *sums, _ = (sum(column) for column in zip(*everyone, strict=True))
         rate, layers, damped, rows, failed, skipped, gradients = sums

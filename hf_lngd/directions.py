@@ -21,12 +21,9 @@ class Inputs:
 
     Attributes:
         gradient: [n · units, m, columns], the averaged gradient, in the state's dtype.
-        layers: these n layers.
         bank: their factors, and `rows` [n · units] of it.
         state: the direction's own, of these layers: name → [n · units, …], to be updated in place.
-        lr: effective rate, a number or [n].
-        beta2: decay of the row scale, a number or [n].
-    """
+        lr, beta2: effective rate and decay of the row scale, numbers or [n]."""
 
     gradient: Tensor
     layers: list[Layer]
@@ -51,8 +48,7 @@ class Direction(Protocol):
     """A direction of the matrices of layers.
 
     Attributes:
-        factor: what it takes of Φ: ``whitener`` or ``inverse``.
-    """
+        factor: what it takes of Φ: ``whitener`` or ``inverse``."""
 
     factor: str
 
@@ -72,11 +68,7 @@ class Polar:
     divided by the root of its running mean square (Li et al. 2025, NorMuon: a Ψ estimated from updates), and the whole
     scaled to root mean square lr · κ.
 
-    Any V with VᵀV = Φ̂⁻¹ does: the polar factor of M Vᵀ turns with V, and the last product turns it back.
-
-    Args:
-        config: rate, rate_scale.
-    """
+    Any V with VᵀV = Φ̂⁻¹ does: the polar factor of M Vᵀ turns with V, and the last product turns it back."""
 
     factor = "whitener"
 
@@ -93,7 +85,6 @@ class Polar:
         return {"phi": phi, "psi": phi.new_full((len(phi), layer.m), 1.0 / layer.m)}
 
     def __call__(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
-        """See `Direction`."""
         grad = x.gradient
         dtype = matmul_dtype(grad.dtype, grad.device)
         v = x.bank.whitener(x.rows, dtype)  # type: ignore[attr-defined]

@@ -1,8 +1,6 @@
-"""Running factors of many groups at once, and what is derived from them: whiteners and inverses, batched by shape.
-
-Each unit of each group (a matrix of a grouped convolution; else there is one) is a row of a bank. Symmetric matrices
-are kept packed, in half the memory.
-"""
+"""Running factors of many groups at once, and what is derived from them: whiteners and inverses, batched by shape. Each
+unit of each group (a matrix of a grouped convolution; else there is one) is a row of a bank. Symmetric matrices are
+kept packed, in half the memory."""
 
 from __future__ import annotations
 
@@ -14,23 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import linalg
 from .config import LNGDConfig
 from .layers import Layer, factor_blocks
-from .linalg import (
-    add_damping,
-    along,
-    apply_right,
-    damping,
-    index_tensor,
-    inverse,
-    kept_dtype,
-    pack,
-    packed_shape,
-    running_average,
-    trace,
-    unpack,
-    whitener,
-)
 
 
 @dataclass(frozen=True)
@@ -47,38 +31,25 @@ class FactorSpec:
         """Of the group."""
         return self.layer.name
 
-    @property
-    def units(self) -> int:
-        """Matrices."""
-        return self.layer.units
-
 
 class Bank:
-    """Factors of several groups in one batch.
+    """Factors of several groups `specs` in one batch; `like`: a tensor with the device and dtype of the state.
 
     Attributes:
         rows: group → its rows.
         weight: [rows], of the averages, see `linalg.running_average`.
         damping, condition: [rows], λ and the condition estimate of what was inverted last.
         failures, skipped: inverses that failed, factors that were not finite; counts.
-        inverted: something was derived from the averages.
-
-    Args:
-        specs: the groups.
-        config: damping, averages.
-        like: a tensor with the device and dtype of the state.
-    """
+        inverted: something was derived from the averages."""
 
     def __init__(self, specs: Sequence[FactorSpec], config: LNGDConfig, like: Tensor) -> None:
         self.specs, self.config = list(specs), config
-        starts = [0, *accumulate(spec.units for spec in specs)]
+        starts = [0, *accumulate(spec.layer.units for spec in specs)]
         self.rows = {spec.name: range(starts[i], starts[i + 1]) for i, spec in enumerate(specs)}
         self.count = starts[-1]
-        self.weight = like.new_zeros(self.count)
-        self.damping = like.new_zeros(self.count)
+        self.weight, self.damping = like.new_zeros(self.count), like.new_zeros(self.count)
         self.condition = like.new_ones(self.count)
-        self.failures = torch.zeros((), dtype=torch.int64, device=like.device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=like.device)
+        self.failures, self.skipped = (torch.zeros((), dtype=torch.int64, device=like.device) for _ in range(2))
         self.inverted = False
 
     def rows_of(self, names: Iterable[str]) -> tuple[int, ...]:
@@ -87,22 +58,19 @@ class Bank:
 
     def new_packed(self, k: int, b: int) -> Tensor:
         """Where symmetric matrices of k blocks of size b are kept, one a row."""
-        return self.weight.new_zeros(self.count, k, *packed_shape(b))
+        return self.weight.new_zeros(self.count, k, *linalg.packed_shape(b))
 
     def update(self, new: Mapping[str, Mapping[str, Tensor]], seen: Mapping[str, Tensor]) -> None:
         """Eq. 14 with the factors of one step: group → name → [units, …]. A row of which any is not finite stays.
-
-        Args:
-            seen: group → a truth value: whether any process saw it; no entry: it was seen. What nobody saw is left
-                out, but does not count as skipped.
-        """
+        `seen`: group → a truth value, whether any process saw it; what nobody saw is left out, but does not count as
+        skipped."""
         names = [name for name in new if name in self.rows]
         if not names:
             return
-        rows = index_tensor(self.rows_of(names), self.weight.device)
+        rows = linalg.index_tensor(self.rows_of(names), self.weight.device)
         fresh = {key: torch.cat([new[name][key].to(self.weight.dtype) for name in names]) for key in new[names[0]]}
         valid = torch.stack([torch.isfinite(value.flatten(1)).all(1) for value in fresh.values()]).all(0)
-        fresh = {key: torch.where(along(valid, value), value, torch.nan) for key, value in fresh.items()}
+        fresh = {key: torch.where(linalg.along(valid, value), value, torch.nan) for key, value in fresh.items()}
         self.average(rows, fresh)
         skipped = ~valid
         if seen:
@@ -119,7 +87,7 @@ class Bank:
 
     def keep(self, store: Tensor, value: Tensor, good: Tensor) -> None:
         """Write what was derived, where it is good."""
-        store.copy_(torch.where(along(good, value), value, store))
+        store.copy_(torch.where(linalg.along(good, value), value, store))
 
     def precondition(self, grad: Tensor, rows: Tensor) -> Tensor:
         """The inverse of these rows' blocks times grad [n, m, d] → the same, a tensor of its own."""
@@ -141,7 +109,7 @@ class Bank:
 def corrected(packed: Tensor, weight: Tensor, b: int) -> Tensor:
     """Running averages as kept, packed, and their weights [n] → bias-corrected, [n, k, b, b]; the identity for 0."""
     seen = (weight > 0)[:, None, None, None]
-    average = unpack(packed, b) / weight.clamp_min(torch.finfo(weight.dtype).tiny)[:, None, None, None]
+    average = linalg.unpack(packed, b) / weight.clamp_min(torch.finfo(weight.dtype).tiny)[:, None, None, None]
     return torch.where(seen, average, torch.eye(b, dtype=average.dtype, device=average.device))
 
 
@@ -151,17 +119,14 @@ def block_diagonal(blocks: Tensor, size: int) -> Tensor:
 
 
 class FactorBank(Bank):
-    """Φ of G groups with k blocks of size b.
+    """Φ of G groups with k blocks of size b; `blocks`: (k, b).
 
     Attributes:
         phi: the averages, packed.
-        derived: ``whitener``: lower triangular V with VᵀV = Φ̂⁻¹, of Φ scaled to mean eigenvalue 1, in the precision of
-            a step's matmuls. ``inverse``: Φ̂⁻¹, packed.
+        derived: of `kind` ``whitener``: lower triangular V with VᵀV = Φ̂⁻¹, of Φ scaled to mean eigenvalue 1, in the
+            precision of a step's matmuls. ``inverse``: Φ̂⁻¹, packed."""
 
-    Args:
-        blocks: (k, b).
-        kind: whitener or inverse.
-    """
+    has_psi = False  # something of the layers' outputs is kept, too
 
     def __init__(
         self, specs: Sequence[FactorSpec], blocks: tuple[int, int], kind: str, config: LNGDConfig, like: Tensor
@@ -170,30 +135,28 @@ class FactorBank(Bank):
         (self.k, self.b), self.kind = blocks, kind
         self.phi = self.new_packed(self.k, self.b)
         eye = torch.eye(self.b, dtype=like.dtype, device=like.device)
-        eye = eye.to(kept_dtype(eye.dtype)) if kind == "whitener" else pack(eye)
+        eye = eye.to(linalg.kept_dtype(eye.dtype)) if kind == "whitener" else linalg.pack(eye)
         self.derived = eye.repeat(self.count, self.k, 1, 1)
-        self._columns = like.new_tensor([float(s.layer.columns) for s in specs for _ in range(s.units)])
-        self._scale = like.new_tensor([s.scale for s in specs for _ in range(s.units)])
+        self._columns = like.new_tensor([float(s.layer.columns) for s in specs for _ in range(s.layer.units)])
+        self._scale = like.new_tensor([s.scale for s in specs for _ in range(s.layer.units)])
 
     def average(self, rows: Tensor, fresh: Mapping[str, Tensor]) -> None:
         """Eq. 14 of Φ [n, k, b, b]."""
-        self.phi[rows], self.weight[rows] = running_average(
-            self.phi[rows], pack(fresh["phi"]), self.weight[rows], self.config.ema_decay
-        )
+        old, new, decay = self.phi[rows], linalg.pack(fresh["phi"]), self.config.ema_decay
+        self.phi[rows], self.weight[rows] = linalg.running_average(old, new, self.weight[rows], decay)
 
     def invert(self) -> None:
-        """Whiteners or inverses of the damped Φ."""
         phi, c = corrected(self.phi, self.weight, self.b), self.config
-        mean = trace(phi) / self._columns
-        lam = damping(mean, c.damping, c.damping_rho, c.damping_bounds, self._scale)
+        mean = linalg.trace(phi) / self._columns
+        lam = linalg.damping(mean, c.damping, c.damping_rho, c.damping_bounds, self._scale)
         self.damping.copy_(lam * self._scale)
         if self.kind == "whitener":
             safe = mean.clamp_min(torch.finfo(mean.dtype).tiny)
             phi, lam = phi / safe[:, None, None, None], lam / safe
-        damped = add_damping(phi, lam[:, None].expand(-1, self.k))
-        value, ok, condition = whitener(damped) if self.kind == "whitener" else inverse(damped)
+        damped = linalg.add_damping(phi, lam[:, None].expand(-1, self.k))
+        value, ok, condition = linalg.whitener(damped) if self.kind == "whitener" else linalg.inverse(damped)
         good = ok.all(1)  # all blocks of a row
-        self.keep(self.derived, value.to(self.derived.dtype) if self.kind == "whitener" else pack(value), good)
+        self.keep(self.derived, value.to(self.derived.dtype) if self.kind == "whitener" else linalg.pack(value), good)
         self.keep(self.condition, condition.amax(1), good)
         self.failures += (~good).sum()
 
@@ -203,22 +166,23 @@ class FactorBank(Bank):
 
     def precondition(self, grad: Tensor, rows: Tensor) -> Tensor:
         """G Φ̂⁻¹ (of what is kept); the rows' Ψ̂⁻¹ is the layers'."""
-        return apply_right(grad, unpack(self.derived[rows], self.b))
+        return linalg.apply_right(grad, linalg.unpack(self.derived[rows], self.b))
 
     def dense(self, rows: Tensor) -> dict[str, Tensor]:
-        """``phi``: what is kept of Φ, [n, d, d]."""
         blocks = corrected(self.phi[rows], self.weight[rows], self.b)
         return {"phi": block_diagonal(blocks, self.specs[0].layer.columns)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, a row in the first dimension."""
         return {"phi": self.phi, self.kind: self.derived} | super().tensors()
 
 
-def factor_banks(specs: Sequence[FactorSpec], kind: str, config: LNGDConfig) -> list[Bank]:
+def factor_banks(
+    specs: Sequence[FactorSpec], kind: str, config: LNGDConfig, bank: type[FactorBank] = FactorBank
+) -> list[Bank]:
     """Banks of Φ, one for each shape, device and dtype."""
     keyed: dict[tuple, list[FactorSpec]] = {}
     for spec in specs:
-        blocks = factor_blocks(spec.layer, config.max_factor_dim)
-        keyed.setdefault((blocks, spec.layer.columns, spec.layer.weight.device, spec.layer.like.dtype), []).append(spec)
-    return [FactorBank(own, blocks, kind, config, own[0].layer.like) for (blocks, *_), own in keyed.items()]
+        layer, blocks = spec.layer, factor_blocks(spec.layer, config.max_factor_dim)
+        shape = (blocks, layer.columns, layer.m if bank.has_psi else 0)
+        keyed.setdefault((*shape, layer.weight.device, layer.like.dtype), []).append(spec)
+    return [bank(own, blocks, kind, config, own[0].layer.like) for (blocks, *_), own in keyed.items()]

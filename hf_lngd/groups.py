@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LNGDConfig
+from .layers import Layer
 from .routing import Routing
 
 Rate = float | Tensor
@@ -34,15 +35,15 @@ def defaults_of(config: LNGDConfig, lr: Rate) -> dict[str, Any]:
 
 def _options_of(kind: str, config: LNGDConfig, lr: Rate, weight_decay: float) -> dict[str, Any]:
     """The keys of a group of this kind."""
-    of_layers = kind in ("lngd", "lngd_bias")
+    of_layers, betas = kind in ("lngd", "lngd_bias"), config.betas
+    if of_layers or kind == "embedding":
+        betas = (config.momentum, ROW_DECAY if of_layers else betas[1])
     decays = kind in ("lngd", "embedding", "fallback")
-    betas = dict.fromkeys(("lngd", "lngd_bias"), (config.momentum, ROW_DECAY))
-    betas["embedding"] = (config.momentum, config.betas[1])
     return {
-        "lr": lr,
+        "lr": own_rate(lr),
         "lr_scale": 1.0 if of_layers else config.fallback_lr_scale,
         "weight_decay": weight_decay * (config.weight_decay_scale if kind == "lngd" else 1.0) if decays else 0.0,
-        "betas": betas.get(kind, config.betas),
+        "betas": betas,
         "eps": config.eps,
     }
 
@@ -50,7 +51,7 @@ def _options_of(kind: str, config: LNGDConfig, lr: Rate, weight_decay: float) ->
 def kind_options(kind: str, config: LNGDConfig, lr: Rate) -> dict[str, Any]:
     """What a group that is added has of its parameters' kind (another one: parameters that are no part of the model
     as it was), where it does not say so itself."""
-    return _options_of(kind, config, _own(lr), config.weight_decay) if kind in KINDS else {}
+    return _options_of(kind, config, lr, config.weight_decay) if kind in KINDS else {}
 
 
 def make_groups(
@@ -63,8 +64,7 @@ def make_groups(
             entry is in the default groups.
 
     Raises:
-        ValueError: there is nothing to train; an entry that matches nothing, or what another one has.
-    """
+        ValueError: there is nothing to train; an entry that matches nothing, or what another one has."""
     trained = routing.trained()
     if not trained:
         raise ValueError("model: got no parameter that requires a gradient, accepted: at least one")
@@ -78,13 +78,11 @@ def make_groups(
             entry_of[name] = number
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for r in routing.routes:
-        if r.kind is None:
-            continue
-        number = entry_of.get(r.parameter, -1)
-        group = groups.get((number, r.kind))
-        if group is None:
-            group = groups[number, r.kind] = {"params": [], **_described(number, r.kind, config, lr, entries)}
-        group["params"].append(trained[r.parameter])
+        if r.kind is not None:
+            key = (entry_of.get(r.parameter, -1), r.kind)
+            if key not in groups:
+                groups[key] = {"params": [], **_described(*key, config, lr, entries)}
+            groups[key]["params"].append(trained[r.parameter])
     first = "lngd" if any(kind == "lngd" for _, kind in groups) else ""
     return [groups[key] for key in sorted(groups, key=lambda key: (key[1] != first, key[0] >= 0))]
 
@@ -93,15 +91,13 @@ def _described(
     number: int, kind: str, config: LNGDConfig, lr: Rate, entries: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Name and options of a group: of one of a user's `entries`, or (-1) of a default one."""
-    if number < 0:
-        return {"name": kind, **_options_of(kind, config, _own(lr), config.weight_decay)}
-    entry = entries[number]
-    options = _options_of(kind, config, _own(entry.get("lr", lr)), entry.get("weight_decay", config.weight_decay))
+    entry: dict[str, Any] = {} if number < 0 else entries[number]
+    options = _options_of(kind, config, entry.get("lr", lr), entry.get("weight_decay", config.weight_decay))
     given = {key: value for key, value in entry.items() if key not in ("params", "name", "lr", "weight_decay")}
-    return {"name": f"{entry.get('name', number)}.{kind}", **options, **given}
+    return {"name": kind if number < 0 else f"{entry.get('name', number)}.{kind}", **options, **given}
 
 
-def _own(lr: Rate) -> Rate:
+def own_rate(lr: Rate) -> Rate:
     """A rate that is a tensor is each group's own: what changes rates in place does so group by group."""
     return lr.clone() if isinstance(lr, Tensor) else lr
 
@@ -112,9 +108,17 @@ def _names_in(entry: dict[str, Any], number: int, routing: Routing) -> list[str]
         raise ValueError(f"param_groups: entry {number}: got {entry!r}, accepted: a dict with the key 'params'")
     if "lr" in entry:
         check_lr(entry["lr"])
+    decay = entry.get("weight_decay", 0.0)
+    if not decay >= 0:
+        raise ValueError(f"param_groups: entry {number}: weight_decay must be non-negative, got {decay}")
     params, trained = entry["params"], routing.trained()
     if isinstance(params, str):
-        names = [name for name in trained if re.search(params, name)]
+        try:
+            names = [name for name in trained if re.search(params, name)]
+        except re.error as error:
+            raise ValueError(
+                f"param_groups: entry {number}: params: {params!r} is no regular expression ({error})"
+            ) from None
         if not names:
             raise ValueError(f"param_groups: entry {number}: no trained parameter has a name that {params!r} matches")
         return names
@@ -132,12 +136,8 @@ def _names_in(entry: dict[str, Any], number: int, routing: Routing) -> list[str]
 
 @dataclass(frozen=True)
 class Options:
-    """What a group says of its parameters in this step.
-
-    Attributes:
-        lr: the effective rate, lr · lr_scale.
-        momentum: τ or β₁.
-    """
+    """What a group says of its parameters in this step: `lr` is the effective rate, lr · lr_scale, `momentum` τ or
+    β₁."""
 
     lr: Rate
     weight_decay: float
@@ -153,12 +153,28 @@ class Options:
         return cls(lr, group["weight_decay"], group.get("momentum", beta1), beta2, group["eps"])
 
 
+class StepOptions:
+    """What the groups say in one step: of a parameter ``options[parameter]``, of each group `groups`."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], index: Mapping[Any, int]) -> None:
+        self.groups, self._index = [Options.of(group) for group in groups], index
+
+    def __contains__(self, parameter: Any) -> bool:
+        return parameter in self._index
+
+    def __getitem__(self, parameter: Any) -> Options:
+        return self.groups[self._index[parameter]]
+
+    def of(self, layers: Sequence[Layer], name: str) -> Any:
+        """An option of these layers: a number, or [n] where they differ."""
+        return alike((getattr(self[layer.weight], name) for layer in layers), layers[0].like)
+
+
 class Assignment:
     """Which group has a parameter, kept until the groups change.
 
     Raises:
-        ValueError: a parameter is in two groups.
-    """
+        ValueError: a parameter is in two groups."""
 
     def __init__(self) -> None:
         self._seen: tuple[int, ...] = ()

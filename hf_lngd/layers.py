@@ -1,8 +1,7 @@
 """A layer as matrices: which modules LNGD can take, and the tensors of one call of them in a canonical form.
 
-A layer is one weight: a matrix, or for a grouped convolution one matrix a group (its units). Two modules that share
-it (tied) are one layer, whose statistics are summed. A new type of layer is one function, see `add_layer_type`.
-"""
+A layer is one weight: a matrix, or for a grouped convolution one matrix a group (its units). Modules that share it
+(tied) are one layer, whose statistics are summed. A new type of layer is one function, see `add_layer_type`."""
 
 from __future__ import annotations
 
@@ -20,17 +19,12 @@ from .linalg import block_layout, state_dtype
 SMALLEST_BLOCK = 64
 # The patches of a convolution's input hold at most so many numbers at once (64 MiB in float32).
 MOST_PATCHES = 64 << 18
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
 class Window:
-    """How a convolution looks at its input, one number a spatial dimension.
-
-    Attributes:
-        padding: as `torch.nn.functional.pad` takes it: two numbers a dimension, the last one first.
-        mode: zeros, reflect, replicate or circular.
-    """
+    """How a convolution looks at its input, one number a spatial dimension; `padding` as `torch.nn.functional.pad`
+    takes it: two numbers a dimension, the last one first."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -39,7 +33,7 @@ class Window:
     mode: str
 
     @classmethod
-    def of(cls, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Window:
+    def of(cls, module: Any) -> Window:
         """The window of a convolution."""
         if module.padding == "same":  # torch pads one more behind where it cannot be even
             total = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
@@ -47,9 +41,9 @@ class Window:
         elif module.padding == "valid":
             pairs = [(0, 0)] * len(module.kernel_size)
         else:
-            pairs = [(p, p) for p in module.padding]  # type: ignore[misc]
+            pairs = [(p, p) for p in module.padding]
         padding = tuple(number for pair in reversed(pairs) for number in pair)
-        return cls(module.kernel_size, module.stride, module.dilation, padding, module.padding_mode)  # type: ignore[arg-type]
+        return cls(module.kernel_size, module.stride, module.dilation, padding, module.padding_mode)
 
 
 def patches(x: Tensor, window: Window) -> Tensor:
@@ -72,11 +66,8 @@ def _as_rows(view: Tensor, units: int) -> Tensor:
 
 
 def patch_chunks(x: Tensor, window: Window, units: int, most: int) -> Iterator[tuple[Tensor, slice]]:
-    """The patches of x [B, C, *spatial] in pieces of at most `most` numbers (but a line of locations at least).
-
-    Yields:
-        rows [units, n, C/units·kernel], and which of all B·out locations they are.
-    """
+    """The patches of x [B, C, *spatial] in pieces of at most `most` numbers (but a line of locations at least): rows
+    [units, n, C/units·kernel], and which of all B·out locations they are."""
     view = patches(x, window)
     lines, per_line = view.shape[2], prod(view.shape[3 : 2 + len(window.kernel)])
     size = view.shape[1] * prod(window.kernel) * per_line
@@ -95,11 +86,7 @@ class Geometry:
 
     Attributes:
         kind: ``linear`` (weight [m, d]), ``transposed`` (transformers' Conv1D: weight [d, m]), ``convolution``.
-        units: matrices in the weight: groups of a convolution, else 1.
-        out_features: m of each.
-        in_features: d of each: channels of a group times kernel.
-        window: of a convolution.
-    """
+        units: matrices [out_features, in_features] in the weight: groups of a convolution, else 1."""
 
     kind: str
     units: int
@@ -124,8 +111,7 @@ def add_layer_type(kind: type[nn.Module], look: Callable[[Any], Geometry | None]
         look: a module → its geometry, ``linear`` or ``transposed``; None for a module that stays AdamW's. The module
             is called with one tensor a [..., d] and gives W a + b, [..., m]: `weight` is W, its first dimensions make
             m and the others d (``transposed``: it is [d, m]), `bias` is [m] or there is none. None in the place of
-            the function takes the type out again.
-    """
+            the function takes the type out again."""
     if look is None:
         _ADDED_TYPES.pop(kind, None)
     else:
@@ -133,21 +119,16 @@ def add_layer_type(kind: type[nn.Module], look: Callable[[Any], Geometry | None]
 
 
 def _added_geometry(module: nn.Module, weight: Tensor) -> Geometry | None:
-    """What a user's function says of a module, checked.
-
-    Raises:
-        ValueError: it does not fit the weight or the bias.
-    """
+    """What a user's function says of a module; ValueError if it does not fit the weight or the bias."""
     found = _ADDED_TYPES[type(module)](module)
     if found is None:
         return None
     m, d = found.out_features, found.in_features
     shape, bias = list(weight.shape), module._parameters.get("bias")
     leading = [prod(shape[:i]) for i in range(len(shape) + 1)]  # m has to be some first dimensions of the weight
-    fits = (
-        m * d == weight.numel() and found.units == 1 and (m in leading if found.kind == "linear" else shape == [d, m])
-    )
-    if found.kind not in ("linear", "transposed") or not fits or (bias is not None and list(bias.shape) != [m]):
+    fits = m in leading if found.kind == "linear" else found.kind == "transposed" and shape == [d, m]
+    fits = fits and m * d == weight.numel() and found.units == 1
+    if not fits or (bias is not None and list(bias.shape) != [m]):
         raise ValueError(
             f"add_layer_type: {type(module).__name__}: got {found.kind} [{m}, {d}] for a weight {shape}"
             f"{'' if bias is None else f' and a bias {list(bias.shape)}'}, accepted: linear or transposed, m·d "
@@ -156,23 +137,22 @@ def _added_geometry(module: nn.Module, weight: Tensor) -> Geometry | None:
     return found
 
 
-def geometry_of(module: nn.Module) -> Geometry | None:
+def geometry_of(module: Any) -> Geometry | None:
     """The geometry of a module that LNGD can take: its forward is torch's own, with a plain weight, or its type was
     added by :func:`add_layer_type`; else None."""
-    weight: Any = module._parameters.get("weight")  # a parametrization would have taken it away
+    weight, kind = module._parameters.get("weight"), type(module)  # a parametrization would have taken it away
     if weight is None or not weight.numel():
         return None
-    if type(module) in _ADDED_TYPES:
+    if kind in _ADDED_TYPES:
         return _added_geometry(module, weight)
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
         return Geometry("linear", 1, *weight.shape)
-    for kind in _CONVOLUTIONS:
-        plain = isinstance(module, kind) and type(module).forward is kind.forward
-        if plain and type(module)._conv_forward is kind._conv_forward:  # type: ignore[attr-defined]
-            units = int(module.groups)  # type: ignore[arg-type]
-            window = Window.of(module)  # type: ignore[arg-type]
+    for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        plain = isinstance(module, base) and kind.forward is base.forward
+        if plain and kind._conv_forward is base._conv_forward:
+            units, window = int(module.groups), Window.of(module)
             return Geometry("convolution", units, weight.shape[0] // units, weight[0].numel(), window)
-    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return Geometry("transposed", 1, weight.shape[1], weight.shape[0])
     return None
 
@@ -184,8 +164,7 @@ class Layer:
     Attributes:
         name: of the first of its modules.
         weight, bias: the parameters that are trained; under FSDP2 the sharded ones. No bias: not in the factor.
-        modules: (name, module) of all that share the weight.
-    """
+        modules: (name, module) of all that share the weight."""
 
     name: str
     geometry: Geometry
@@ -230,30 +209,20 @@ class Layer:
         """An empty tensor with the device and dtype of the layer's state."""
         return torch.empty(0, device=self.weight.device, dtype=state_dtype(self.weight.dtype))
 
-    # Weights as matrices
-
     def matrices(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Something in the shape of the weight, and of the bias if it is in the factor, as [units, m, columns]."""
-        if self.geometry.kind == "transposed":
-            matrices = weight.T.unsqueeze(0).to(dtype)
-        else:
-            matrices = weight.reshape(self.units, self.m, self.d).to(dtype)
-        if bias is None:
-            return matrices
-        return torch.cat((matrices, bias.to(dtype).view(self.units, -1, 1)), -1)
+        transposed = self.geometry.kind == "transposed"
+        matrices = (weight.T.unsqueeze(0) if transposed else weight.reshape(self.units, self.m, self.d)).to(dtype)
+        return matrices if bias is None else torch.cat((matrices, bias.to(dtype).view(self.units, -1, 1)), -1)
 
     def like_weight(self, matrices: Tensor) -> Tensor:
         """[units, m, columns] → the shape of the weight, without the bias's column: a view where that is possible."""
         matrices = matrices[..., : self.d]
-        if self.geometry.kind == "transposed":
-            return matrices[0].T
-        return matrices.reshape(self.weight.shape)
+        return matrices[0].T if self.geometry.kind == "transposed" else matrices.reshape(self.weight.shape)
 
     def like_bias(self, matrices: Tensor) -> Tensor:
         """[units, m, d + 1] → the bias's column, [units · m]."""
         return matrices[..., self.d].flatten()
-
-    # Calls
 
     def batched(self, x: Tensor) -> Tensor:
         """A convolution's input or output with its batch dimension, which torch lets a caller leave out."""
@@ -266,32 +235,22 @@ class Layer:
         return torch.Size((output.shape[0], *output.shape[2:])) if self.is_convolution else output.shape[:-1]
 
     def inputs(self, a: Tensor) -> Iterator[tuple[Tensor, slice]]:
-        """A call's input as rows in at least float32, detached, ones for the bias.
-
-        Args:
-            a: [..., d], or [B, channels, *spatial].
-
-        Yields:
-            [units, n, columns], and which of all N tokens or locations they are; a linear layer's in one piece.
-        """
+        """A call's input [..., d] or [B, channels, *spatial] as rows [units, n, columns] in at least float32, detached,
+        ones for the bias, and which of all N tokens or locations they are; a linear layer's in one piece."""
         a = self.batched(a.detach())
         a = a.to(state_dtype(a.dtype))
-        window = self.geometry.window
-        if window is None:
-            flat = a.reshape(1, -1, a.shape[-1])
-            yield self._with_ones(flat), slice(0, flat.shape[1])
-            return
-        for rows, where in patch_chunks(a, window, self.units, MOST_PATCHES):
-            yield self._with_ones(rows), where
-
-    def _with_ones(self, rows: Tensor) -> Tensor:
-        return rows if self.bias is None else torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2)
+        if self.geometry.window is None:
+            a = a.reshape(1, -1, a.shape[-1])
+            pieces = iter([(a, slice(0, a.shape[1]))])
+        else:
+            pieces = patch_chunks(a, self.geometry.window, self.units, MOST_PATCHES)
+        for rows, where in pieces:
+            yield rows if self.bias is None else torch.cat((rows, rows.new_ones(*rows.shape[:2], 1)), 2), where
 
     def outputs(self, value: Tensor) -> Tensor:
         """A tensor in the shape of the output, [..., m] or [B, channels, *spatial] → [units, N, m]."""
         value = self.batched(value)
-        if self.is_convolution:
-            value = value.movedim(1, -1)
+        value = value.movedim(1, -1) if self.is_convolution else value
         return value.reshape(-1, self.units, self.m).transpose(0, 1)
 
     def apply(self, a: Tensor, matrices: Tensor) -> Tensor:

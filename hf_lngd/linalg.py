@@ -1,10 +1,6 @@
-"""Functions on tensors, torch alone: blocks, packed symmetric matrices, Cholesky inverses and whiteners, the polar
-factor, damping, running averages, and in which precision all of this is done.
-
-Symbols: N tokens or locations, d inputs of a layer (the bias, where it is part of the factor, is a last input of
-ones), m outputs. Φ is kept as k equal diagonal blocks of size b with k·b ≥ d: columns past d are zero. A leading
-``...`` is any number of batch dimensions. Equation numbers are those of Liu et al., NeurIPS 2024.
-"""
+"""Functions on tensors, torch alone. N tokens or locations, d inputs of a layer (the bias in the factor is a last one,
+of ones), m outputs. Φ is kept as k equal diagonal blocks of size b with k·b ≥ d: columns past d are zero. A leading
+``...`` is any number of batch dimensions. Equation numbers are those of Liu et al., NeurIPS 2024."""
 
 from __future__ import annotations
 
@@ -13,8 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-# Blocks
+from torch.nn.functional import pad
 
 
 def block_layout(columns: int, limit: int) -> tuple[int, int]:
@@ -27,32 +22,28 @@ def to_blocks(x: Tensor, k: int, b: int) -> Tensor:
     """[..., n, d] → [..., k, n, b]: columns cut into blocks, zeros after the last."""
     if k == 1:
         return x.unsqueeze(-3)
-    if (padding := k * b - x.shape[-1]) > 0:
-        x = torch.nn.functional.pad(x, (0, padding))
+    if (missing := k * b - x.shape[-1]) > 0:
+        x = pad(x, (0, missing))
     return x.unflatten(-1, (k, b)).transpose(-2, -3)
 
 
 def from_blocks(x: Tensor, columns: int) -> Tensor:
     """[..., k, n, b] → [..., n, d]: the inverse of :func:`to_blocks`."""
-    if x.shape[-3] == 1:
-        return x.squeeze(-3)
-    return x.transpose(-2, -3).flatten(-2)[..., :columns]
+    return x.squeeze(-3) if x.shape[-3] == 1 else x.transpose(-2, -3).flatten(-2)[..., :columns]
 
 
 def apply_right(x: Tensor, blocks: Tensor) -> Tensor:
     """x · blockdiag(blocks): x [..., n, d], blocks [..., k, b, b] → [..., n, d]."""
-    k, b = blocks.shape[-3], blocks.shape[-1]
-    return from_blocks(to_blocks(x, k, b) @ blocks, x.shape[-1])
+    return from_blocks(to_blocks(x, blocks.shape[-3], blocks.shape[-1]) @ blocks, x.shape[-1])
 
 
 def apply_left(blocks: Tensor, x: Tensor) -> Tensor:
     """blockdiag(blocks) · x: blocks [..., k, b, b], x [..., n, d] → [..., n, d]."""
-    k, b = blocks.shape[-3], blocks.shape[-1]
+    k, b, rows = blocks.shape[-3], blocks.shape[-1], x.shape[-2]
     if k == 1:
         return blocks.squeeze(-3) @ x
-    rows = x.shape[-2]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, k * b - rows))
-    return (blocks @ padded.unflatten(-2, (k, b))).flatten(-3, -2)[..., :rows, :].contiguous()
+    cut = pad(x, (0, 0, 0, k * b - rows)).unflatten(-2, (k, b))
+    return (blocks @ cut).flatten(-3, -2)[..., :rows, :].contiguous()
 
 
 def trace(blocks: Tensor) -> Tensor:
@@ -61,20 +52,15 @@ def trace(blocks: Tensor) -> Tensor:
 
 
 def input_statistic(a: Tensor, weight: Tensor | None, k: int, b: int) -> Tensor:
-    """S = Σ_t w_t a_t a_tᵀ (Eq. 4 before the mean): a [..., N, d], w_t [..., N] or [N] → [..., k, b, b].
-
-    w_t is ‖g_t‖², or the mask where φ' = 1.
-    """
+    """S = Σ_t w_t a_t a_tᵀ (Eq. 4 before the mean): a [..., N, d]; w_t [..., N] or [N], ‖g_t‖² or the mask → [..., k,
+    b, b]."""
     blocks = to_blocks(a, k, b)
     weighted = blocks if weight is None else blocks * weight[..., None, :, None]
     return weighted.mT @ blocks
 
 
-# Symmetric matrices in half the memory
-
-
 def packed_shape(n: int) -> tuple[int, int]:
-    """Shape in which :func:`pack` keeps a symmetric n × n matrix."""
+    """Shape in which `pack` keeps a symmetric n × n matrix."""
     half = -(-n // 2)
     return 2 * half + 1, half
 
@@ -83,28 +69,25 @@ def pack(matrix: Tensor) -> Tensor:
     """Symmetric [..., n, n] → rectangular full packed form, exact, half the memory (odd n: one zero row more).
 
     With A = [[A₁₁, A₂₁ᵀ], [A₂₁, A₂₂]] the rectangle holds the lower triangle of the left half columns, one row
-    down, and the upper triangle of A₂₂ in the place that this leaves (Gustavson et al. 2010, LAPACK's RFP).
-    """
-    n = matrix.shape[-1]
-    if n % 2:
-        matrix = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
+    down, and the upper triangle of A₂₂ in the place that this leaves (Gustavson et al. 2010, LAPACK's RFP)."""
+    if matrix.shape[-1] % 2:
+        matrix = pad(matrix, (0, 1, 0, 1))
     half = matrix.shape[-1] // 2
-    packed = torch.nn.functional.pad(matrix[..., :half], (0, 0, 1, 0))
+    packed = pad(matrix[..., :half], (0, 0, 1, 0))
     upper = _upper(half, matrix.device)
     packed[..., :half, :] = torch.where(upper, matrix[..., half:, half:], packed[..., :half, :])
     return packed
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:
-    """The symmetric [..., n, n] that :func:`pack` was given."""
+    """The symmetric [..., n, n] that `pack` was given."""
     half = packed.shape[-1]
     full = packed.new_empty(*packed.shape[:-2], 2 * half, 2 * half)
     upper = _upper(half, packed.device)
     first, second, below = packed[..., 1 : half + 1, :], packed[..., :half, :], packed[..., half + 1 :, :]
     full[..., :half, :half] = torch.where(upper, first.mT, first)
     full[..., half:, half:] = torch.where(upper, second, second.mT)
-    full[..., half:, :half] = below
-    full[..., :half, half:] = below.mT
+    full[..., half:, :half], full[..., :half, half:] = below, below.mT
     return full[..., :n, :n]
 
 
@@ -113,32 +96,20 @@ def _upper(n: int, device: torch.device) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool, device=device).triu()
 
 
-# Inverses
-
-
 def inverse(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse of positive definite matrices by Cholesky.
+    """Inverses of positive definite matrices [..., n, n] by Cholesky; ok [...] (False: not to be used); condition
+    [...], a lower bound, of the diagonal of the Cholesky factor.
 
-    A matrix that fails in its own precision is tried again in float64: on the CPU those that need it, on an
-    accelerator all of them at once, since to ask which would wait for the device.
-
-    Args:
-        matrix: [..., n, n], symmetric.
-
-    Returns:
-        inverse [..., n, n], ok [...] (False: the inverse is not to be used), condition estimate [...] (of the
-        diagonal of the Cholesky factor, a lower bound).
-    """
+    A matrix that fails in its own precision is tried again in float64: on the CPU those that need it, on an accelerator
+    all of them at once, since to ask which would wait for the device."""
     return _from_cholesky(matrix, torch.cholesky_inverse)
 
 
 def whitener(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """V = L⁻¹ of positive definite A = L Lᵀ, lower triangular: VᵀV = A⁻¹, so rows g become g Vᵀ of unit covariance.
+    """V = L⁻¹ of A = L Lᵀ, lower triangular: VᵀV = A⁻¹, so rows g become g Vᵀ of unit covariance. The rest as of
+    `inverse`.
 
-    A fraction of the cost of A^(-1/2), and as good where only VᵀV matters: the two differ by a rotation.
-
-    Args and returns as of :func:`inverse`.
-    """
+    A fraction of the cost of A^(-1/2), and as good where only VᵀV matters: the two differ by a rotation."""
     return _from_cholesky(matrix, lambda factor: torch.linalg.solve_triangular(factor, eye_like(factor), upper=False))
 
 
@@ -146,10 +117,8 @@ def _from_cholesky(matrix: Tensor, solve: Callable[[Tensor], Tensor]) -> tuple[T
     on_cpu = matrix.device.type == "cpu"
     result, ok, condition = _cholesky(matrix if on_cpu else matrix.double(), matrix.dtype, solve)
     if on_cpu and matrix.dtype != torch.float64 and not bool(ok.all()):
-        again, again_ok, again_condition = _cholesky(matrix[~ok].double(), matrix.dtype, solve)
-        result[~ok], condition[~ok] = again, again_condition
-        ok = ok.clone()
-        ok[~ok] = again_ok
+        bad = ~ok
+        result[bad], ok[bad], condition[bad] = _cholesky(matrix[bad].double(), matrix.dtype, solve)
     return result, ok, condition
 
 
@@ -158,19 +127,15 @@ def _cholesky(matrix: Tensor, dtype: torch.dtype, solve: Callable[[Tensor], Tens
     finite = (info == 0) & torch.isfinite(factor.sum((-2, -1)))
     # cholesky_inverse raises for the whole batch if one factor is unusable
     factor = torch.where(finite[..., None, None], factor, eye_like(factor))
-    result = solve(factor).to(dtype)
+    result, diagonal = solve(factor).to(dtype), factor.diagonal(dim1=-2, dim2=-1)
     ok = finite & torch.isfinite(result.sum((-2, -1)))
-    diagonal = factor.diagonal(dim1=-2, dim2=-1)
-    condition = (diagonal.amax(-1) / diagonal.amin(-1)).square().to(dtype)
-    return result, ok, condition
+    return result, ok, (diagonal.amax(-1) / diagonal.amin(-1)).square().to(dtype)
 
 
 def eye_like(matrix: Tensor) -> Tensor:
     """The identity of the size, dtype and device of [..., n, n]: [n, n]."""
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
-
-# The polar factor
 
 # Polar Express (Amsel, Persson, Musco, Gower 2025): the minimax quintic of each step for singular values in [1e-3, 1].
 # The quintics diverge above 1, where rounding in half precision lifts values: all but the last are of x / 1.01.
@@ -189,8 +154,7 @@ def orthogonalize(x: Tensor) -> Tensor:
     """≈ U Vᵀ of X = U S Vᵀ by Newton-Schulz iterations with Polar Express's coefficients: [L, m, n] → [L, m, n].
 
     Singular values above 1e-3 of the norm of X end in about 0.87 … 1.13; a single row or column is normalised exactly.
-    Fewer iterations, which lift less of the small ones, cost a ViT a tenth of a nat.
-    """
+    Fewer iterations, which lift less of the small ones, cost a ViT a tenth of a nat."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     # in float64: squares of small entries would vanish
@@ -203,19 +167,10 @@ def orthogonalize(x: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-# Averages, damping, rates
-
-
 def running_average(old: Tensor, new: Tensor, old_weight: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Eq. 14, ``ε·old + (1 − ε)·new``, for G factors at once, with the start-up bias kept track of.
+    """Eq. 14, ``ε·old + (1 − ε)·new``, for G factors [G, ...] at once, and the new sum of weights [G] of each.
 
-    Args:
-        old, new: [G, ...]; a `new` with any non-finite entry is passed over.
-        old_weight: [G], the sum of the weights in `old` so far: the unbiased factor is ``old / old_weight``.
-
-    Returns:
-        The new average, its weight [G].
-    """
+    A `new` with any non-finite entry is passed over. The factor without start-up bias is ``old / old_weight``."""
     valid = torch.isfinite(new.flatten(1)).all(1)
     average = torch.where(along(valid, new), old * decay + new * (1 - decay), old)
     return average, torch.where(valid, old_weight * decay + (1 - decay), old_weight)
@@ -229,14 +184,9 @@ def along(flags: Tensor, value: Tensor) -> Tensor:
 def damping(
     mean_eigenvalue: Tensor, kind: str, rho: float, bounds: tuple[float, float], scale: Tensor | float = 1.0
 ) -> Tensor:
-    """λ from tr/dim: ``relative`` ρ·tr/dim; ``paper`` clamp(tr/dim, ν1, ν2).
-
-    Args:
-        mean_eigenvalue: tr Φ/d of what is kept; `scale` is the factor (m where φ' = 1) that makes it the paper's Φ.
-    """
-    if kind == "relative":
-        return rho * mean_eigenvalue
-    return (mean_eigenvalue * scale).clamp(*bounds) / scale
+    """λ from tr/dim of what is kept: ``relative`` ρ·tr/dim; ``paper`` clamp(tr/dim, ν1, ν2) of `scale` times it, which
+    is the paper's Φ."""
+    return rho * mean_eigenvalue if kind == "relative" else (mean_eigenvalue * scale).clamp(*bounds) / scale
 
 
 def add_damping(blocks: Tensor, lam: Tensor) -> Tensor:
@@ -249,34 +199,21 @@ def add_damping(blocks: Tensor, lam: Tensor) -> Tensor:
 def rms_rate(norms: Tensor, numel: int, scale: float) -> Tensor:
     """α = κ / RMS(D) from the norms ‖D‖ [...] of tensors of `numel` entries; 0 where D is 0."""
     rms = norms / numel**0.5
-    return torch.where(rms > 0, scale / rms, torch.zeros_like(rms))
+    return torch.where(rms > 0, scale / rms, 0.0)
 
-
-def mask_unusable(grad: Tensor, squares: Tensor) -> Tensor:
-    """Zero (in place) those of grad [n, ...] whose squares [n] sum to no finite number; returns how many.
-
-    A gradient that is not finite would stay in the momentum for good.
-    """
-    bad = ~torch.isfinite(squares)
-    grad.masked_fill_(along(bad, grad), 0.0)
-    return bad.sum()
-
-
-# Precision
 
 # Any of these instructions makes matmuls in bfloat16 faster than in float32. Without one they are emulated: four times
 # as slow on a CPU that has AVX-512 alone.
 _CPU_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
-_AMPERE = (8, 0)  # the first CUDA devices with them
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether this device has instructions for matmuls in bfloat16."""
+    """Whether this device has instructions for matmuls in bfloat16; of CUDA's those from Ampere on."""
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return any(bool(capabilities.get(name)) for name in _CPU_INSTRUCTIONS)
     if device.type == "cuda" and torch.version.hip is None:
-        return torch.cuda.get_device_capability(device) >= _AMPERE
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return True
 
 

@@ -27,18 +27,16 @@ class BatchMasks:
     Attributes:
         by_source: ``inputs`` → [B, S] and ``targets`` → [B, T], True where a token counts; absent if unknown.
         samples: B, the batch's first dimension (0: unknown).
-        terms: number of terms of the mean loss, a tensor or a number: labels that are not −100, else samples.
-    """
+        terms: number of terms of the mean loss, a tensor or a number: labels that are not −100, else samples."""
 
     def __init__(self, batch: Mapping[str, Any], config: Any = None) -> None:
         self.by_source: dict[str, Tensor] = {}
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim() > 0}
         self.samples = next((value.shape[0] for value in _tensors(batch)), 0)
         labels = tensors.get("labels")
+        self.terms: Tensor | int = self.samples
         if labels is not None and not labels.is_floating_point():
-            self.terms: Tensor | int = (labels != _IGNORED_LABEL).sum()
-        else:
-            self.terms = self.samples
+            self.terms = (labels != _IGNORED_LABEL).sum()
         attention = _mask_of(tensors.get("attention_mask"))
         if attention is not None:
             self.by_source[INPUTS] = attention
@@ -79,8 +77,8 @@ def bind_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         names = list(inspect.signature(model.forward).parameters)
     except (TypeError, ValueError):
         names = []
-    positional = {names[i] if i < len(names) else f"arg{i}": value for i, value in enumerate(args)}
-    return {**positional, **kwargs}
+    names += [f"arg{i}" for i in range(len(names), len(args))]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -115,11 +113,7 @@ def _target_mask(tensors: Mapping[str, Tensor], config: Any) -> Tensor | None:
 
 
 class MaskSources:
-    """The masks of one forward pass, and which modules read its encoder's output.
-
-    Attributes:
-        masks: of the batch.
-    """
+    """The masks of one forward pass, and which modules read its encoder's output."""
 
     def __init__(self) -> None:
         self.begin(BatchMasks({}))

@@ -18,8 +18,7 @@ class Method:
 
     Attributes:
         scale: (group, m) → by what its factor has to be multiplied to be the paper's Φ, see `factors.FactorSpec`.
-        rate: the rates of a step's layers, where the direction leaves them open, see `paper.rate`.
-    """
+        rate: the rates of a step's layers, where the direction leaves them open, see `paper.rate`."""
 
     capture: type[Capture]
     direction: Direction

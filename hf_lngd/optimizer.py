@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -20,12 +20,11 @@ from .batches import Job
 from .config import LNGDConfig, settings_of
 from .core import Core
 from .directions import Inputs, of_units
-from .groups import Assignment, Options, alike, check_lr, defaults_of, kind_options, make_groups
+from .groups import Assignment, StepOptions, check_lr, defaults_of, kind_options, make_groups, own_rate
 from .linalg import along
 from .parallel.adopt import adopt_shards
 from .parallel.layout import make_layout
 from .routing import LNGD_OWNER, Route, format_rates, format_routes, route
-from .statistics import reduce
 from .topology import Topology
 from .torch_internals import check_not_flat, stepping_scaler, uncompiled
 
@@ -43,7 +42,7 @@ class LNGD(torch.optim.Optimizer):
 
     Args:
         model: the model that will be trained; hooks on its layers collect statistics in factor steps.
-        config: the options; none: those of the preset ``fast``.
+        config: the options; none: those of the preset ``fast``. `fields` of `LNGDConfig` stand above it.
         lr: α of the paper; with ``rate="rms"`` (the default) it means what it means for AdamW. Of a tensor each group
             gets a copy.
         param_groups: parameters with rates of their own: dicts with ``params`` (a regular expression that is searched
@@ -53,9 +52,8 @@ class LNGD(torch.optim.Optimizer):
             layers, and has their momentum and factors alone; `state_dict` is a collective then. ``auto``: owned where
             it pays. Under FSDP2 it is found.
         process_group: the processes that train this model together, if these are not all of the job: the group that
-            DDP was given. Each of them makes its LNGD and its steps; DDP averages the gradients. Make LNGD after
-            ``init_process_group``. Under FSDP2 (`fully_shard`, best before LNGD is made) it is that of the mesh.
-        **fields: fields of `LNGDConfig`, on top of `config`; see `LNGDConfig.with_fields`.
+            DDP was given. Make LNGD after ``init_process_group``. Under FSDP2 (`fully_shard`, best before LNGD is made)
+            it is that of the mesh.
 
     Groups have ``name``, ``lr``, ``lr_scale``, ``weight_decay``, ``betas`` and ``eps``, which are read in each step.
     They are named after their kind: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback``, ``fallback_no_decay``. A
@@ -65,8 +63,7 @@ class LNGD(torch.optim.Optimizer):
 
     Raises:
         ValueError: a bad value (field, value and what is accepted are named), or nothing to train.
-        RuntimeError: processes that disagree about the model or the options; says what differs.
-    """
+        RuntimeError: processes that disagree about the model or the options; says what differs."""
 
     def __init__(
         self,
@@ -86,18 +83,15 @@ class LNGD(torch.optim.Optimizer):
         check_not_flat(model)
         model = uncompiled(model)
         routing = route(model, config)
-        groups = make_groups(routing, config, lr, param_groups)
-        super().__init__(groups, defaults_of(config, lr))
+        super().__init__(make_groups(routing, config, lr, param_groups), defaults_of(config, lr))
         shares = make_layout(layout, config, routing.layers, process_group)
         self.core = Core(model, config, routing, shares, self.state)
         for collector in self.core.collectors:  # an optimizer that is dropped takes its hooks along
             weakref.finalize(self, collector.close).atexit = False
-        self._group = process_group
+        self._group, self._assignment = process_group, Assignment()
         self._kind_of: dict[Any, str] = {routing.parameters[r.parameter]: r.kind for r in routing.routes if r.kind}
-        self._assignment = Assignment()
         self._loss_scale: Tensor | None = None
-        self._seconds = 0.0
-        self._ranks_agree = False  # asked in the next step
+        self._seconds, self._ranks_agree = 0.0, False  # the latter is asked in the next step
         self.adopt()
         self._check_ranks()
         self._arm()
@@ -121,8 +115,6 @@ class LNGD(torch.optim.Optimizer):
         own = self.config.to_dict() | rates | {"steps made": self.core.steps, "layout": self.core.layout.name}
         self.core.layout.everyone.check_same("the model, its settings or steps", own | parameters)
 
-    # The step
-
     @torch._disable_dynamo  # torch.compile leaves it as it is, where a whole training step is compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -131,8 +123,7 @@ class LNGD(torch.optim.Optimizer):
         Raises:
             RuntimeError: the optimizer is closed; the first step saw no forward pass, or (``fisher="true"``) no
                 `fisher_backward`; ``rate="adaptive"`` did not see a layer's gradients.
-            ValueError: a parameter is in two groups.
-        """
+            ValueError: a parameter is in two groups."""
         core = self.core
         if core.capture.closed:
             raise RuntimeError("LNGD.step(): this optimizer was closed; make a new one")
@@ -146,8 +137,7 @@ class LNGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         core.states = self.state  # which a user may have put another in the place of
-        groups = self._assignment.update(self.param_groups)
-        options = [Options.of(group) for group in self.param_groups]
+        options = StepOptions(self.param_groups, self._assignment.update(self.param_groups))
         if any(layer.weight.grad is not None for layer in core.routing.layers):
             start, in_hooks = time.perf_counter(), core.capture.seconds
             try:
@@ -157,8 +147,8 @@ class LNGD(torch.optim.Optimizer):
                 raise
             self._seconds += time.perf_counter() - start + in_hooks
             core.capture.seconds = 0.0
-            self._step_layers(groups, options)
-        self._step_others(groups, options)
+            self._step_layers(options)
+        self._step_others(options)
         core.count += 1
         self._arm()
         return loss
@@ -172,20 +162,16 @@ class LNGD(torch.optim.Optimizer):
         capture.check_gradients()
         if capture.armed:
             capture.warn_of_untrained(self._assignment.update(self.param_groups))
-            everyone = core.layout.everyone
-            statistics = capture.finish(everyone.all_gather_value)
+            statistics = capture.finish(core.layout.everyone.all_gather_value)
             capture.check(core.started)
             if capture.topology.frozen and core.built.topology is not capture.topology:
                 self._check_topology()
                 state.rebuild(core, capture.topology)
-            names = [group.name for group in capture.topology.groups]
-            if names:
-                statistics, scalars = reduce(
-                    statistics, names, capture.empty_statistics, core.like_of, capture.scalars(), core.layout
-                )
-                core.update_factors(statistics, capture.scale(scalars, everyone.size, self._loss_scale))
+            if capture.topology.groups:
+                core.update_factors(statistics, self._loss_scale)
         if not core.batches:  # nothing was seen: each layer by itself, with the identity for its factor
-            state.rebuild(core, Topology.unshared([layer.name for layer in core.routing.layers]))
+            known = capture.topology if capture.topology.frozen else None
+            state.rebuild(core, known or Topology.unshared([layer.name for layer in core.routing.layers]))
         if core.started and (core.steps % self.config.inverse_interval == 0 or not core.inverted):
             core.invert()
 
@@ -195,168 +181,121 @@ class LNGD(torch.optim.Optimizer):
         order = {"order of layers": list(found)}
         self.core.layout.everyone.check_same("what follows the layers, and who shares an input", found | order)
 
-    def _step_layers(self, groups: Mapping[Any, int], options: list[Options]) -> None:
+    def _step_layers(self, options: StepOptions) -> None:
         """Momentum, direction and update of the layers that have a gradient and are in a group."""
         jobs = []
         for batch in self.core.batches:
             members = batch.members
-            present = [i for i, y in enumerate(members) if y.weight.grad is not None and y.weight in groups]
+            present = [i for i, y in enumerate(members) if y.weight.grad is not None and y.weight in options]
             place = {layer: i for i, layer in enumerate(batch.layers)}
-            own = [place[members[i]] for i in present if members[i] in place]
             if present:
-                jobs.append(Job(batch, present, own))
+                jobs.append(Job(batch, present, [place[members[i]] for i in present if members[i] in place]))
         for together in self.core.layout.rounds(jobs):
-            self._step_jobs(together, groups, options)
+            self._step_jobs(together, options)
 
-    def _step_jobs(self, jobs: list[Job], groups: Mapping[Any, int], options: list[Options]) -> None:
-        core, layout = self.core, self.core.layout
+    def _step_jobs(self, jobs: list[Job], options: StepOptions) -> None:
+        core, layout, rate_of = self.core, self.core.layout, self.core.method.rate
         on_gradient = self.config.momentum_on == "gradient"
         parts = [layout.gradients(job) for job in jobs]
         self._mask_unusable(parts)
-        if on_gradient:
-            for job, own in zip(jobs, parts, strict=True):
-                self._average_gradients(job, own, groups, options)
-        updates: list[Tensor | None] = []
-        rates: list[Tensor | None] = []
+        for job, own in zip(jobs, parts, strict=True) if on_gradient else ():
+            self._average(job, own, options)
         gradients = layout.to_owners(jobs, parts)
-        for job, gradient in zip(jobs, gradients, strict=True):
-            update, rate = (None, None) if gradient is None else self._direction(job, gradient, groups, options)
-            updates.append(update)
-            rates.append(rate)
-        if core.method.rate is not None:
-            rates = core.method.rate(core, jobs, updates, gradients, self._loss_scale)
-        for i, job in enumerate(jobs):
-            update, rate = updates[i], rates[i]
+        updates: list[Tensor | None] = [None] * len(jobs)
+        rates: list[Tensor | None] = [None] * len(jobs)
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                updates[i], rates[i] = self._direction(jobs[i], gradient, options)
+        if rate_of is not None:
+            rates = rate_of(core, jobs, updates, gradients, self._loss_scale)
+        for job, update, rate in zip(jobs, updates, rates, strict=True):
             if update is None or rate is None:
                 continue
-            if core.method.rate is not None:
-                scale = of_units(rate * self._of_layers(job.layers, "lr", groups, options), job.batch.units)
-                update.mul_(along(scale, update))
-            self._keep_rate(job, rate)
-        changed = layout.from_owners(jobs, updates)
-        if not on_gradient:
-            for job, own in zip(jobs, changed, strict=True):
-                self._average_updates(job, own, groups, options)
-        for job, own in zip(jobs, changed, strict=True):
-            self._subtract(job, own, groups, options)
-
-    def _of_layers(self, layers: Sequence[Any], name: str, groups: Mapping[Any, int], options: list[Options]) -> Any:
-        """An option of these layers' groups: a number, or [n] where they differ."""
-        return alike((getattr(options[groups[layer.weight]], name) for layer in layers), layers[0].like)
+            if rate_of is not None:
+                update.mul_(along(of_units(rate * options.of(job.layers, "lr"), job.batch.units), update))
+            job.batch.rate[job.batch.index(job.own, 1)] = rate
+        for job, own in zip(jobs, layout.from_owners(jobs, updates), strict=True):
+            if not on_gradient:
+                self._average(job, own, options)
+            self._subtract(job, own, options)
 
     def _mask_unusable(self, parts: list[list[Tensor]]) -> None:
         """Zero gradients that are not finite, or whose squares overflow: they would stay in the momentum for good."""
         some = [own for own in parts if own]
-        squares = [
-            torch.stack([torch.linalg.vector_norm(p.flatten(1), dim=1).square() for p in own]).sum(0) for own in some
-        ]
-        for own, square in zip(some, self.core.layout.complete(squares), strict=True):
+        norms = [[torch.linalg.vector_norm(p.flatten(1), dim=1) for p in own] for own in some]
+        squares = self.core.layout.complete([torch.stack(own).square().sum(0) for own in norms])
+        for own, square in zip(some, squares, strict=True):
             bad = ~torch.isfinite(square)
             for part in own:
                 part.masked_fill_(along(bad, part), 0.0)
             self.core.skipped_gradients = self.core.skipped_gradients + bad.sum()
 
-    def _average_gradients(
-        self, job: Job, parts: list[Tensor], groups: Mapping[Any, int], options: list[Options]
-    ) -> None:
-        """M ← τ M + (1 − τ) G; parts become τ M + (1 − τ) G once more (Nesterov)."""
+    def _average(self, job: Job, parts: list[Tensor], options: StepOptions) -> None:
+        """Of gradients: M ← τ M + (1 − τ) G; parts become τ M + (1 − τ) G once more (Nesterov). Of updates: M ← τ M +
+        lr α_l D (Algorithm 1); parts become M."""
         if not parts:
             return
         layers, index = self.core.layout.layers_of(job), self.core.layout.index(job)
-        tau = self._of_layers(layers, "momentum", groups, options)
-        for part, momentum in zip(parts, job.batch.momentum, strict=True):
-            weight = tau if not isinstance(tau, Tensor) else along(of_units(tau, len(part) // len(layers)), part)
-            if isinstance(index, slice):
-                average = momentum.lerp_(part, 1 - weight)
-            else:
-                average = momentum[index].lerp_(part, 1 - weight)
-                momentum[index] = average
-            part.lerp_(average, weight)
-
-    def _average_updates(
-        self, job: Job, parts: list[Tensor], groups: Mapping[Any, int], options: list[Options]
-    ) -> None:
-        """M ← τ M + lr α_l D (Algorithm 1); parts become M."""
-        layers, index = self.core.layout.layers_of(job), self.core.layout.index(job)
-        tau = self._of_layers(layers, "momentum", groups, options)
+        tau = options.of(layers, "momentum")
         for i, (part, momentum) in enumerate(zip(parts, job.batch.momentum, strict=True)):
-            weight = tau if not isinstance(tau, Tensor) else along(of_units(tau, len(part) // len(layers)), part)
-            average = momentum[index].mul(weight).add_(part)
-            momentum[index] = average
-            parts[i] = average
+            weight = along(of_units(tau, len(part) // len(layers)), part) if isinstance(tau, Tensor) else tau
+            average = momentum[index]  # a view, where it is a slice
+            if self.config.momentum_on == "gradient":
+                part.lerp_(average.lerp_(part, 1 - weight), weight)
+            else:
+                parts[i] = average.mul_(weight).add_(part)
+            if not isinstance(index, slice):
+                momentum[index] = average
 
-    def _direction(
-        self, job: Job, gradient: Tensor, groups: Mapping[Any, int], options: list[Options]
-    ) -> tuple[Tensor, Tensor | None]:
-        batch, layers = job.batch, job.layers
-        index = batch.index(job.own)
+    def _direction(self, job: Job, gradient: Tensor, options: StepOptions) -> tuple[Tensor, Tensor | None]:
+        batch, layers, index = job.batch, job.layers, job.batch.index(job.own)
         own = {key: value[index] for key, value in batch.state.items()}  # views, where it is a slice
-        lr = self._of_layers(layers, "lr", groups, options)
-        beta2 = self._of_layers(layers, "beta2", groups, options)
         assert batch.bank is not None
-        inputs = Inputs(gradient, layers, batch.bank, batch.rows[index], own, lr, beta2)
-        found = self.core.method.direction(inputs)
-        if not isinstance(index, slice):
-            for key, value in own.items():
-                batch.state[key][index] = value
+        lr, beta2 = options.of(layers, "lr"), options.of(layers, "beta2")
+        found = self.core.method.direction(Inputs(gradient, layers, batch.bank, batch.rows[index], own, lr, beta2))
+        for key, value in own.items() if not isinstance(index, slice) else ():
+            batch.state[key][index] = value
         return found
 
-    @staticmethod
-    def _keep_rate(job: Job, rate: Tensor) -> None:
-        if len(job.own) == len(job.batch.layers):
-            job.batch.rate.copy_(rate)
-        else:
-            job.batch.rate[torch.tensor(job.own, device=rate.device)] = rate
-
-    def _subtract(self, job: Job, parts: list[Tensor], groups: Mapping[Any, int], options: list[Options]) -> None:
+    def _subtract(self, job: Job, parts: list[Tensor], options: StepOptions) -> None:
         """W ← W − lr · decay · W − update; a bias takes its part at the rate of its own group."""
         weights, biases = [], []
         for layer, change, bias_change in self.core.layout.changes(job, parts):
-            own = options[groups[layer.weight]]
+            own = options[layer.weight]
             weights.append((layer.weight, change, own))
-            if layer.bias is not None and layer.bias in groups:
-                other = options[groups[layer.bias]]
+            if layer.bias is not None and layer.bias in options:
+                other = options[layer.bias]
                 biases.append((layer.bias, bias_change * _share(own.lr, other.lr), other))
-        for changes in (weights, biases):
+        for changes in (weights, biases) if biases else (weights,):
             with Rounding(self.core.states).full([parameter for parameter, _, _ in changes]) as values:
-                decayed = [i for i, (_, _, own) in enumerate(changes) if own.weight_decay]
+                decayed = [(value, own) for value, (_, _, own) in zip(values, changes, strict=True) if own.weight_decay]
                 if decayed:
-                    kept: list[Any] = [1 - changes[i][2].lr * changes[i][2].weight_decay for i in decayed]
-                    same = all(changes[i][2] is changes[decayed[0]][2] for i in decayed)
-                    torch._foreach_mul_([values[i] for i in decayed], kept[0] if same else kept)
-                if changes:
-                    torch._foreach_sub_(values, [change for _, change, _ in changes])
+                    kept: list[Any] = [1 - own.lr * own.weight_decay for _, own in decayed]
+                    same = all(own is decayed[0][1] for _, own in decayed)
+                    torch._foreach_mul_([value for value, _ in decayed], kept[0] if same else kept)
+                torch._foreach_sub_(values, [change for _, change, _ in changes])
 
-    def _step_others(self, groups: Mapping[Any, int], options: list[Options]) -> None:
+    def _step_others(self, options: StepOptions) -> None:
         """AdamW, and embeddings by token frequency."""
-        core = self.core
-        tables = {table.weight: table for table in core.embeddings}
-        layered = {p for layer in core.routing.layers for p in (layer.weight, layer.bias) if p is not None}
-        for group, own in zip(self.param_groups, options, strict=True):
-            plain = []
+        core, tables, in_layers = self.core, self.core.tables, self.core.routing.in_layers()
+        for group, own in zip(self.param_groups, options.groups, strict=True):
             for parameter in group["params"]:
                 if parameter in tables:
                     tables[parameter].step(own, core.states, core.layout)
-                elif parameter not in layered and parameter.grad is not None:
-                    plain.append(parameter)
-            core.adamw.step(plain, own, core.states, core.layout)
+            others = [p for p in group["params"] if p not in tables and p not in in_layers and p.grad is not None]
+            core.adamw.step(others, own, core.states, core.layout)
 
     def _is_factor_step(self) -> bool:
         return self.core.steps % self.config.factor_interval == 0 or not self.core.started
 
     def _arm(self) -> None:
-        """Get ready for the coming step."""
         self.core.arm(self._is_factor_step())
-
-    # Gradient scalers and loops that leave steps out
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """False: the scaler unscales the gradients itself, and leaves a step with an inf in them out.
-
-        It asks every optimizer this when its step begins, and then says no more if it leaves the step out: what hooks
-        have gathered is in doubt until the step is made.
-        """
+        """False: the scaler unscales the gradients itself, and leaves a step with an inf in them out. It asks every
+        optimizer this when its step begins, and then says no more if it leaves the step out: what hooks have gathered
+        is in doubt until the step is made."""
         scaler = stepping_scaler()
         if scaler is not None:
             if self.adopt() and scaler._per_optimizer_states[id(self)]["stage"] is OptState.UNSCALED:
@@ -364,16 +303,14 @@ class LNGD(torch.optim.Optimizer):
                     "LNGD: got GradScaler.unscale_ before the first step with parameters that fully_shard has put in "
                     "the place of LNGD's, whose gradients it did not see, accepted: fully_shard before LNGD is made"
                 )
-            self._doubt(True)
+            for collector in self.core.collectors:
+                collector.doubtful = True
         return False
-
-    def _doubt(self, doubtful: bool) -> None:
-        for collector in self.core.collectors:
-            collector.doubtful = doubtful
 
     def _read_scaler(self) -> None:
         """At the start of a step, which is made: learn what its loss was multiplied by, without waiting for it."""
-        self._doubt(False)
+        for collector in self.core.collectors:
+            collector.doubtful = False
         scaler, device = stepping_scaler(), self.param_groups[0]["params"][0].device
         self._loss_scale = None if scaler is None else scaler.scale(torch.ones((), device=device))
 
@@ -382,8 +319,6 @@ class LNGD(torch.optim.Optimizer):
         for collector in self.core.collectors:
             collector.gradients.drop()
         super().zero_grad(set_to_none)
-
-    # What a training loop may call
 
     def train(self) -> None:
         """Collect statistics of forward passes (the default); `Trainer` calls this before each micro-batch."""
@@ -398,10 +333,8 @@ class LNGD(torch.optim.Optimizer):
             collector.collect(enabled)
 
     def set_batch(self, inputs: Mapping[str, Any]) -> None:
-        """Name the batch of the next forward, where the model does not see all of it (labels taken out before).
-
-        ``labels`` [B, T] (−100: ignored), ``attention_mask`` [B, S] and ``decoder_attention_mask`` [B, T] are used.
-        """
+        """Name the batch of the next forward, where the model does not see all of it (labels taken out before):
+        ``labels`` [B, T] (−100: ignored), ``attention_mask`` [B, S] and ``decoder_attention_mask`` [B, T] are used."""
         self.core.capture.set_batch(inputs)
 
     @property
@@ -414,8 +347,7 @@ class LNGD(torch.optim.Optimizer):
 
         Args:
             logits: [..., classes], of the forward just made, before its graph is freed by ``loss.backward()``.
-            mask: [...], True (or a label other than −100 made so) where a token counts.
-        """
+            mask: [...], True (or a label other than −100 made so) where a token counts."""
         self.core.capture.flush()
         with torch.enable_grad():
             self.core.capture.fisher_backward(logits, mask)
@@ -425,17 +357,13 @@ class LNGD(torch.optim.Optimizer):
         for collector in self.core.collectors:
             collector.close()
 
-    # What it tells
-
     def routing(self) -> list[Route]:
         """What each parameter is assigned to, and why; after the first step also what was found to follow a layer."""
-        follows = {name: group.follows for name, group in self.core.capture.topology.of_layer.items()}
-        return [
-            dataclasses.replace(r, follows=" → ".join(follows[r.layer]) or "identity")
-            if r.owner == LNGD_OWNER and r.layer in follows
-            else r
-            for r in self.core.routing.routes
-        ]
+        found, of_layer = [], self.core.capture.topology.of_layer
+        for r in self.core.routing.routes:
+            known = r.owner == LNGD_OWNER and r.layer in of_layer
+            found.append(replace(r, follows=" → ".join(of_layer[r.layer].follows) or "identity") if known else r)
+        return found
 
     def routing_table(self) -> str:
         """The routing as a printable table, and below it what `lr` means for each owner."""
@@ -447,11 +375,9 @@ class LNGD(torch.optim.Optimizer):
         ``lngd``: ``phi`` Φ [d, d], ``psi`` Ψ [m] (1/m where φ' = 1). ``kfac``: ``a`` A [d, d], ``b`` B [m, m].
         ``ekfac``: these, their eigenvectors ``basis_a`` and ``basis_b`` in columns, and ``moments`` s, a row for each
         of B's, a column for each of A's. ``tkfac``: ``delta``, ``p`` [d, d], ``q`` [m, m]. ``ng+``: ``left`` [m, m] or
-        ``right`` [d, d].
-
-        d is the number of columns of the layer's matrix: kernel times channels of a convolution; a grouped one has its
-        groups in a first dimension. Where factors are cut into blocks, zeros stand outside these. A collective where
-        layers have owners.
+        ``right`` [d, d]. d is the number of columns of the layer's matrix: kernel times channels of a convolution; a
+        grouped one has its groups in a first dimension. Where factors are cut into blocks, zeros stand outside these. A
+        collective where layers have owners.
 
         Raises:
             KeyError: no such layer (the names are listed), or no factor step so far.
@@ -473,20 +399,16 @@ class LNGD(torch.optim.Optimizer):
 
         ``failed_inverses``, ``skipped_factors`` and ``skipped_gradients`` count what was passed over since this object
         was made: an inverse that failed, a factor, a gradient (of AdamW: a step of a group) that was not finite. Where
-        layers have owners a collective: call it on every rank.
-        """
+        layers have owners a collective: call it on every rank."""
         result = self.core.diagnostics()
         result["factor_seconds"], self._seconds = self._seconds, 0.0
         return result
 
-    # State
-
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict with one more key, ``lngd``, that says what it is of; loadable with ``weights_only=True``.
 
-        Layout *owned*: a collective, and whole on the first rank alone. *rows* (FSDP2): a collective, and as AdamW's is
-        made of DTensors.
-        """
+        Layout *owned*: a collective, and whole on every rank. *rows* (FSDP2): a collective, and as AdamW's is
+        made of DTensors."""
         core, own = self.core, self.state
         core.states = own
         self.state = defaultdict(dict, state.save(core))  # type: ignore[arg-type]
@@ -502,8 +424,7 @@ class LNGD(torch.optim.Optimizer):
 
         Raises:
             ValueError: another optimizer's state, another version, another model or config; says what differs.
-                Nothing is changed then.
-        """
+                Nothing is changed then."""
         self.adopt()
         given, core = dict(state_dict), self.core
         described = given.pop("lngd", None)
@@ -524,6 +445,8 @@ class LNGD(torch.optim.Optimizer):
 
     def after_loading(self) -> None:
         """Go on from a state that was loaded."""
+        for group in self.param_groups:
+            group["lr"] = own_rate(group["lr"])
         self._ranks_agree = False
         self._arm()
 
@@ -539,14 +462,11 @@ class LNGD(torch.optim.Optimizer):
         say is that of its parameters' kind; parameters that LNGD did not find when it was made are AdamW's.
 
         Raises:
-            ValueError: parameters of several kinds in one group, without ``lr_scale`` and ``betas``.
-        """
+            ValueError: parameters of several kinds in one group, without ``lr_scale`` and ``betas``."""
         if isinstance(param_group, dict) and hasattr(self, "core"):  # else torch says what it takes
             params = param_group.get("params", [])
             params = [params] if isinstance(params, Tensor) else list(params)
             param_group = {**param_group, "params": params}
-            if isinstance(param_group.get("lr"), Tensor):
-                param_group["lr"] = param_group["lr"].clone()
             kinds = sorted({self._kind_of.get(p, "added") for p in params if isinstance(p, Tensor)})
             if len(kinds) > 1 and not {"lr_scale", "betas"} <= set(param_group):
                 raise ValueError(
@@ -557,6 +477,7 @@ class LNGD(torch.optim.Optimizer):
             for key, value in kind_options(kind, self.config, self.defaults["lr"]).items():
                 param_group.setdefault(key, value)
             param_group.setdefault("name", kind)
+            param_group["lr"] = own_rate(param_group.get("lr", self.defaults["lr"]))
         super().add_param_group(param_group)
 
 

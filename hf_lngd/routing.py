@@ -26,12 +26,10 @@ class Route:
         parameter: its first name in the model.
         owner: ``lngd``, ``fallback`` (AdamW) or ``frozen``.
         layer: the module it belongs to.
-        reason: why: linear, bias in the factor, embedding, norm, bias, position, excluded, adapter, unsupported
-            module, …
+        reason: why: linear, bias in the factor, embedding, norm, position, excluded, adapter, unsupported module, …
         decays: weight decay applies.
         follows: what LNGD found to follow the layer, whose derivative enters its factors: ``batch_norm → relu``;
-            ``identity`` where nothing does; empty before the first step and where AdamW has the parameter.
-    """
+            ``identity`` where nothing does; empty before the first step and where AdamW has the parameter."""
 
     parameter: str
     owner: str
@@ -70,6 +68,10 @@ class Routing:
         """The parameters that are not frozen, by name."""
         return {r.parameter: self.parameters[r.parameter] for r in self.routes if r.kind is not None}
 
+    def in_layers(self) -> set[nn.Parameter]:
+        """The parameters in layers of LNGD."""
+        return {p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None}
+
 
 # Every place of a parameter: (module name, module, attribute).
 Homes = list[tuple[str, nn.Module, str]]
@@ -83,13 +85,14 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
 
     Raises:
         ValueError: a parameter that cannot be trained here: complex, float16, not initialized, of sparse gradients.
-        RuntimeError: one that DeepSpeed has partitioned.
-    """
-    homes = _homes(model)
+        RuntimeError: one that DeepSpeed has partitioned."""
     around = {plain_name(name): module for name, module in model.named_modules()}
-    exclude = re.compile(config.exclude) if config.exclude else None
-    routing = Routing([], [], [], {}, {})
-    layer_of: dict[int, Layer] = {}
+    homes: dict[int, Homes] = {}
+    for name, module in around.items():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                homes.setdefault(id(parameter), []).append((name, module, attribute))
+    routing, layer_of = Routing([], [], [], {}, {}), dict[int, Layer]()
     for compiled_name, parameter in model.named_parameters():
         name = plain_name(compiled_name)
         # peft's MultiheadAttention makes its frozen weights anew whenever its modules are listed
@@ -97,24 +100,14 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
         modules = homes.setdefault(id(parameter), [(module_name, around[module_name], attribute)])
         routing.parameters[name], routing.homes[name] = parameter, modules[0][1:]
         _check(name, parameter, modules)
-        owner, reason, decays = _decide(name, parameter, homes, config, exclude, around)
+        owner, reason, decays = _decide(name, parameter, homes, config, around)
         if reason == EXACT_EMBEDDING:
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
         elif owner == LNGD_OWNER:
             _place(name, parameter, modules, layer_of, routing)
-        routing.routes.append(
-            Route(name, owner, modules[0][0], reason, tuple(parameter.shape), parameter.numel(), decays)
-        )
+        shape = tuple(parameter.shape)
+        routing.routes.append(Route(name, owner, modules[0][0], reason, shape, parameter.numel(), decays))
     return routing
-
-
-def _homes(model: nn.Module) -> dict[int, Homes]:
-    homes: dict[int, Homes] = {}
-    for name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                homes.setdefault(id(parameter), []).append((plain_name(name), module, attribute))
-    return homes
 
 
 def _check(name: str, parameter: nn.Parameter, modules: Homes) -> None:
@@ -125,11 +118,11 @@ def _check(name: str, parameter: nn.Parameter, modules: Homes) -> None:
         )
     if is_lazy(parameter):
         raise ValueError(f"{name}: got a parameter without a shape yet, accepted: a model that was called once")
-    if parameter.requires_grad and parameter.is_complex():
-        raise ValueError(f"{name}: got {parameter.dtype}, accepted: real numbers (or requires_grad=False)")
-    if parameter.requires_grad and any(getattr(module, "sparse", False) is True for _, module, _ in modules):
-        raise ValueError(f"{name}: got an embedding with sparse=True, accepted: sparse=False")
     if parameter.requires_grad:
+        if parameter.is_complex():
+            raise ValueError(f"{name}: got {parameter.dtype}, accepted: real numbers (or requires_grad=False)")
+        if any(getattr(module, "sparse", False) is True for _, module, _ in modules):
+            raise ValueError(f"{name}: got an embedding with sparse=True, accepted: sparse=False")
         check_precision(name, parameter)
 
 
@@ -143,12 +136,7 @@ def check_precision(name: str, weight: torch.Tensor) -> None:
 
 
 def _decide(
-    name: str,
-    parameter: nn.Parameter,
-    homes: dict[int, Homes],
-    config: LNGDConfig,
-    exclude: re.Pattern[str] | None,
-    around: Mapping[str, nn.Module],
+    name: str, parameter: nn.Parameter, homes: dict[int, Homes], config: LNGDConfig, around: Mapping[str, nn.Module]
 ) -> tuple[str, str, bool]:
     """(owner, reason, weight decay)."""
     if not parameter.requires_grad:
@@ -158,14 +146,15 @@ def _decide(
     plain = parameter.dim() < 2
     if any("norm" in type(m).__name__.lower() for _, m, _ in modules):
         return FALLBACK_OWNER, "norm", False
-    if exclude is not None and exclude.search(name):
+    if config.exclude and re.search(config.exclude, name):
         return FALLBACK_OWNER, "excluded", not plain
     adapter = adapter_reason(module_name, around, geometry_of(module))
     if adapter is not None:
         vector = parameter.numel() == max(parameter.shape, default=1)  # a scale, kept as [1, d] by some
         return FALLBACK_OWNER, adapter, not vector
     if any(isinstance(m, nn.Embedding) for _, m, _ in modules):
-        position = any("position" in f"{type(m).__name__}.{n}".lower() for n, m, _ in modules)
+        names = [f"{type(m).__name__}.{n}".lower() for n, m, _ in modules]
+        position = any("position" in name or "relative" in name for name in names)  # T5's relative_attention_bias
         if position or config.embedding == "fallback":
             return FALLBACK_OWNER, "position" if position else "embedding", True
         return LNGD_OWNER, EXACT_EMBEDDING, True
@@ -178,8 +167,8 @@ def _decide(
             # a weight that several modules share, or an embedding's, has no one bias for its last column
             weight, weight_name = module._parameters["weight"], f"{module_name}.weight".removeprefix(".")
             if weight is not None and len(homes[id(weight)]) == 1:
-                weight_owner, weight_reason, _ = _decide(weight_name, weight, homes, config, exclude, around)
-                if (weight_owner, weight_reason) == (LNGD_OWNER, _kind(geometry)):
+                its_owner, its_reason, _ = _decide(weight_name, weight, homes, config, around)
+                if (its_owner, its_reason) == (LNGD_OWNER, _kind(geometry)):
                     return LNGD_OWNER, "bias in the factor", False
     if attribute == "bias" or plain:
         return FALLBACK_OWNER, "bias" if attribute == "bias" else "vector", False
@@ -230,19 +219,15 @@ _CALLING = ("prefix_tuning", "p_tuning")
 
 
 def adapter_reason(name: str, modules: Mapping[str, nn.Module], geometry: object) -> str | None:
-    """Why AdamW takes the parameters of an adapter's module; None: it is no adapter's, or a layer like any other.
-
-    Args:
-        name: the module's, e.g. ``…q_proj.lora_A.default``.
-        modules: all of the model's by name.
-        geometry: of the module, None where it is no layer that LNGD can take.
-    """
+    """Why AdamW takes the parameters of an adapter's module of this name (``…q_proj.lora_A.default``); None: it is no
+    adapter's, or a layer like any other. `modules`: all of the model's; `geometry`: None where it is no layer that LNGD
+    can take."""
     parts = name.split(".") if name else []
     for end in range(len(parts), -1, -1):  # innermost first
         if parts[end : end + 1] == ["base_layer"]:  # what the adapter stands beside
             return None
         module = modules[".".join(parts[:end])]
-        path, kind = type(module).__module__, type(module).__name__
+        path = type(module).__module__
         if not path.startswith(_TUNERS) or any(cls.__name__ == "BaseTuner" for cls in type(module).__mro__):
             continue
         tuner = path.removeprefix(_TUNERS).split(".")[0]
@@ -250,14 +235,13 @@ def adapter_reason(name: str, modules: Mapping[str, nn.Module], geometry: object
             return None if geometry is not None and tuner in _CALLING else f"adapter, {tuner}"
         outer = (type(modules[".".join(parts[:i])]).__name__ for i in range(end, -1, -1))
         merging = next((found for found in outer if found in _MERGING), None)
-        return _reason_of_lora(module, kind, parts[-1], geometry, merging)
+        return _reason_of_lora(module, parts[-1], geometry, merging)
     return None
 
 
-def _reason_of_lora(module: nn.Module, kind: str, adapter: str, geometry: object, merging: str | None) -> str | None:
-    """`module`, of type `kind`: the layer of peft's that holds A and B of an `adapter`, or what DoRA adds to it;
-    `merging`: the type of one around it that merges them."""
-    variant = getattr(module, "lora_variant", {}).get(adapter)
+def _reason_of_lora(module: nn.Module, adapter: str, geometry: object, merging: str | None) -> str | None:
+    """`module`: peft's, that holds A and B of an `adapter`, or what DoRA adds to it; `merging`: what merges them."""
+    kind, variant = type(module).__name__, getattr(module, "lora_variant", {}).get(adapter)
     form = kind if variant is None else type(variant).__name__.removesuffix("Variant")
     if form.startswith("Dora"):  # calls A and B on an identity matrix, too, and scales what they give by their norm
         return "adapter, DoRA"
@@ -268,14 +252,10 @@ def _reason_of_lora(module: nn.Module, kind: str, adapter: str, geometry: object
     return None if merging is None else f"adapter, LoRA merged by {merging}"
 
 
-# The routing table
-
-
 def format_routes(routes: list[Route]) -> str:
     """The routing as a table, one line a kind of owner and reason, shares of all parameters, names abbreviated.
 
-    After the first step a second table tells what was found to follow LNGD's layers, where any does.
-    """
+    After the first step a second table tells what was found to follow LNGD's layers, where any does."""
     total = sum(r.numel for r in routes) or 1
     kinds: dict[tuple[str, str], list[Route]] = {}
     followed: dict[str, list[Route]] = {}
@@ -284,14 +264,13 @@ def format_routes(routes: list[Route]) -> str:
         if r.follows and r.decays:  # each layer once: by its weight
             followed.setdefault(r.follows, []).append(r)
     rows = [("owner", "reason", "tensors", "parameters", "share", "for example")]
-    for (owner, reason), members in sorted(kinds.items(), key=lambda item: (item[0][0] != LNGD_OWNER, item[0])):
-        count = sum(r.numel for r in members)
-        share = f"{100 * count / total:.1f} %"
-        rows.append((owner, reason, str(len(members)), f"{count:,}", share, members[0].parameter))
+    for (owner, reason), own in sorted(kinds.items(), key=lambda item: (item[0][0] != LNGD_OWNER, item[0])):
+        count = sum(r.numel for r in own)
+        rows += [(owner, reason, str(len(own)), f"{count:,}", f"{100 * count / total:.1f} %", own[0].parameter)]
     text = _align(rows, right={2, 3, 4})
     if set(followed) - {"identity"}:
         lines = [("followed by", "layers", "for example")]
-        lines += [(name, str(len(members)), members[0].layer) for name, members in sorted(followed.items())]
+        lines += [(name, str(len(own)), own[0].layer) for name, own in sorted(followed.items())]
         text += "\n\n" + _align(lines, right={1})
     return text
 
@@ -306,10 +285,9 @@ def format_rates(config: LNGDConfig) -> str:
 
 
 def _align(rows: Sequence[tuple[str, ...]], right: set[int]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,8 +1,6 @@
-"""`Core` ↔ plain dicts of tensors, numbers and strings; every check of a state that is loaded.
-
-A state dict is torch's, with one key more: ``lngd`` says which version wrote it, for which options and parameters, and
-who shares a factor with whom. `torch.distributed.checkpoint` drops that key: then the topology is found again.
-"""
+"""`Core` ↔ plain dicts of tensors, numbers and strings; every check of a state that is loaded. A state dict is torch's,
+with one key more: ``lngd`` says which version wrote it, for which options and parameters, and who shares a factor with
+whom. `torch.distributed.checkpoint` drops that key: then the topology is found again."""
 
 from __future__ import annotations
 
@@ -12,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adamw import AdamW
 from .config import LNGDConfig
 from .core import Built, Core, Entry
 from .topology import Topology
@@ -20,15 +17,13 @@ from .torch_internals import is_sharded, local
 
 VERSION = 6
 _KINDS: dict[str, type] = {"config": dict, "parameters": dict, "topology": list, "steps": int}
-# What EKFAC's bank cannot know is NaN.
-_MAY_BE_NAN = ("condition",)
 
 ByParameter = dict[nn.Parameter, dict[str, Any]]
 
 
-def save(core: Core, everywhere: bool = False) -> ByParameter:
+def save(core: Core) -> ByParameter:
     """Parameter → name → tensor, as a checkpoint has them: the live ones, and under layouts with owners what others
-    keep (*owned*: whole, on the first process or `everywhere`; *rows*: as DTensors). A collective under these."""
+    keep (*owned*: whole; *rows*: as DTensors). A collective under these."""
     if not core.layout.has_owners:
         return core.states  # type: ignore[return-value]
     found = {parameter: dict(state) for parameter, state in core.states.items()}
@@ -38,7 +33,7 @@ def save(core: Core, everywhere: bool = False) -> ByParameter:
             continue
         key = (entry.group, entry.key)
         if not entry.shared or key not in shared:
-            shared[key] = core.layout.export(entry.value, entry.group, entry.shape, entry.like, everywhere)
+            shared[key] = core.layout.export(entry.value, entry.group, entry.shape, entry.like)
         if shared[key] is not None:
             found.setdefault(entry.parameter, {}).update({"step": core.count, entry.key: shared[key]})
     return found
@@ -58,9 +53,6 @@ def describe(core: Core) -> dict[str, Any]:
 def parameters_of(core: Core) -> dict[str, list[int]]:
     """Shapes of the parameters that are trained, by name."""
     return {r.parameter: list(r.shape) for r in core.routing.routes if r.kind is not None}
-
-
-# Checks
 
 
 def check_origin(config: LNGDConfig, found: Any) -> Mapping[str, Any]:
@@ -88,15 +80,11 @@ def check_origin(config: LNGDConfig, found: Any) -> Mapping[str, Any]:
 def check_parameters(here: Mapping[str, list[int]], found: Mapping[str, Any]) -> None:
     """Raise ValueError unless a state's ``parameters`` are these; names those that differ."""
     there = {name: list(shape) for name, shape in found["parameters"].items()}
-    if here == there:
-        return
-    differing = [
-        f"{name}: checkpoint {there.get(name, 'none')}, here {here.get(name, 'none')}"
-        for name in [*here, *(n for n in there if n not in here)]
-        if here.get(name) != there.get(name)
-    ]
-    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-    raise ValueError(f"state_dict: the model differs: {'; '.join(differing[:5])}{more}")
+    pairs = {name: (there.get(name, "none"), here.get(name, "none")) for name in {**here, **there}}
+    differing = [f"{name}: checkpoint {a}, here {b}" for name, (a, b) in pairs.items() if a != b]
+    if differing:
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ValueError(f"state_dict: the model differs: {'; '.join(differing[:5])}{more}")
 
 
 def _check_tensor(name: str, found: Any, shape: torch.Size) -> None:
@@ -107,26 +95,21 @@ def _check_tensor(name: str, found: Any, shape: torch.Size) -> None:
         raise ValueError(f"state_dict: {name}: got {what}, accepted: a tensor {list(shape)}")
     if not found.is_floating_point():  # those that are, of another precision, are converted
         raise ValueError(f"state_dict: {name}: got {found.dtype}, accepted: floating point")
-    if not name.endswith(_MAY_BE_NAN) and not bool(torch.isfinite(local(found)).all()):
+    may_be_nan = name.endswith("condition")  # which EKFAC's bank cannot know
+    if not may_be_nan and not bool(torch.isfinite(local(found)).all()):
         raise ValueError(f"state_dict: {name}: got NaN or infinity, accepted: finite numbers")
 
 
-def _check_others(core: Core, states: ByParameter, layered: set[nn.Parameter]) -> None:
+def _check_others(core: Core, states: ByParameter, in_layers: set[nn.Parameter]) -> None:
     """What is kept of parameters in no layer, and what bfloat16 weights lack."""
     names = {parameter: name for name, parameter in core.routing.parameters.items()}
-    tables = {table.weight: table for table in core.embeddings}
     for parameter, state in states.items():
         name = names.get(parameter, f"an added parameter {list(parameter.shape)}")
         if "lost" in state:
             _check_tensor(f"{name}.lost", state["lost"], parameter.shape)
-        if parameter in layered or not set(state) - {"lost"}:
-            continue
-        new = tables[parameter].new_state() if parameter in tables else AdamW.new_state(parameter)
-        for key, like in new.items():
-            _check_tensor(f"{name}.{key}", state.get(key), like.shape)
-
-
-# Loading
+        if parameter not in in_layers and set(state) - {"lost"}:
+            for key, like in core.new_state(parameter).items():
+                _check_tensor(f"{name}.{key}", state.get(key), like.shape)
 
 
 def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -> None:
@@ -137,23 +120,23 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
         described: what stands under ``lngd``, checked; None: it is not known.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or is not finite; names it.
-    """
+        ValueError: a tensor is missing, has another shape, or is not finite; names it."""
     before = core.built
-    layered = {p for layer in core.routing.layers for p in (layer.weight, layer.bias) if p is not None}
+    in_layers = core.routing.in_layers()
     known = [layer.name for layer in core.routing.layers]
     try:
-        _check_others(core, states, layered)
         topology = Topology.from_state(described["topology"]) if described and described["topology"] else None
-        has_layers = any("momentum" in states.get(parameter, ()) for parameter in layered)
+        has_layers = _any(core, any("momentum" in states.get(parameter, ()) for parameter in in_layers))
         if known and described is None and not has_layers:
             raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote")
+        _check_others(core, states, in_layers)
         if has_layers:
             empty(core, topology or Topology.unshared(known))
-            for entry in core.entries():
+            here = [e for e in core.entries() if e.value is not None or core.layout.shards_rows]
+            for entry in here:
                 value = states.get(entry.parameter, {}).get(entry.key)
                 _check_tensor(f"{entry.layer}.{entry.key}", value, entry.shape)
-            for entry in core.entries():
+            for entry in here:
                 _copy(core, entry, states[entry.parameter][entry.key])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         core.restore(before)
@@ -163,18 +146,20 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
         raise
     if not has_layers:
         empty(core, None)
-    others = {p: _own_share(core, p, state, p in layered) for p, state in states.items()}
+    others = {p: _own_share(core, p, state, p in in_layers) for p, state in states.items()}
     attach(core, topology, others, int(described["steps"]) if described else _steps_in(states))
 
 
-def empty(core: Core, topology: Topology | None) -> None:
-    """New banks and batches for the topology of a state; None: there are none yet.
+def _any(core: Core, own: bool) -> bool:
+    """Whether it holds on any process that has a share of the state."""
+    return any(core.layout.everyone.all_gather_value(own)) if core.layout.has_owners else own
 
-    Raises:
-        ValueError: it is of other layers than the model's.
-    """
+
+def empty(core: Core, topology: Topology | None) -> None:
+    """New banks and batches for the topology of a state; None: there are none yet. ValueError: it is of other layers
+    than the model's."""
     if topology is None:
-        core.built = Built(Topology(), [], [], {}, {}, {})
+        core.built = Built()
         return
     unknown = sorted(set(topology.of_layer) ^ {layer.name for layer in core.routing.layers})
     if unknown:
@@ -183,20 +168,15 @@ def empty(core: Core, topology: Topology | None) -> None:
 
 
 def attach(core: Core, topology: Topology | None, others: ByParameter, steps: int) -> None:
-    """Go on from banks and batches that were filled.
-
-    Args:
-        topology: who shares a factor; None: it is to be found.
-        others: what is kept of parameters besides their layers' tensors.
-        steps: steps made.
-    """
+    """Go on, after so many steps, from banks and batches that were filled. `topology`: who shares a factor; None: it is
+    to be found. `others`: what is kept of parameters besides their layers' tensors."""
     core.capture.topology = topology or Topology()
     core.states.clear()
     for parameter, state in others.items():
         core.states[parameter].update(state)
     core.count.fill_(float(steps))
     has_factors = any(bool((bank.weight > 0).any()) for bank in core.banks)
-    core.started = core.inverted = any(core.layout.everyone.all_gather_value(has_factors))
+    core.started = core.inverted = _any(core, has_factors)
     for bank in core.banks:
         bank.inverted = core.inverted
     core.bind()
@@ -205,7 +185,7 @@ def attach(core: Core, topology: Topology | None, others: ByParameter, steps: in
 def rebuild(core: Core, topology: Topology) -> None:
     """Banks and batches for another topology, or for layers that were moved, with the state of those before. A
     collective under layouts with owners."""
-    carried = save(core, everywhere=True) if core.batches else {}
+    carried = save(core) if core.batches else {}
     core.build(topology)
     for entry in core.entries():
         value = carried.get(entry.parameter, {}).get(entry.key)
@@ -217,9 +197,8 @@ def rebuild(core: Core, topology: Topology) -> None:
 
 
 def clear(core: Core) -> None:
-    """Start anew, as before the first step."""
+    """Start anew, as before the first step; who shares an input is the model's, and stays known."""
     empty(core, None)
-    core.capture.topology = Topology()
     core.started = core.inverted = False
     core.count.zero_()
 
@@ -238,25 +217,25 @@ def _copy(core: Core, entry: Entry, value: Tensor) -> None:
 
 def _own_share(core: Core, parameter: nn.Parameter, state: Mapping[str, Any], in_layer: bool) -> dict[str, Any]:
     """A copy of what is kept of a parameter besides its layer's tensors, on its device, sharded as it is."""
-    sharded = is_sharded(parameter)
-    found = {}
+    sharded, found = is_sharded(parameter), {}
     for key, value in state.items():
         if in_layer and key != "lost":
             continue
-        if not isinstance(value, Tensor):
-            found[key] = value
-        elif sharded and not is_sharded(value) and value.shape == parameter.shape:
-            found[key] = core.layout.shard(value.detach().to(parameter.device))
-        elif is_sharded(value) and not sharded:
-            found[key] = value.full_tensor().to(parameter.device)  # type: ignore[attr-defined]
+        if isinstance(value, Tensor):
+            here = value.detach()
+            if sharded and not is_sharded(value) and value.shape == parameter.shape:
+                found[key] = core.layout.shard(here.to(parameter.device))
+            elif is_sharded(value) and not sharded:
+                found[key] = here.full_tensor().to(parameter.device)  # type: ignore[attr-defined]
+            else:
+                found[key] = here.clone().to(parameter.device)
         else:
-            found[key] = value.detach().clone().to(parameter.device)
+            found[key] = value
     return found
 
 
 def _steps_in(states: ByParameter) -> int:
-    steps = [int(state["step"]) for parameter, state in states.items() if "step" in state]
-    return max(steps, default=0)
+    return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
 
 
 def memory_usage(core: Core) -> dict[str, int]:
@@ -269,15 +248,12 @@ def memory_usage(core: Core) -> dict[str, int]:
         for key, tensor in bank.tensors().items():
             derived = key.startswith(("whitener", "inverse", "basis"))
             usage["inverses" if derived else "factors"] += _bytes(tensor)
-    tables = {table.weight for table in core.embeddings}
-    layered = {p for layer in core.routing.layers for p in (layer.weight, layer.bias) if p is not None}
+    tables, in_layers = core.tables, core.routing.in_layers()
     for parameter, state in core.states.items():
         kind = "embeddings" if parameter in tables else "fallback"
         for key, tensor in state.items():
-            if key == "lost":
-                usage["rounding"] += _bytes(tensor)
-            elif parameter not in layered:
-                usage[kind] += _bytes(tensor)
+            if key == "lost" or parameter not in in_layers:
+                usage["rounding" if key == "lost" else kind] += _bytes(tensor)
     usage["total"] = sum(usage.values())
     return usage
 

@@ -12,16 +12,14 @@ from .linalg import input_statistic, pack, unpack
 
 
 class Statistics:
-    """Sums of one group of layers over the tokens or locations of a step.
-
-    A subclass says which sums there are, with their shapes, and what becomes of them.
+    """Sums of one group of layers over the tokens or locations of a step. A subclass says which there are, and what
+    becomes of them.
 
     Attributes:
-        sums: name → tensor; those named in `SYMMETRIC` equal their transpose. Sums of micro-batches, calls and
+        sums: name → tensor; those named in `SYMMETRIC` equal their transpose; those of micro-batches, calls and
             processes add up.
         n: tokens or locations, a scalar tensor.
-        seen, kept: samples of the batch in the step, and those of them that were summed; tensors over processes.
-    """
+        seen, kept: samples of the batch in the step, and those of them that were summed; tensors over processes."""
 
     SYMMETRIC: ClassVar[tuple[str, ...]] = ("phi",)
 
@@ -36,11 +34,8 @@ class Statistics:
         raise NotImplementedError
 
     def factors(self, scale: Tensor | float | None) -> dict[str, Tensor]:
-        """What the factors of this step are, each [units, …]; what is not finite is not to be used.
-
-        Args:
-            scale: by which sums are multiplied; None: one over the number of tokens.
-        """
+        """What the factors of this step are, each [units, …]; what is not finite is not to be used. Sums are multiplied
+        by `scale`; None: one over the number of tokens."""
         raise NotImplementedError
 
     def accumulate(self, new: Iterable[tuple[str, Tensor]], count: Tensor) -> None:
@@ -68,19 +63,13 @@ class Statistics:
 
 
 class InputStatistics(Statistics):
-    """Σ_t a_t a_tᵀ over a group's inputs a, with φ' = 1 (Eq. 4): ``phi`` [units, k, b, b].
-
-    Args:
-        units: matrices of a layer.
-        blocks: (k, b).
-    """
+    """Σ_t a_t a_tᵀ over a group's inputs a, with φ' = 1 (Eq. 4): ``phi`` [units, k, b, b]; `blocks`: (k, b)."""
 
     def __init__(self, units: int, blocks: tuple[int, int]) -> None:
         super().__init__()
         self.units, self.blocks = units, blocks
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each sum."""
         k, b = self.blocks
         return {"phi": (self.units, k, b, b)}
 
@@ -103,14 +92,11 @@ def exact(like: Tensor) -> Any:
 
 
 def reduce(
-    own: Mapping[str, Statistics],
-    names: Sequence[str],
-    empty: Callable[[str], Statistics],
-    like: Callable[[str], Tensor],
-    scalars: Sequence[Tensor | int],
-    layout: Any,
-) -> tuple[dict[str, Statistics], list[Tensor]]:
-    """The statistics of every group over all processes, symmetric sums packed: one collective, and one for numbers.
+    own: Mapping[str, Statistics], names: Sequence[str], empty: Callable[[str], Statistics],
+    like: Callable[[str], Tensor], scalars: Sequence[Tensor | int], layout: Any,
+) -> tuple[dict[str, Statistics], list[Tensor]]:  # fmt: skip
+    """The statistics of every group over all processes, of those groups that this process keeps, and sums of numbers.
+    Symmetric sums travel packed: one collective, and one for the numbers.
 
     A process that saw nothing of a group adds zeros; where none saw anything ``kept`` is 0.
 
@@ -119,12 +105,8 @@ def reduce(
         names: all groups, in an order that is the same everywhere.
         empty: makes the statistics of a group of which this process saw nothing.
         like: a tensor with the device and dtype of a group's sums.
-        scalars: more numbers to sum.
-        layout: the processes and what each of them keeps, see `parallel.layout`.
-
-    Returns:
-        The statistics of the groups that this process keeps; the sums of the scalars.
-    """
+        scalars: the numbers.
+        layout: the processes and what each of them keeps, see `parallel.layout`."""
     if layout.size == 1:
         return dict(own), [torch.as_tensor(value) for value in scalars]
     here = [own[name] if name in own else empty(name) for name in names]
@@ -134,11 +116,9 @@ def reduce(
     parts = [pack(value) if size else value for (_, _, value), size in zip(flat, sizes, strict=True)]
     first = every[0]["n"]
     counts = torch.tensor([float(x) for one in here for x in (one.seen, one.kept)], dtype=first.dtype)
-    numbers = [counts.to(first.device, non_blocking=True)]
-    numbers += [torch.as_tensor(x).to(first.device, first.dtype, non_blocking=True) for x in scalars]
+    numbers = [torch.as_tensor(x).to(first.device, first.dtype, non_blocking=True) for x in (counts, *scalars)]
     parts, numbers = layout.reduce(parts, [n for n, sums in zip(names, every, strict=True) for _ in sums], numbers)
-    whole = [unpack(t, size) if size and t is not None else t for t, size in zip(parts, sizes, strict=True)]
-    found = iter(whole)
+    found = iter(unpack(t, size) if size and t is not None else t for t, size in zip(parts, sizes, strict=True))
     result: dict[str, Statistics] = {}
     for name, one, sums, (seen, kept) in zip(names, here, every, numbers[0].view(-1, 2), strict=True):
         total = {key: next(found) for key in sums}

@@ -1,7 +1,5 @@
-"""Which layers read the same tensor and so share one Φ; for the paper's directions also which activation follows.
-
-Found once, by identity (``is``) of live tensors within a forward pass, then kept by module name.
-"""
+"""Which layers read the same tensor and so share one Φ; for the paper's directions also which activation follows. Found
+once, by identity (``is``) of live tensors within a forward pass, then kept by module name."""
 
 from __future__ import annotations
 
@@ -18,8 +16,7 @@ class Group:
     Attributes:
         members: layer names; the first names the group.
         follows: what follows the only member, see `paper.chains`; empty: φ' = 1.
-        source: which of the batch's masks applies, see `masks.BatchMasks`; `masks.OPEN`: each batch tells.
-    """
+        source: which of the batch's masks applies, see `masks.BatchMasks`; `masks.OPEN`: each batch tells."""
 
     members: list[str]
     follows: tuple[str, ...] = ()
@@ -33,10 +30,8 @@ class Group:
 
 @dataclass
 class Topology:
-    """The groups of a model, in the order in which they were seen. `frozen` after the first step with statistics.
-
-    `unseen`: the layers that no rank had called by then.
-    """
+    """The groups of a model, in the order in which they were seen. `frozen` after the first step with statistics;
+    `unseen`: the layers that no rank had called by then."""
 
     groups: list[Group] = field(default_factory=list)
     frozen: bool = False
@@ -47,15 +42,14 @@ class Topology:
 
     def add(self, layer: str, follows: tuple[str, ...], source: str | None) -> Group:
         """A new group with this layer alone."""
-        group = Group([layer], follows, source)
-        self.groups.append(group)
-        self.of_layer[layer] = group
-        return group
+        self.groups.append(Group([], follows, source))
+        return self.join(layer, self.groups[-1])
 
-    def join(self, layer: str, group: Group) -> None:
+    def join(self, layer: str, group: Group) -> Group:
         """Let a layer share a group's Φ."""
         group.members.append(layer)
         self.of_layer[layer] = group
+        return group
 
     def learn(self, everyone: list[list[dict[str, Any]]]) -> None:
         """Take in the groups that other ranks saw and this one did not call, in an order that is the same on all."""
@@ -78,15 +72,11 @@ class Topology:
 
     def state(self) -> list[dict[str, Any]]:
         """Plain lists and strings, for a checkpoint."""
-        return [
-            {
-                "members": list(g.members),
-                "follows": list(g.follows),
-                "source": g.source or "",
-                "unseen": g.name in self.unseen,
-            }
-            for g in self.groups
-        ]
+        found = []
+        for g in self.groups:
+            own: dict[str, Any] = {"members": list(g.members), "follows": list(g.follows), "source": g.source or ""}
+            found.append({**own, "unseen": g.name in self.unseen})
+        return found
 
     @classmethod
     def from_state(cls, state: list[dict[str, Any]]) -> Topology:

@@ -1,6 +1,5 @@
 """Everything that is read from outside torch's public interface, and the hooks that rest on it: backward passes under
-way, graph nodes, calls on the stack, compiled functions. Seen in torch 2.13.
-"""
+way, graph nodes, calls on the stack, compiled functions. Seen in torch 2.13."""
 
 from __future__ import annotations
 
@@ -16,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
 
 _WRAPPED = "_orig_mod"  # what torch.compile calls the module that it wraps
-
-
-# Names and wrappers
 
 
 def plain_name(name: str) -> str:
@@ -73,14 +70,9 @@ def check_not_flat(model: nn.Module) -> None:
             )
 
 
-# Hooks, and where they are called
-
-
 class Hook:
     """A hook on a module that copies and pickles of the module do not get: what stands there in its place does nothing.
-
-    Else a copy of the model would hold (or be) a copy of the optimizer, and ``torch.save(model)`` would fail.
-    """
+    Else a copy of the model would hold a copy of the optimizer, and ``torch.save(model)`` would fail."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -129,26 +121,21 @@ def calls_under_way(model: nn.Module) -> int:
 
 
 def stepping_scaler() -> GradScaler | None:
-    """The gradient scaler whose ``step`` is on the stack, if there is one.
-
-    It tells an optimizer neither the scale, which gradients in hooks still have, nor that it leaves a step out.
-    """
+    """The gradient scaler whose ``step`` is on the stack, if there is one. It tells an optimizer neither the scale,
+    which gradients in hooks still have, nor that it leaves a step out."""
     frame = next((frame for frame in _callers() if frame.f_code is GradScaler.step.__code__), None)
     return None if frame is None else frame.f_locals.get("self")
-
-
-# Nodes of the graph
 
 
 def origin(output: Tensor) -> Tensor:
     """The tensor to hook for the gradient of a layer's output.
 
     A linear layer's output is a view where its input has three dimensions or more. Work on a view in place takes a hook
-    on it out of the graph, not one on what it is a view of.
-    """
+    on it out of the graph, not one on what it is a view of."""
     base = output._base if output._is_view() else None
-    whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
-    return base if base is not None and whole and base.requires_grad else output
+    if base is None or not base.requires_grad or base.numel() != output.numel():
+        return output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 def accumulator(parameter: Tensor) -> Any:
@@ -160,11 +147,8 @@ def accumulator(parameter: Tensor) -> Any:
 
 
 def accumulates(node: Any, if_asked_for: bool) -> bool:
-    """Whether the backward pass that runs goes to such a node and leaves a gradient there.
-
-    Args:
-        if_asked_for: the answer where `torch.autograd.grad` asks for this very parameter, which it returns.
-    """
+    """Whether the backward pass that runs goes to such a node and leaves a gradient there; `if_asked_for`: the answer
+    where `torch.autograd.grad` asks for this very parameter, which it returns."""
     try:
         return node is not None and bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
@@ -188,24 +172,20 @@ def same_tensor(first: Tensor | None, second: Tensor) -> bool:
 
 
 def _edge(tensor: Tensor) -> tuple[Any, int]:
-    """Where in the graph a tensor comes from, before FSDP2."""
     node: Any = tensor.grad_fn
     place = tensor.output_nr
-    while type(node).__name__ == _ALIAS:
+    while type(node).__name__ == _ALIAS:  # where it comes from before FSDP2
         node, place = node.next_functions[place]
     return node, place
 
 
 class Gradients:
-    """Whether gradients have come in this step, and are gone: set to None by anyone, or to zero by ``zero_grad``.
+    """Whether gradients of `weights` have come in this step, and are gone: set to None by anyone, or to zero by
+    ``zero_grad``.
 
     A loop that drops gradients in place of making a step drops the statistics of their forward passes with them.
     Nothing waits for the device, so zeros that somebody else writes are not told from gradients. Nor are gradients that
-    somebody puts aside told from dropped ones: micro-batches before are not counted then.
-
-    Args:
-        weights: the parameters whose gradients are asked after.
-    """
+    somebody puts aside told from dropped ones: micro-batches before are not counted then."""
 
     def __init__(self, weights: Callable[[], Iterable[Tensor]]) -> None:
         self._weights = weights
@@ -236,12 +216,9 @@ class Gradients:
     def gone(self) -> bool:
         """True where a forward pass that begins now is of a new step. FSDP2 keeps gradients of micro-batches elsewhere,
         so there only `zero_grad` tells."""
-        return self._dropped or (
-            self._came and all(weight.grad is None and not is_sharded(weight) for weight in self._weights())
-        )
+        gone = self._came and all(weight.grad is None and not is_sharded(weight) for weight in self._weights())
+        return self._dropped or gone
 
-
-# Compiled functions
 
 # Compiled code passes over hooks that came later, and hooks that are there when a model is compiled are traced, layer
 # by layer. So while statistics are collected the code runs as it was written; what was compiled waits, unchanged.
@@ -256,16 +233,46 @@ def run_eagerly(collector: object, wanted: bool) -> None:
 
     A stance of ours, put in the place of the one that was there (`torch.compiler.set_stance`, which costs nothing and
     compiles nothing again), says ``force_eager`` while it is wanted and else what that one said. So it may stay where
-    it is, and comes to no harm where a ``with`` of the user's puts it back after LNGD is closed.
-    """
-    if not wanted:
-        _collectors.discard(collector)
-    else:
-        _collectors.add(collector)
-        if collector not in _met:
-            _met.add(collector)
-            weakref.finalize(collector, _take_stance).atexit = False
+    it is, and comes to no harm where a ``with`` of the user's puts it back after LNGD is closed."""
+    (_collectors.add if wanted else _collectors.discard)(collector)
+    if wanted and collector not in _met:
+        _met.add(collector)
+        weakref.finalize(collector, _take_stance).atexit = False
     _take_stance()
+
+
+class Collector:
+    """What gathers statistics of forward passes between two steps, by hooks.
+
+    Attributes:
+        doubtful: they are of a step that may be left out; the next forward pass then begins anew.
+        gradients: of the same step, and whether they were dropped; so does it then."""
+
+    def __init__(self, weights: Callable[[], Iterable[Tensor]]) -> None:
+        self.enabled, self.closed, self.doubtful = True, False, False
+        self.gradients = Gradients(weights)
+        self._handles: list[RemovableHandle] = []
+
+    def collect(self, enabled: bool) -> None:
+        """Collect statistics of forward passes, or stop collecting: then compiled models may run compiled."""
+        self.enabled = enabled
+        run_eagerly(self, enabled and bool(self._handles))
+
+    def forget(self) -> None:
+        """Forget what was gathered for the current step."""
+
+    def disarm(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        run_eagerly(self, False)
+
+    def close(self) -> None:
+        """Remove every hook, for good."""
+        self.closed = True
+        self.disarm()
+        self.forget()
 
 
 def stop_running_eagerly() -> None:

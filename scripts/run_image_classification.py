@@ -34,8 +34,7 @@ from transformers.utils import logging
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments
 from hf_lngd.integrations import scripts
 from hf_lngd.integrations.card import pyplot
-from hf_lngd.integrations.scripts import blame, option, refuse_if
-from hf_lngd.integrations.usage import UsageError, UsageParser, exit_on_usage_error, one_line
+from hf_lngd.integrations.usage import UsageError, UsageParser, blame, exit_on_usage_error, one_line, option, refuse_if
 from hf_lngd.metrics import load_metric
 
 logger = logging.get_logger(__name__)

@@ -30,8 +30,7 @@ from transformers.utils import logging
 
 from hf_lngd import LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments
 from hf_lngd.integrations import scripts
-from hf_lngd.integrations.scripts import blame, option, refuse_if
-from hf_lngd.integrations.usage import UsageError, UsageParser, exit_on_usage_error
+from hf_lngd.integrations.usage import UsageError, UsageParser, blame, exit_on_usage_error, option, refuse_if
 from hf_lngd.metrics import load_metric
 
 logger = logging.get_logger(__name__)

@@ -48,6 +48,10 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
     return vectors @ torch.diag(values.clamp_min(0) ** exponent) @ vectors.T
 
 
+# Of the mean square of each row of the polar direction.
+ROW_DECAY = 0.95
+
+
 class NaiveLayer:
     """One layer under LNGD, as plainly as possible: a factor estimate and a gradient a step."""
 
@@ -56,10 +60,7 @@ class NaiveLayer:
         m, d = weight.shape
         self.phi, self.psi, self.seen = torch.zeros(d, d).double(), torch.zeros(m).double(), 0.0
         self.momentum = torch.zeros(m, d).double()
-        self.gram: Tensor | None = None
-        self.root: Tensor | None = None
         self.rows = torch.zeros(m).double()
-        self.t = 0
 
     def observe(self, a: Tensor, g2: Tensor) -> None:
         """Eq. 14 on undamped factors, with the sum of weights kept."""
@@ -80,10 +81,10 @@ class NaiveLayer:
         c, g = self.c, grad.double()
         if c.momentum_on == "gradient":
             self.momentum = c.momentum * self.momentum + (1 - c.momentum) * g
-            g = c.momentum * self.momentum + (1 - c.momentum) * g if c.nesterov else self.momentum
+            g = c.momentum * self.momentum + (1 - c.momentum) * g
         direction = self.direction(g)
-        if c.row_decay and c.direction != "natural":
-            self.rows = c.row_decay * self.rows + (1 - c.row_decay) * direction.square().mean(1)
+        if c.direction == "polar":
+            self.rows = ROW_DECAY * self.rows + (1 - ROW_DECAY) * direction.square().mean(1)
             direction = direction / self.rows.sqrt()[:, None]
         return direction
 
@@ -91,39 +92,20 @@ class NaiveLayer:
         """The step itself: `update` is αα_l D, `decay` what the weights shrink by."""
         c = self.c
         if c.momentum_on == "update":
-            self.momentum = c.momentum * self.momentum + update
-            update = update + c.momentum * self.momentum if c.nesterov else self.momentum
+            self.momentum = update = c.momentum * self.momentum + update
         self.w = self.w * (1 - decay) - update
-        self.t += 1
-
-    def form(self, direction: Tensor) -> float:
-        """DᵀFD."""
-        phi, psi = self.phi / self.seen, self.psi / self.seen
-        return sum(float(psi[i] * direction[i] @ phi @ direction[i]) for i in range(len(psi)))
 
     def direction(self, g: Tensor) -> Tensor:
         """D."""
-        c, (m, d) = self.c, g.shape
+        c, d = self.c, g.shape[1]
         phi, psi = self.phi / self.seen, self.psi / self.seen
-        lam = damping_of(float(phi.trace()) / d, c.damping, c.damping_rho, c.damping_min, c.damping_max)
+        lam = damping_of(float(phi.trace()) / d, c.damping, c.damping_rho, *c.damping_bounds)
         damped = phi + lam * torch.eye(d).double()
         if c.direction == "natural":
-            lam_psi = damping_of(float(psi.mean()), c.damping, c.damping_rho, c.damping_min, c.damping_max)
+            lam_psi = damping_of(float(psi.mean()), c.damping, c.damping_rho, *c.damping_bounds)
             return torch.diag(1 / (psi + lam_psi)) @ g @ power(damped, -1)
         white = power(damped / (phi.trace() / d), -0.5)
-        x = g @ white
-        if c.direction == "polar":
-            return newton_schulz(x) @ white
-        if self.t % c.polar_interval == 0:
-            gram = x.T @ x if d <= m else x @ x.T
-            gram, old = gram / gram.trace(), c.gram_decay**c.polar_interval
-            self.gram = gram if self.gram is None else old * self.gram + (1 - old) * gram
-            n = len(self.gram)
-            root = power(self.gram * n / self.gram.trace() + 1e-3 * torch.eye(n).double(), -0.5)
-            # where both stand on the right they are kept as one product, with the Φ of that time
-            self.root = white @ root @ white if d <= m else root
-        assert self.root is not None
-        return g @ self.root if d <= m else self.root @ x @ white
+        return newton_schulz(g @ white) @ white
 
 
 def joint_step(units: list, grads: list[Tensor], lr: float, decay: float = 0.0) -> None:
@@ -132,9 +114,6 @@ def joint_step(units: list, grads: list[Tensor], lr: float, decay: float = 0.0) 
     rate = 1.0
     if c.rate == "rms":
         rate = c.rate_scale / float(torch.stack(directions).square().mean().sqrt())
-    elif c.rate == "trust":
-        forms = [unit.form(direction) for unit, direction in zip(units, directions, strict=True)]
-        rate = c.rate_scale / math.sqrt(sum(forms))
     for unit, direction in zip(units, directions, strict=True):
         unit.apply(lr * rate * direction, lr * decay)
 
@@ -248,7 +227,7 @@ class NaiveFamily:
     def direction(self, grad: Tensor) -> Tensor:
         """D by one dense solve: grad [m, d]."""
         c, m, d = self.c, self.m, self.d
-        lam_of = lambda mean: damping_of(mean, c.damping, c.damping_rho, c.damping_min, c.damping_max)  # noqa: E731
+        lam_of = lambda mean: damping_of(mean, c.damping, c.damping_rho, *c.damping_bounds)  # noqa: E731
         eye_m, eye_d = torch.eye(m).double(), torch.eye(d).double()
         if self.family == "ng+":
             (name,) = self.average

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.cost import cases
 from benchmarks.cost import model as cost_model
-from benchmarks.cost import step_time
 from benchmarks.cost.calibration import Measured, flush
 from benchmarks.cost.report import draw, large_rows, tables
 from benchmarks.studies.rivals import Settings, Together, adamw, muon
@@ -80,13 +80,13 @@ def _vit(width: int, layers: int, patch: int) -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
-    "Marian d=128, 2+2": (lambda: step_time.marian(128, 512, 4, 2, 4_000), lambda: text_batch(64, 16, 4_000)),
+    "Marian d=128, 2+2": (lambda: cases.marian(128, 512, 4, 2, 4_000), lambda: text_batch(64, 16, 4_000)),
     "ViT d=128, 3": (lambda: _vit(128, 3, 8), lambda: image_batch(128, 3, 32, 32)),
     "ViT d=256, 4": (lambda: _vit(256, 4, 8), lambda: image_batch(64, 3, 32, 32)),
-    "ResNet 32-64-128": (lambda: step_time.small_resnet(0), lambda: image_batch(64, 3, 32, 32)),
+    "ResNet 32-64-128": (lambda: cases.make_resnet(0), lambda: image_batch(64, 3, 32, 32)),
     "MLP 784-512-512-10": (lambda: Mlp((784, 512, 512, 10)), lambda: image_batch(256, 784)),
     "MLP 256-1024-1024-10": (lambda: Mlp((256, 1024, 1024, 10)), lambda: image_batch(256, 256)),
-    "Marian d=256, 3+3": (step_time.small, lambda: text_batch(16, 32, 8_000)),
+    "Marian d=256, 3+3": (cases.small, lambda: text_batch(16, 32, 8_000)),
 }
 
 

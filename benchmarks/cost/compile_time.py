@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks.cost.step_time import marian
+from benchmarks.cost.cases import marian
 from benchmarks.report.tables import table
 from hf_lngd import LNGD
 

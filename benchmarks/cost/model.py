@@ -184,11 +184,11 @@ def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfi
     usage = optimizer.memory_usage()
     follows = {r.layer: r.follows for r in optimizer.routing() if r.owner == "lngd"}
     optimizer.close()
-    groups = _groups([layers[name] for name in seen], seen, follows)
+    groups = _groups([layers[name] for name in seen], seen, follows, config)
     banks: dict[tuple[Any, ...], list[tuple[Layer, int]]] = {}
     factors = []
     for members in groups:
-        first, (k, b) = members[0], factor_blocks(members, config.max_factor_dim)
+        first, (k, b) = members[0], factor_blocks(members[0], config.max_factor_dim)
         estimated = follows[first.name] not in NOTHING or config.fisher != "expected"
         count = seen[first.name].positions
         kept = -(-count // CONV_ROWS[config.preset]) if first.is_convolution else count
@@ -221,13 +221,20 @@ def _has_rule(route: Route) -> bool:
     return route.reason.startswith("embedding, ")
 
 
-def _groups(layers: list[Layer], seen: Mapping[str, Seen], follows: Mapping[str, str]) -> list[list[Layer]]:
-    """Layers that share one Φ: they read the same tensor alike, and nothing that counts follows."""
+def _groups(
+    layers: list[Layer], seen: Mapping[str, Seen], follows: Mapping[str, str], config: LNGDConfig
+) -> list[list[Layer]]:
+    """Layers that share one Φ: they read the same tensor alike, cut it into the same blocks, and nothing that counts
+    follows."""
+
+    def kind(layer: Layer) -> Any:
+        return layer.columns, layer.bias is None, factor_blocks(layer, config.max_factor_dim)
+
     groups: list[list[Layer]] = []
     for layer in layers:
         for group in groups:
             first = group[0]
-            alike = first.geometry.reads_like(layer.geometry) and first.columns == layer.columns
+            alike = first.geometry.reads_like(layer.geometry) and kind(first) == kind(layer)
             alone = {follows[first.name], follows[layer.name]} - NOTHING
             if alike and not alone and seen[first.name].read is seen[layer.name].read:
                 group.append(layer)

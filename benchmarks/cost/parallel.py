@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -56,16 +56,16 @@ def marian() -> MarianMTModel:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[dict[str, float]]:
-    """Within it, ``bytes`` that this rank hands to collectives and ``seconds`` in them."""
+def counted(clock: Callable[[], float] = time.perf_counter) -> Iterator[dict[str, float]]:
+    """Within it, ``bytes`` that this rank hands to collectives and ``seconds`` of this clock in them."""
     spent = {"bytes": 0.0, "seconds": 0.0}
 
     def counting(name: str, function: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
             spent["bytes"] += args[SENT[name]].numel() * args[SENT[name]].element_size()
-            start = time.perf_counter()
+            start = clock()
             result = function(*args, **kwargs)
-            spent["seconds"] += time.perf_counter() - start
+            spent["seconds"] += clock() - start
             return result
 
         return run

@@ -83,7 +83,7 @@ def factors(
         skipped = scaler.get_scale() < scale
         steps, left_out = steps + (not skipped), left_out + skipped
         optimizer.zero_grad()
-    layers = dict.fromkeys(r.layer for r in optimizer.routing() if r.owner == "lngd")
+    layers = dict.fromkeys(layer.name for layer in optimizer.core.routing.layers)
     found = {f"{name}.{kind}": value for name in layers for kind, value in optimizer.factors(name).items()}
     rate = optimizer.diagnostics()["layer_rate_mean"]
     optimizer.close()

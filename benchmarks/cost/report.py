@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.cost import cases
 from benchmarks.cost import model as cost_model
-from benchmarks.cost import step_time
 from benchmarks.cost.cluster import Cluster, Device, cluster_step
 from benchmarks.report.tables import table
 from hf_lngd import LNGDConfig
@@ -88,7 +88,7 @@ def image_feed(rows: int, size: int, channels: int = 3) -> Callable[[], dict[str
 
 # What a device gets of a batch.
 LARGE: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], str]] = {
-    "Transformer-big": (step_time.transformer_big, text_feed(128, 64), "128 × 64 tokens"),
+    "Transformer-big": (cases.transformer_big, text_feed(128, 64), "128 × 64 tokens"),
     "NLLB-3.3B": (nllb, text_feed(32, 128), "32 × 128 tokens"),
     "ViT-H/14": (vit_huge, image_feed(64, 224), "64 images"),
 }

@@ -2,14 +2,18 @@
 
     python -m benchmarks.cost.step_time
     python -m benchmarks.cost.step_time --model resnet
+    python -m benchmarks.cost.step_time --model vit --against PATH
 
-Time: a Marian (d=256, 3+3 layers) on batches of 64 × 32 random tokens, or the ResNet of the CIFAR-10 task on batches of
-128 random images. Every contender has a model of its own; each round takes one step of every contender, the first one
-another each round, and costs are compared within rounds, so that what else the machine does meets all of them. Whole
-intervals are measured, so the seldom work (factors, inverses) counts.
+Time: a Marian (d=256, 3+3 layers) on batches of 64 × 32 random tokens, or the ResNet or ViT of the CIFAR-10 tasks on
+batches of 128 random images. Every contender has a model of its own; each round takes one step of every contender, the
+first one another each round, and costs are compared within rounds, so that what else the machine does meets all of
+them. Whole intervals are measured, so the seldom work (factors, inverses) counts.
 
 Memory: optimizer state beside AdamW's, for that model and for a Transformer-big, the latter on the meta device.
-The results are `benchmarks/results/step_time.json`, `step_time_resnet.json` and tables.
+The results are `benchmarks/results/step_time.json`, `step_time_resnet.json`, `step_time_vit.json` and tables.
+
+With `--against` steps of LNGD of this checkout are compared with those of another one, both at their defaults, in turn,
+in processes of their own, see `versions`; the rows of the models go into one file, `step_time_versions.json`.
 """
 
 from __future__ import annotations
@@ -26,15 +30,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import MarianConfig, MarianMTModel
 
+from benchmarks.cost import cases
+from benchmarks.cost.cases import small, transformer_big
+from benchmarks.cost.versions import OWN, time_versions
 from benchmarks.report.tables import table
 from benchmarks.studies.rivals import Settings, Together, adamw, muon, split
-from benchmarks.tasks.cifar10 import make_resnet as small_resnet
+from benchmarks.studies.runs import hardware
 from hf_lngd import LNGD
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-BATCH, TOKENS, IMAGES = 64, 32, 128
 RATES = Settings(1e-3, 1e-3)
 CONTENDERS: dict[str, dict[str, Any] | None] = {
     "adamw": None,
@@ -59,39 +64,7 @@ IMAGE_TARGETS: list[Target] = [
     ("fast", "muon", "optimizer", None),
 ]
 MEMORY_TARGET = 1.1
-
-
-def marian(width: int, ffn: int, heads: int, layers: int, vocabulary: int) -> nn.Module:
-    """A Marian with its weights; eager attention, which the meta device can run too."""
-    config = MarianConfig(
-        vocab_size=vocabulary,
-        d_model=width,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=ffn,
-        decoder_ffn_dim=ffn,
-        activation_function="relu",
-        dropout=0.1,
-        init_std=width**-0.5,
-        scale_embedding=True,
-        pad_token_id=0,
-        decoder_start_token_id=0,
-        eos_token_id=1,
-        forced_eos_token_id=None,
-    )
-    return MarianMTModel._from_config(config, attn_implementation="eager" if torch.empty(0).is_meta else "sdpa")
-
-
-def small() -> nn.Module:
-    """The model whose steps are timed (7.6 million parameters)."""
-    return marian(256, 1024, 4, 3, 8_000)
-
-
-def transformer_big() -> nn.Module:
-    """Transformer-big (209 million parameters)."""
-    return marian(1024, 4096, 16, 6, 32_000)
+VERSION_TARGET = 1.0
 
 
 def make(name: str, model: nn.Module) -> Together:
@@ -128,29 +101,16 @@ class Contender:
         return self.step if which == "step" else self.update
 
 
-def sentences(generator: torch.Generator) -> dict[str, Tensor]:
-    """A batch for the Marian."""
-    tokens = torch.randint(3, 8_000, (2, BATCH, TOKENS), generator=generator)
-    return {"input_ids": tokens[0], "attention_mask": torch.ones_like(tokens[0]), "labels": tokens[1]}
-
-
-def images(generator: torch.Generator) -> dict[str, Tensor]:
-    """A batch for the ResNet."""
-    labels = torch.randint(0, 10, (IMAGES,), generator=generator)
-    return {"pixel_values": torch.randn(IMAGES, 3, 32, 32, generator=generator), "labels": labels}
-
-
 def time_steps(rounds: int, warmup: int, model_name: str) -> dict[str, Contender]:
     """Rounds of one step each of every contender; the warm-up rounds are not counted."""
     generator = torch.Generator().manual_seed(0)
     contenders = {}
     for name in CONTENDERS if model_name == "marian" else IMAGE_CONTENDERS:
-        torch.manual_seed(0)
-        model = (small() if model_name == "marian" else small_resnet(0)).train()
+        model, feed = cases.make(model_name)
         contenders[name] = Contender(model, make(name, model))
     names = list(contenders)
     for turn in tqdm(range(warmup + rounds), unit="round"):
-        batch = (sentences if model_name == "marian" else images)(generator)
+        batch = feed(generator)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             contenders[name].run(batch)
@@ -191,6 +151,44 @@ def timing_rows(contenders: dict[str, Contender], targets: list[Target]) -> list
             }
         )
     return rows
+
+
+def version_rows(model: str, against: Path, rounds: int, warmup: int) -> list[dict[str, Any]]:
+    """Two rows: the whole step and `optimizer.step()` of this checkout beside another one's."""
+    found = time_versions(model, {"before": against, "now": OWN}, rounds, warmup)
+    rows = []
+    for which, what in (("step", "whole step"), ("optimizer", "optimizer.step()")):
+        now, before = found["now"][which], found["before"][which]
+        rows.append(
+            {
+                "model": model,
+                "what": what,
+                "milliseconds": round(1e3 * mean(now), 2),
+                "milliseconds_before": round(1e3 * mean(before), 2),
+                **compare(now, before),
+                "target": VERSION_TARGET if which == "step" else None,
+                "rounds": rounds,
+            }
+        )
+    return rows
+
+
+def version_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each model and part of the step."""
+    head = ["model", "what", "before, ms", "now, ms", "ratio of means", "ratio of medians", "target"]
+    body = [
+        [
+            row["model"],
+            row["what"],
+            f"{row['milliseconds_before']:.1f}",
+            f"{row['milliseconds']:.1f}",
+            f"{row['ratio']:.3f} ± {row['standard_error']:.3f}",
+            f"{row['ratio_of_medians']:.3f}",
+            "–" if row["target"] is None else f"≤ {row['target']:.2f}",
+        ]
+        for row in rows
+    ]
+    return table(head, body)
 
 
 def memory_row(name: str, model_name: str, device: str) -> dict[str, Any]:
@@ -270,22 +268,38 @@ def tables(result: dict[str, Any]) -> str:
     )
 
 
+def write_versions(args: argparse.Namespace) -> None:
+    """Measure this checkout beside another one: rows of this model in the file, those of others stay."""
+    torch.set_num_threads(1)  # as the two processes have
+    known = json.loads(args.results.read_text(encoding="utf-8"))["rows"] if args.results.exists() else []
+    fresh = version_rows(args.model, args.against, args.rounds, args.warmup)
+    rows = [row for row in known if row["model"] != args.model] + fresh
+    result = {"hardware": hardware(), "clock": "cpu", "torch": torch.__version__, "rows": rows}
+    args.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(version_table(rows))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measures, writes the JSON file and prints the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=["marian", "resnet"], default="marian", help="default: %(default)s")
+    parser.add_argument("--model", choices=list(cases.CASES), default="marian", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=100, help="counted rounds, whole hundreds (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default: %(default)s)")
     parser.add_argument("--memory-only", action="store_true", help="leave the timings of the file as they are")
+    parser.add_argument("--against", type=Path, help="another checkout, whose LNGD takes turns; one thread each")
     parser.add_argument("--results", type=Path, help="file to write (default: of the model)")
     args = parser.parse_args(arguments)
     is_marian = args.model == "marian"
-    args.results = args.results or RESULTS / ("step_time.json" if is_marian else "step_time_resnet.json")
+    default = "step_time.json" if is_marian else f"step_time_{args.model}.json"
+    args.results = args.results or RESULTS / ("step_time_versions.json" if args.against else default)
     if args.rounds < 2 or args.warmup < 1 or args.threads < 1:
         raise ValueError("--rounds, --warmup, --threads: accepted: at least 2, 1, 1")
     if args.memory_only and not is_marian:
-        raise ValueError("--memory-only: got --model resnet, accepted: for marian, whose memory is measured")
+        raise ValueError(f"--memory-only: got --model {args.model}, accepted: for marian, whose memory is measured")
+    if args.against:
+        write_versions(args)
+        return
     if is_marian and args.rounds % 100 and not args.memory_only:
         print("note: --rounds is no whole hundred, so interval 100's seldom work is over- or undercounted", flush=True)
     torch.set_num_threads(args.threads)

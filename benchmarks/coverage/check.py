@@ -32,7 +32,7 @@ from benchmarks.coverage.entry import Entry
 from benchmarks.coverage.zoo import ABSENT, ZOO, batch, build, build_full, known
 from benchmarks.report.tables import table
 from hf_lngd import LNGD, LNGDConfig
-from hf_lngd.routing import FROZEN_OWNER, LNGD_OWNER, Route, route
+from hf_lngd.routing import EXACT_EMBEDDING, FROZEN_OWNER, LNGD_OWNER, Route, route
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LNGD_FIELDS: dict[str, Any] = {"lr": 1e-3, "factor_interval": 1}
@@ -95,7 +95,7 @@ def check_step(entry: Entry) -> tuple[Ownership, int]:
     broken = [name for name, p in after.items() if not torch.isfinite(p).all()]
     require(not broken, f"not finite after a step: {', '.join(broken[:3])}")
     rests = re.compile(entry.rests[0]) if entry.rests else None
-    layers = {r.parameter: r.layer for r in optimizer.routing() if r.owner == LNGD_OWNER}
+    layers = {r.parameter: r.layer for r in optimizer.routing() if is_layer(r)}
     unseen = [name for name, layer in layers.items() if after[name].grad is not None and layer not in called]
     require(not unseen, f"trained, but its module is never called: {', '.join(unseen[:3])}")
     still = [n for n in layers if torch.equal(before[n], after[n]) and not (rests and rests.search(n))]
@@ -203,9 +203,14 @@ class Ownership:
     rest: dict[str, tuple[int, str, bool]]
 
 
+def is_layer(route: Route) -> bool:
+    """A part of one of LNGD's layers: tables are not, also where LNGD takes them by token frequency."""
+    return route.owner == LNGD_OWNER and route.reason != EXACT_EMBEDDING
+
+
 def is_weight(route: Route) -> bool:
     """A matrix or a kernel: neither a vector, however many dimensions of size 1 it has, nor a table."""
-    if route.owner == LNGD_OWNER:
+    if is_layer(route):
         return len(route.shape) > 1
     vector = route.numel == max(route.shape, default=1)
     is_table = route.reason.startswith(("embedding", "position")) or _TABLES.search(route.parameter.rsplit(".", 1)[-1])
@@ -218,18 +223,18 @@ def ownership(optimizer: LNGD, parameters: dict[str, nn.Parameter]) -> Ownership
     total = sum(r.numel for r in weights)
     rest: dict[str, tuple[int, str, bool]] = {}
     for r in weights:
-        if r.owner != LNGD_OWNER:
+        if not is_layer(r):
             numbers, example, used = rest.get(r.reason, (0, r.parameter, False))
             used = used or parameters[r.parameter].grad is not None
             rest[r.reason] = (numbers + r.numel, example, used)
-    return Ownership(total, sum(r.numel for r in weights if r.owner == LNGD_OWNER) / total, rest)
+    return Ownership(total, sum(r.numel for r in weights if is_layer(r)) / total, rest)
 
 
 def full_size(entry: Entry) -> tuple[int, float]:
     """(weights, share) of the architecture's default size, from the routing alone."""
     weights = [r for r in route(build_full(entry), LNGDConfig()).routes if is_weight(r)]
     total = sum(r.numel for r in weights)
-    return total, sum(r.numel for r in weights if r.owner == LNGD_OWNER) / total
+    return total, sum(r.numel for r in weights if is_layer(r)) / total
 
 
 # The table

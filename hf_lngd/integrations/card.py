@@ -3,6 +3,7 @@ again. The text stands in ``model_card.md.jinja``; a reader can run its commands
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import logging
 
-from .training_args import is_lngd, lngd_settings
+from .training_args import is_lngd, lngd_settings, name_of
 
 logger = logging.get_logger(__name__)
 
@@ -86,11 +87,11 @@ def write_model_card(folder: str | Path, facts: CardFacts, args: Any) -> Path:
         str(_TEMPLATE),
         facts=facts,
         args=args,
-        optimizer="LNGD (layer-wise natural gradient descent)" if is_lngd(args) else f"`{_plain(args.optim)}`",
+        optimizer="LNGD (layer-wise natural gradient descent)" if is_lngd(args) else f"`{name_of(args.optim)}`",
         settings=settings,
         options=folded(optimizer_options(args)),
         batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size),
-        scheduler=_plain(args.lr_scheduler_type),
+        scheduler=name_of(args.lr_scheduler_type),
         curves=LOSSES if facts.trained and draw_losses(folder, facts.log_history, facts.name) else None,
         command=folded(without_authors(facts.command)),
         inputs=inputs(facts.command),
@@ -101,20 +102,13 @@ def write_model_card(folder: str | Path, facts: CardFacts, args: Any) -> Path:
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
-    results = [
-        EvalResult(
-            task_type=facts.task,
-            dataset_type=facts.dataset_type,
-            dataset_name=facts.dataset_name,
-            dataset_config=facts.dataset_config,
-            dataset_split=score.split,
-            metric_type=score.metric,
-            metric_name=score.name,
-            metric_value=score.value,
-            metric_args={"signature": score.signature} if score.signature else None,
-        )
-        for score in facts.scores
-    ]
+    data: dict[str, Any] = {"task_type": facts.task, "dataset_type": facts.dataset_type}
+    data |= {"dataset_name": facts.dataset_name, "dataset_config": facts.dataset_config}
+    results = []
+    for score in facts.scores:
+        metric: dict[str, Any] = {"metric_type": score.metric, "metric_name": score.name, "metric_value": score.value}
+        signed = {"signature": score.signature} if score.signature else None
+        results.append(EvalResult(**data, **metric, dataset_split=score.split, metric_args=signed))
     return ModelCardData(
         language=list(facts.languages) or None,
         license=facts.license,
@@ -131,14 +125,8 @@ def _metadata(facts: CardFacts) -> ModelCardData:
 
 def _versions(more: Sequence[str]) -> Iterator[tuple[str, str]]:
     for name in (*_LIBRARIES, *more):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             yield name, version(name)
-        except PackageNotFoundError:
-            continue
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)
 
 
 def pyplot() -> Any:
@@ -180,8 +168,8 @@ def draw_losses(folder: str | Path, history: Sequence[Mapping[str, Any]], title:
 
 
 def command_of(argv: Sequence[str], processes: int = 1, on_this_node: int = 1) -> list[str]:
-    """The command that makes a model again, of the script and its arguments; a single file of arguments (JSON) is
-    written out. It had so many `processes` in all, and of these so many on this node."""
+    """The command that makes a model again in so many `processes`, of which so many are on a node; a single file of
+    arguments (JSON) is written out."""
     script, *given = argv
     if len(given) == 1 and given[0].endswith(".json"):
         given = list(_from_json(given[0]))
@@ -227,7 +215,7 @@ def optimizer_options(args: Any) -> list[str]:
     if is_lngd(args):
         config, lr = lngd_settings(args)
         return ["--optim", "lngd", "--learning_rate", str(lr), "--optim_args", config.to_optim_args()]
-    options = ["--optim", str(_plain(args.optim)), "--learning_rate", str(args.learning_rate)]
+    options = ["--optim", name_of(args.optim), "--learning_rate", str(args.learning_rate)]
     options += ["--optim_args", args.optim_args] if args.optim_args else []
     return options + [part for name in _ADAMW for part in (f"--{name}", str(getattr(args, name)))]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -29,6 +29,7 @@ from ..config import LNGDConfig
 from ..parallel.ranks import Ranks
 from ..state import check_origin, check_parameters
 from ..torch_internals import is_fully_sharded, plain_class
+from .usage import UsageError, refuse_if
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
@@ -38,8 +39,9 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.
 
 def restores_by_name(model: nn.Module, folder: str) -> bool:
     """True if :func:`load_weights` can stand in for the Trainer's loading: a model of transformers, no adapters."""
-    adapters = any(os.path.exists(os.path.join(folder, name)) for name in _ADAPTERS)
-    return isinstance(model, PreTrainedModel) and not adapters and os.path.isfile(os.path.join(folder, "config.json"))
+    there = Path(folder)
+    adapters = any((there / name).exists() for name in _ADAPTERS)
+    return isinstance(model, PreTrainedModel) and not adapters and (there / "config.json").is_file()
 
 
 def freeze_fixed_positions(model: nn.Module) -> None:
@@ -62,10 +64,7 @@ def load_weights(model: Any, folder: str) -> None:
     if not is_fully_sharded(model):
         model.load_state_dict(_read_weights(model, folder), strict=True)
         return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    ranks, problem = Ranks(), None
-    state: dict[str, Any] = {}
+    ranks, problem, state = Ranks(), None, dict[str, Any]()
     if ranks.rank == 0:
         try:
             state = _read_weights(model, folder)
@@ -98,10 +97,9 @@ def problem_of(folder: str | Path) -> str | None:
     if not (folder / STATE).is_file():
         return f"has no {STATE}, which is written last: it was not finished, or is no checkpoint of a Trainer"
     paths = sorted(folder.iterdir())
-    for path in paths:
-        problem = _problem_in(path)
-        if problem is not None:
-            return problem
+    problem = next((found for path in paths if (found := _problem_in(path))), None)
+    if problem is not None:
+        return problem
     others = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
     weights = (  # whole, sharded (FSDP, DeepSpeed), or those of adapters, one folder each
         path.name.startswith((SHARDED.rstrip("_"), "global_step"))
@@ -149,14 +147,12 @@ def check_checkpoint(folder: str | Path) -> None:
 
 
 def check_optimizer(folder: str | Path, config: LNGDConfig | None, parameters: Mapping[str, list[int]]) -> None:
-    """Look into ``optimizer.pt``, if there is one, before anything is loaded.
+    """Look into ``optimizer.pt``, if there is one, before anything is loaded. Raises ValueError where it is of another
+    optimizer, version or model, or of other settings.
 
     Args:
         config: the settings of LNGD here; None: another optimizer is used.
         parameters: shapes of those that LNGD trains here, by name.
-
-    Raises:
-        ValueError: it is of another optimizer, version or model, or of other settings.
     """
     path = Path(folder) / "optimizer.pt"
     if not path.is_file():
@@ -187,14 +183,29 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def last_finished(output_dir: str | Path) -> Path | None:
-    """The last checkpoint in a folder that was once written to its end, damaged or not; None: there is none."""
-    return next((path for path in _numbered(output_dir) if (path / STATE).is_file()), None)
-
-
 def _numbered(output_dir: str | Path) -> list[Path]:
     """Folders that are named as checkpoints, the last one first."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     found = {path: path.name.removeprefix(prefix) for path in Path(output_dir).glob(f"{prefix}*") if path.is_dir()}
     numbered = {path: int(number) for path, number in found.items() if number.isdigit()}
     return sorted(numbered, key=numbered.__getitem__, reverse=True)
+
+
+def find_checkpoint(training: Any) -> str | None:
+    """The folder to resume from; ``true`` and ``last``: the last one in `output_dir`.
+
+    ``last`` is for a command that is run again until it is through: without a checkpoint it starts anew, and warns.
+    """
+    field, given, folder = "resume_from_checkpoint", training.resume_from_checkpoint, training.output_dir
+    if not given or str(given).lower() not in ("true", "last"):
+        problem = problem_of(given) if given else None
+        refuse_if(problem, field, f"got {given!r}, which {problem}, accepted: a folder checkpoint-N, or last")
+        return str(given) if given else None
+    last, finished = last_checkpoint(folder), next((p for p in _numbered(folder) if (p / STATE).is_file()), None)
+    if last is None and finished is not None:  # to start anew would be to lose what it held
+        what = f"got {given!r}, but {finished} {problem_of(finished)}, accepted: a whole checkpoint (or none at all)"
+        raise UsageError(field, what)
+    if last is None:
+        refuse_if(str(given).lower() == "true", field, f"got {given!r}, but {folder} has no checkpoint")
+        logger.warning("%s has no checkpoint yet: training starts at the beginning (resume_from_checkpoint)", folder)
+    return last

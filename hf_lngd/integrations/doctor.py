@@ -10,29 +10,23 @@ neither loaded nor downloaded.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-)
 
 from ..config import LNGDConfig
 from .estimate import estimate
 from .training_args import take_lr
-from .usage import LOAD_ERRORS, UsageError, UsageParser
+from .usage import LOAD_ERRORS, UsageError, UsageParser, blame, option, refuse_if
 
 FACTORIES: dict[str, Any] = {
-    "translation": AutoModelForSeq2SeqLM,
-    "image": AutoModelForImageClassification,
-    "text": AutoModelForCausalLM,
-    "classification": AutoModelForSequenceClassification,
+    "translation": transformers.AutoModelForSeq2SeqLM,
+    "image": transformers.AutoModelForImageClassification,
+    "text": transformers.AutoModelForCausalLM,
+    "classification": transformers.AutoModelForSequenceClassification,
 }
 MOST_ON_CPU = 50_000_000  # parameters: a larger model is not built on the CPU
 _CHANNELS, _IMAGE = 3, 224  # of configurations that tell of neither
@@ -42,10 +36,10 @@ _CHANNELS, _IMAGE = 3, 224  # of configurations that tell of neither
 class DoctorArguments:
     """What `doctor` accepts after the model."""
 
-    optim_args: str | None = field(default=None, metadata={"help": "as the Trainer's: name=value,name=value"})
-    task: str = field(default="auto", metadata={"help": f"auto, {', '.join(FACTORIES)}"})
-    batch_size: int = field(default=8, metadata={"help": "rows of the batch whose products are counted"})
-    length: int = field(default=128, metadata={"help": "tokens of each row, of texts"})
+    optim_args: str | None = option(None, "as the Trainer's: name=value,name=value")
+    task: str = option("auto", f"auto, {', '.join(FACTORIES)}")
+    batch_size: int = option(8, "rows of the batch whose products are counted")
+    length: int = option(128, "tokens of each row, of texts")
 
 
 @dataclass(frozen=True)
@@ -67,25 +61,21 @@ def doctor(argv: list[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         print((__doc__ or "").strip())
         return
-    if not argv or argv[0].startswith("-"):
-        given = repr(argv[0]) if argv else "none"
-        raise UsageError("model", f"got {given}, accepted: a folder, a config.json, a Hub name, before any option")
+    given = repr(argv[0]) if argv else "none"
+    missing = f"got {given}, accepted: a folder, a config.json, a Hub name, before any option"
+    refuse_if(not argv or argv[0].startswith("-"), "model", missing)
     (args,) = UsageParser(DoctorArguments, prog="python -m hf_lngd doctor").parse(argv[1:])
     for name in ("batch_size", "length"):
-        if getattr(args, name) < 1:
-            raise UsageError(name, f"got {getattr(args, name)}, accepted: an integer, at least 1")
+        value = getattr(args, name)
+        refuse_if(value < 1, name, f"got {value}, accepted: an integer, at least 1")
     try:
         settings = LNGDConfig.from_optim_args(take_lr(args.optim_args)[1])
     except ValueError as error:
         raise UsageError("optim_args", str(error).removeprefix("optim_args: ")) from error
-    try:
-        config = AutoConfig.from_pretrained(argv[0], trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise UsageError("model", f"got {argv[0]!r}, which has no configuration that can be read: {error}") from error
-    text = look(
-        config, task_of(config, args.task), args.batch_size, args.length, lambda subject: report(subject, settings)
-    )
-    print(f"{argv[0]}: {text}")
+    with blame("model", f"got {given}, which has no configuration that can be read"):
+        config = transformers.AutoConfig.from_pretrained(argv[0], trust_remote_code=False)
+    task = task_of(config, args.task)
+    print(f"{argv[0]}: {look(config, task, args.batch_size, args.length, lambda subject: report(subject, settings))}")
 
 
 def report(subject: Subject, settings: LNGDConfig) -> str:
@@ -117,8 +107,7 @@ def report(subject: Subject, settings: LNGDConfig) -> str:
 def task_of(config: Any, wanted: str) -> str:
     """The task, or for ``auto`` that of the architecture that the configuration names, else the first that fits; raises
     UsageError where none does."""
-    if wanted not in ("auto", *FACTORIES):
-        raise UsageError("task", f"got {wanted!r}, accepted: auto, {', '.join(FACTORIES)}")
+    refuse_if(wanted not in ("auto", *FACTORIES), "task", f"got {wanted!r}, accepted: auto, {', '.join(FACTORIES)}")
     fitting: dict[str, set[str]] = {}  # task → classes of such models
     for task, factory in FACTORIES.items():
         found = factory._model_mapping.get(type(config), ())
@@ -126,9 +115,9 @@ def task_of(config: Any, wanted: str) -> str:
             fitting[task] = {cls.__name__ for cls in (found if isinstance(found, tuple) else (found,))}
     if wanted in fitting:
         return wanted
-    if wanted != "auto" or not fitting:
-        others = f"this one can do: {', '.join(fitting) or 'none of them'}"
-        raise UsageError("task" if fitting else "model", f"got {config.model_type!r} for {wanted}; {others}")
+    others = f"this one can do: {', '.join(fitting) or 'none of them'}"
+    field = "task" if fitting else "model"
+    refuse_if(wanted != "auto" or not fitting, field, f"got {config.model_type!r} for {wanted}; {others}")
     named = [task for task, names in fitting.items() if names & set(getattr(config, "architectures", None) or ())]
     return (named or list(fitting))[0]
 
@@ -136,33 +125,25 @@ def task_of(config: Any, wanted: str) -> str:
 def look(config: Any, task: str, rows: int, length: int, see: Callable[[Subject], Any]) -> Any:
     """What `see` makes of the model: on the meta device, and where its forward reads numbers on the CPU, if small.
     Raises UsageError where neither goes."""
-    for device in ("meta", "cpu"):
-        subject = build(config, task, rows, length, device)
-        try:
-            return see(subject)
-        except LOAD_ERRORS as error:
-            what, numbers = "whose forward fails", sum(p.numel() for p in subject.model.parameters())
-            if device == "meta" and numbers > MOST_ON_CPU:
-                what = (
-                    f"whose forward does not run on the meta device, and {numbers:,} parameters are too many to build"
-                )
-            elif device == "meta":
-                continue
-            raise UsageError("model", f"got {config.model_type!r}, {what} ({error})") from error
+    subject = build(config, task, rows, length)
+    try:
+        return see(subject)
+    except LOAD_ERRORS as error:
+        numbers = sum(p.numel() for p in subject.model.parameters())
+        what = f"whose forward does not run on the meta device, and {numbers:,} parameters are too many to build"
+        refuse_if(numbers > MOST_ON_CPU, "model", f"got {config.model_type!r}, {what} ({error})")
+    with blame("model", f"got {config.model_type!r}, whose forward fails"):
+        return see(build(config, task, rows, length, "cpu"))
 
 
 def build(config: Any, task: str, rows: int, length: int, device: str = "meta") -> Subject:
-    """The model with random weights and a batch of `rows`, of texts of `length` tokens. Raises UsageError where it
-    cannot be built."""
+    """The model with random weights and a batch of `rows`, of texts of `length` tokens; UsageError: it cannot be."""
     wanted = config.architectures = list(getattr(config, "architectures", None) or [])  # the Auto classes need a list
     half = getattr(config, "dtype", None) in (torch.float16, "float16")
-    dtype = {"dtype": torch.float32} if half else {}
-    try:
-        with torch.device(device):
-            # sdpa looks into the masks, which the meta device has not got; the products are the same
-            model = FACTORIES[task].from_config(config, attn_implementation="eager", trust_remote_code=False, **dtype)
-    except LOAD_ERRORS as error:
-        raise UsageError("model", f"got {config.model_type!r}, which cannot be built: {error}") from error
+    # sdpa looks into the masks, which the meta device has not got; the products are the same
+    options = {"attn_implementation": "eager", "trust_remote_code": False, **({"dtype": torch.float32} if half else {})}
+    with blame("model", f"got {config.model_type!r}, which cannot be built"), torch.device(device):
+        model = FACTORIES[task].from_config(config, **options)
     kind, notes = type(model).__name__, []
     if wanted and kind not in wanted:
         which = f"{', '.join(wanted)}, which the configuration names and task={task} does not have"

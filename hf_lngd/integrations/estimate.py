@@ -50,11 +50,8 @@ def estimate(model: nn.Module, loss: Callable[[], Tensor], config: LNGDConfig) -
     if config.fisher == "true":  # whose second pass is no work of this optimizer's
         fields["fisher"] = "sampled" if config.family == "lngd" else "empirical"
     optimizer = LNGD(model, LNGDConfig(**fields))
-    rest = [
-        parameter
-        for (name, parameter), r in zip(model.named_parameters(), optimizer.routing(), strict=True)
-        if r.owner == "fallback"
-    ]
+    named = optimizer.core.routing.parameters
+    rest = [named[r.parameter] for r in optimizer.routing() if r.owner == "fallback"]
     try:
         first = _gradients(loss, rest)
         optimizer.step()
@@ -94,8 +91,7 @@ def _gradients(loss: Callable[[], Tensor], rest: list[nn.Parameter]) -> float:
 
 def _factors(optimizer: LNGD) -> dict[tuple[int, int], tuple[int, int]]:
     """(width, blocks of that width), the widest first → how many such factors, for how many layers."""
-    core = optimizer.core
-    sizes: dict[tuple[int, int], tuple[int, int]] = {}
+    core, sizes = optimizer.core, dict[tuple[int, int], tuple[int, int]]()
     for group in core.built.topology.groups:
         layer = core.capture.layers[group.name]
         k, width = factor_blocks(layer, core.config.max_factor_dim)
@@ -107,5 +103,4 @@ def _factors(optimizer: LNGD) -> dict[tuple[int, int], tuple[int, int]]:
 def _inverse_flops(bank: Any) -> float:
     """Of a row."""
     sides = [bank.sides.blocks(side) for side in bank.kept_sides()] if hasattr(bank, "sides") else [(bank.k, bank.b)]
-    each = _EIGH if "basis_left" in bank.tensors() else 1.0
-    return sum(each * k * b**3 for k, b in sides)
+    return sum((_EIGH if "basis_left" in bank.tensors() else 1.0) * k * b**3 for k, b in sides)

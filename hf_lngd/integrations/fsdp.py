@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..optimizer import LNGD
-from ..parallel.checkpoint import read_tensors, write_tensors
+from ..parallel.checkpoint import read_tensors, untied, write_tensors
 from ..torch_internals import is_fully_sharded, is_sharded
 from . import checkpoints
 from .checkpoints import SHARDED, restores_by_name
@@ -34,32 +35,31 @@ def save(trainer: Any, optimizer: LNGD, folder: str | Path) -> None:
 def whole_state(optimizer: LNGD) -> dict[str, Any]:
     """The state dict with whole tensors on the CPU of the first rank; every rank has to call it."""
     state, first = optimizer.state_dict(), optimizer.core.layout.everyone.rank == 0
-    for own in state["state"].values():
-        for key, value in own.items():
-            whole = value.full_tensor() if is_sharded(value) else value
-            own[key] = whole.cpu() if first else None
+    state["state"] = {number: _whole(own, first) for number, own in state["state"].items()}
     return state
+
+
+def _whole(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """These tensors, gathered one by one, on the CPU where they are kept; elsewhere None."""
+    gathered = ((name, value.full_tensor() if is_sharded(value) else value) for name, value in tensors.items())
+    return {name: value.cpu() if keep else None for name, value in gathered}
 
 
 def save_weights(trainer: Any, folder: str | Path) -> None:
     """Sharded by rows in safetensors, or whole as the Trainer saves them, for its own loading."""
     from accelerate.utils import save_fsdp_model
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
     from transformers.distributed.fsdp import get_fsdp_ckpt_kwargs
 
-    accelerator = trainer.accelerator
-    if "SHARDED" not in str(accelerator.state.fsdp_plugin.state_dict_type):
-        kwargs = get_fsdp_ckpt_kwargs()
-        save_fsdp_model(accelerator.state.fsdp_plugin, accelerator, trainer.model, str(folder), **kwargs)
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if "SHARDED" not in str(plugin.state_dict_type):
+        save_fsdp_model(plugin, trainer.accelerator, trainer.model, str(folder), **get_fsdp_ckpt_kwargs())
         return
     parts = Path(folder) / f"{SHARDED}0"
     parts.mkdir(parents=True, exist_ok=True)
-    write_tensors(parts, get_model_state_dict(trainer.model, options=_options(trainer.model)), None)
+    write_tensors(parts, untied(get_model_state_dict(trainer.model, options=_options(trainer.model))), None)
 
 
-def _options(model: nn.Module) -> Any:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
+def _options(model: nn.Module) -> StateDictOptions:
     adapters = hasattr(model, "peft_config")  # of which what is trained is saved
     return StateDictOptions(ignore_frozen_params=adapters, strict=not adapters)
 
@@ -70,37 +70,35 @@ def save_model(trainer: Any, folder: str | Path) -> None:
     The Trainer writes nothing of sharded state dicts here, and takes full ones from accelerate, whose tensors
     safetensors cannot write where nothing copied them to the CPU (gloo).
     """
-    writes = trainer.args.should_save
-    state: dict[str, Any] = {}
-    for name, value in trainer.model.state_dict().items():
-        whole = value.full_tensor() if is_sharded(value) else value
-        if writes:
-            state[name] = whole.cpu()
-    if writes:
+    state = _whole(trainer.model.state_dict(), trainer.args.should_save)
+    if trainer.args.should_save:
         trainer._save(str(folder), state_dict=state)
     trainer.accelerator.wait_for_everyone()
 
 
 def load_weights(model: nn.Module, folder: str | Path, under_fsdp: bool, crossing: bool) -> bool:
-    """Weights of a checkpoint, whole ones or those that FSDP2 has sharded. Every rank has to call it.
+    """Weights of a checkpoint, whole ones or those that FSDP2 has sharded; False: this one is the Trainer's business.
+
+    Every rank has to call it: in one process, before DDP wraps the model, or sharded by FSDP2. Nothing is loaded where
+    it raises.
 
     Args:
-        model: in one process, of DDP's before it is wrapped, or sharded by FSDP2.
         under_fsdp: the model is run by accelerate's FSDP.
-        crossing: whether a checkpoint of the other way may be loaded: what goes with the weights can be.
-
-    Returns:
-        False: this one is the Trainer's business.
+        crossing: a checkpoint of the other way may be loaded: what goes with the weights can be.
 
     Raises:
-        RuntimeError: weights of another model, or whole ones that cannot be dealt out; nothing is loaded.
-        ValueError: sharded ones that cannot be read; nothing is loaded.
+        RuntimeError: weights of another model, or whole ones that cannot be dealt out.
+        ValueError: sharded ones that cannot be read.
     """
     parts, whole = Path(folder) / f"{SHARDED}0", restores_by_name(model, str(folder))
     if under_fsdp and not is_fully_sharded(model):
         return False  # FSDP1
     if parts.is_dir() and (under_fsdp or crossing):
-        _load_parts(model, parts)
+        options = _options(model)
+        state: dict[str, Any] = get_model_state_dict(model, options=options)
+        weights = {name: torch.empty_like(value) for name, value in untied(state).items()}
+        read_tensors(parts, weights, None, all_of=True)
+        set_model_state_dict(model, {**state, **weights}, options=options)
     elif not parts.is_dir() and whole and (crossing or not under_fsdp):
         checkpoints.load_weights(model, str(folder))
     elif under_fsdp and crossing and not (Path(folder) / "pytorch_model_fsdp.bin").is_file():
@@ -111,17 +109,6 @@ def load_weights(model: nn.Module, folder: str | Path, under_fsdp: bool, crossin
     else:
         return False
     return True
-
-
-def _load_parts(model: nn.Module, parts: Path) -> None:
-    """What :func:`save_weights` has sharded; the model may be whole. Nothing is changed before all is read."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-
-    options = _options(model)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
-    weights = {name: torch.empty_like(v) if isinstance(v, Tensor) else v for name, v in state.items()}
-    read_tensors(parts, weights, None)
-    set_model_state_dict(model, weights, options=options)
 
 
 def clear_other_kind(trainer: Any, folder: Path) -> None:

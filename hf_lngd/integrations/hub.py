@@ -1,8 +1,5 @@
-"""The Hub's part of a script: what can be known to be wrong before training, and the push at the end.
-
-The Trainer does the pushing. It makes the repository when it is constructed; what is looked at here is what it would
-find out only after training: no token, one that may not write, a branch that is not there.
-"""
+"""The Hub's part of a script: what the Trainer, which does the pushing, would find out to be wrong only after training
+(no token, one that may not write, a branch that is not there), and the push at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, errors, get_token
 from huggingface_hub.utils import validate_repo_id
 
-from .usage import RunError, UsageError, one_line
+from .usage import RunError, UsageError, blame, one_line, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +27,12 @@ def check_hub(args: Any) -> None:
     if not args.push_to_hub:
         return
     name = repository_of(args)
-    try:
+    given = f"got {name!r}" if args.hub_model_id else f"got none, and the folder's name {name!r} is no repository's"
+    with blame("hub_model_id", f"{given}, accepted: user/name"):
         validate_repo_id(name)
-    except errors.HFValidationError as error:
-        given = f"got {name!r}" if args.hub_model_id else f"got none, and the folder's name {name!r} is no repository's"
-        raise UsageError("hub_model_id", f"{given}, accepted: user/name: {error}") from error
-    if constants.is_offline_mode():
-        raise UsageError("push_to_hub", "got true while HF_HUB_OFFLINE is set, accepted: one of the two")
-    if not (args.hub_token or get_token()):
-        raise UsageError("hub_token", f"got none, accepted: {_TOKEN}")
+    offline = "got true while HF_HUB_OFFLINE is set, accepted: one of the two"
+    refuse_if(constants.is_offline_mode(), "push_to_hub", offline)
+    refuse_if(not (args.hub_token or get_token()), "hub_token", f"got none, accepted: {_TOKEN}")
 
 
 def repository_of(args: Any) -> str:

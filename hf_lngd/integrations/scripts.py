@@ -6,12 +6,11 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import logging
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,13 @@ import datasets
 from transformers import AutoConfig
 
 from .card import CardFacts, Score, command_of, write_model_card
-from .checkpoints import last_checkpoint, last_finished, problem_of
+from .checkpoints import find_checkpoint
 from .hub import HUB_ERRORS, check_hub, check_repository, push, refusal, repository_of
 from .trainer import lngd_of
-from .usage import UsageError
-
-logger = logging.getLogger(__name__)
+from .usage import UsageError, blame, refuse_if
 
 # The parts of the data, and the arguments that limit them.
 LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
-# What loading raises for a folder that is not there, a broken file, another kind of model, a missing library.
 # Training arguments that transformers checks in the middle of a run only, and their least values.
 _LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
 _LEAST |= {"generation_num_beams": 1, "generation_max_length": 1, "learning_rate": 0, "weight_decay": 0}
@@ -36,26 +32,6 @@ _LEAST |= {"label_smoothing_factor": 0, "num_train_epochs": 0}
 _COMMA = re.compile(r",(?![^\[]*\])")  # between two overrides, not inside a list
 # Configurations derive these from their lists (stages from depths).
 _DERIVED = ("stage_names", "out_features", "out_indices", "transformers_version", "model_type", "architectures")
-
-
-def option(default: Any, help: str) -> Any:
-    """A field of a dataclass of arguments."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def refuse_if(condition: Any, field: str, message: str) -> None:
-    """Raise UsageError if the condition holds."""
-    if condition:
-        raise UsageError(field, message)
-
-
-@contextlib.contextmanager
-def blame(field: str, what: str) -> Iterator[None]:
-    """Whatever a library raises becomes a UsageError, ``field: what: error``: the field is what the user gave."""
-    try:
-        yield
-    except Exception as error:
-        raise UsageError(field, f"{what}: {error}") from error
 
 
 def check_data(data: Any, endings: tuple[str, ...], kind: str) -> None:
@@ -75,11 +51,8 @@ def check_training(model: Any, training: Any) -> None:
     """What transformers finds out only in the middle of a run; `resume_from_checkpoint` becomes a folder."""
     given = model.model_name_or_path or model.config_name
     refuse_if(not given, "model_name_or_path", "got none, accepted: a model, or --config_name to begin from nothing")
-    refuse_if(
-        not wanted_parts(training),
-        "do_train",
-        "got none of --do_train, --do_eval, --do_predict, accepted: at least one",
-    )
+    parts = "got none of --do_train, --do_eval, --do_predict, accepted: at least one"
+    refuse_if(not wanted_parts(training), "do_train", parts)
     for name, least in _LEAST.items():
         value = getattr(training, name, None)
         is_less = value is not None and not value >= least
@@ -90,26 +63,6 @@ def check_training(model: Any, training: Any) -> None:
     refuse_if(endless, "num_train_epochs", "got 0, accepted: above 0, or --max_steps")
     check_hub(training)
     training.resume_from_checkpoint = find_checkpoint(training)
-
-
-def find_checkpoint(training: Any) -> str | None:
-    """The folder to resume from; ``true`` and ``last``: the last one in `output_dir`.
-
-    ``last`` is for a command that is run again until it is through: without a checkpoint it starts anew, and warns.
-    """
-    field, given, folder = "resume_from_checkpoint", training.resume_from_checkpoint, training.output_dir
-    if not given or str(given).lower() not in ("true", "last"):
-        problem = problem_of(given) if given else None
-        refuse_if(problem, field, f"got {given!r}, which {problem}, accepted: a folder checkpoint-N, or last")
-        return str(given) if given else None
-    last, finished = last_checkpoint(folder), last_finished(folder)
-    if last is None and finished is not None:  # to start anew would be to lose what it held
-        what = f"got {given!r}, but {finished} {problem_of(finished)}, accepted: a whole checkpoint (or none at all)"
-        raise UsageError(field, what)
-    if last is None:
-        refuse_if(str(given).lower() == "true", field, f"got {given!r}, but {folder} has no checkpoint")
-        logger.warning("%s has no checkpoint yet: training starts at the beginning (resume_from_checkpoint)", folder)
-    return last
 
 
 def wanted_parts(training: Any) -> list[str]:

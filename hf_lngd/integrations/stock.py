@@ -1,8 +1,7 @@
 """`register()`: ``optim="lngd"`` in an unmodified Trainer script.
 
 transformers has no public way to add a name to `--optim`: this adds a member to its enum of names and wraps the
-Trainer's choice of an optimizer, both private, for the versions that it was tested with. Call it before arguments are
-parsed.
+Trainer's choice of an optimizer, both private, for the versions that it was tested with.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class LNGDFactory:
 
 
 def register() -> None:
-    """Make a stock `Trainer` accept ``optim="lngd"``, with `optim_args` as in `LNGDTrainingArguments`.
+    """Make a stock `Trainer` accept ``optim="lngd"``, `optim_args` as ours. To be called before arguments are made.
 
     A second call changes nothing. What a stock Trainer lacks against `LNGDTrainer`: the exact loss under accumulation,
     diagnostics in the log, ``fisher="true"``, FSDP2.

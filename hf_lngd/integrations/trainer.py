@@ -32,10 +32,9 @@ def create_lngd_optimizer(
     lr: float | None = None,
     **fields: Any,
 ) -> LNGD:
-    """LNGD for a model, as training arguments ask for it or by name.
+    """LNGD for a model, before any wrapper, as training arguments ask for it or by name.
 
     Args:
-        model: the bare model, before any wrapper.
         args: training arguments whose `optim_args`, `learning_rate`, `weight_decay` and `adam_*` are used.
         config, lr: in place of the settings and the rate of `args`; a rate of 1e-3 if neither is given.
         **fields: fields of `LNGDConfig`, on top of the rest; `param_groups` and `layout` of `LNGD`.
@@ -136,8 +135,7 @@ class LNGDTrainerMixin(_ATrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's; training logs carry LNGD's diagnostics, to four digits: they share a line with the loss."""
-        lngd = lngd_of(self.optimizer)
-        if lngd is not None and self.is_in_train and "loss" in logs:
+        if (lngd := lngd_of(self.optimizer)) is not None and self.is_in_train and "loss" in logs:
             logs.update({f"lngd_{name}": float(f"{value:.4g}") for name, value in lngd.diagnostics().items()})
         super().log(logs, *args, **kwargs)
 
@@ -177,27 +175,24 @@ class LNGDTrainerMixin(_ATrainer):
         Raises:
             ValueError: a checkpoint that is damaged or none, naming the file; nothing is loaded then.
         """
-        folder = resume_from_checkpoint or None
+        folder, made = resume_from_checkpoint or None, lngd_of(self.optimizer)
         if folder is True:
             folder = last_checkpoint(self.args.output_dir)
             if folder is None:
                 raise ValueError(f"No valid checkpoint found in output directory ({self.args.output_dir})")
         if folder:
             check_checkpoint(folder)
-            here = self.model.named_parameters()
-            shapes = {plain_name(name): list(p.shape) for name, p in here if p.requires_grad}
-            made = lngd_of(self.optimizer)
+            trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+            shapes = {plain_name(name): list(p.shape) for name, p in trained}
             check_optimizer(folder, self._lngd_config(), shapes if made is None else parameters_of(made.core))
         result = super().train(folder, *args, **kwargs)
-        lngd = lngd_of(self.optimizer)
-        if lngd is not None:
+        if (lngd := lngd_of(self.optimizer)) is not None:
             lngd.eval()  # else what was compiled might be kept from it, were the next step a factor step
         return result
 
     def _lngd_config(self) -> LNGDConfig | None:
         """The settings that training will have; None: of another optimizer."""
-        made = lngd_of(self.optimizer)
-        if made is not None:
+        if (made := lngd_of(self.optimizer)) is not None:
             return made.config
         return lngd_settings(self.args)[0] if self.optimizer is None and is_lngd(self.args) else None
 
@@ -223,10 +218,10 @@ class LNGDTrainerMixin(_ATrainer):
             super()._load_best_model()
 
     def _load_weights(self, model: Any, folder: str) -> bool:
-        """All of a checkpoint's weights, unless that is the Trainer's business."""
-        if self.is_deepspeed_enabled:
-            return False
-        return fsdp.load_weights(uncompiled(model), folder, self.is_fsdp_enabled, self._lngd_config() is not None)
+        """All of a checkpoint's weights; False: that is the Trainer's business."""
+        crossing = self._lngd_config() is not None
+        ours = not self.is_deepspeed_enabled
+        return ours and fsdp.load_weights(uncompiled(model), folder, self.is_fsdp_enabled, crossing)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; under FSDP2 the whole model, too. Checkpoints with sharded state dicts need none."""

@@ -18,8 +18,7 @@ LNGD_NAME = "lngd"
 # What the parent class is shown in place of "lngd" while it checks itself: an optimizer it makes no demands on.
 _STAND_IN = OptimizerNames.ADAMW_TORCH.value
 _OPTIM_HELP = (
-    "The optimizer: lngd (layer-wise natural gradient, AdamW for what no layer owns) or any name that transformers' "
-    "own --optim accepts."
+    "The optimizer: lngd (layer-wise natural gradient; AdamW for all other parameters) or any of transformers'."
 )
 _OPTIM_ARGS_HELP = (
     "Settings of the optimizer as name=value,name=value. For lngd: lr and the fields of hf_lngd.LNGDConfig, e.g. "
@@ -30,7 +29,7 @@ _OPTIM_ARGS_HELP = (
 
 def is_lngd(args: Any) -> bool:
     """True if these arguments ask for LNGD."""
-    return _name(args.optim) == LNGD_NAME
+    return name_of(args.optim) == LNGD_NAME
 
 
 def lngd_settings(args: Any) -> tuple[LNGDConfig, float]:
@@ -78,8 +77,9 @@ def take_lr(text: str | None) -> tuple[float | None, str | None]:
     return lr, ",".join(item for item in items if item not in rates)
 
 
-def _name(optim: Any) -> str:
-    return str(getattr(optim, "value", optim))
+def name_of(value: Any) -> str:
+    """Of an optimizer or another choice that may be a member of transformers' enums."""
+    return str(getattr(value, "value", value))
 
 
 _SomeArguments: Any = object  # a class of training arguments follows among the bases
@@ -100,7 +100,7 @@ class LNGDArgumentsMixin(_SomeArguments):
     optim_args: str | None = field(default=None, metadata={"help": _OPTIM_ARGS_HELP})
 
     def __post_init__(self) -> None:
-        name = _name(self.optim)
+        name = name_of(self.optim)
         accepted = [LNGD_NAME, *(member.value for member in OptimizerNames if member.value != LNGD_NAME)]
         if name not in accepted:
             close = difflib.get_close_matches(name, accepted, n=3, cutoff=0.6)
@@ -124,7 +124,7 @@ class LNGDArgumentsMixin(_SomeArguments):
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        made = memo[id(self)] = object.__new__(type(self))
+        made = memo[id(self)] = copy.copy(self)
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
@@ -91,3 +93,23 @@ class UsageParser(HfArgumentParser):
             return UsageError(front[1], front[2])
         words = re.findall(r"--([a-z][a-z0-9_]+)", message) + re.findall(r"[a-z][a-z0-9]*_[a-z0-9_]+", message)
         return UsageError(next((word for word in words if word in self.names()), "arguments"), message)
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a dataclass of arguments."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def refuse_if(condition: Any, field: str, message: str) -> None:
+    """Raise UsageError if the condition holds."""
+    if condition:
+        raise UsageError(field, message)
+
+
+@contextlib.contextmanager
+def blame(field: str, what: str) -> Iterator[None]:
+    """Whatever a library raises becomes a UsageError, ``field: what: error``: the field is what the user gave."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(field, f"{what}: {error}") from error

@@ -7,7 +7,8 @@ forward pass only. ``empirical`` and ``true`` use gradients of a loss and keep e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,14 +25,18 @@ from ..topology import Group
 from ..torch_internals import Hook, accumulates, accumulator, call_input, origin
 from .chains import Chain, ChainWatch, is_elementwise
 from .families import new_statistics
-from .rate import RowSamples
+from .rate import RowSamples, unscaled
 
 
+@dataclass
 class Observation:
     """One call of a layer, as far as it is summed: input, mask, which samples of the batch."""
 
-    def __init__(self, statistics: Any, layer: Layer, a: Tensor, mask: Tensor | None, samples: slice) -> None:
-        self.statistics, self.layer, self.a, self.mask, self.samples = statistics, layer, a, mask, samples
+    statistics: Any
+    layer: Layer
+    a: Tensor
+    mask: Tensor | None
+    samples: slice
 
     def _mask(self, where: slice) -> Tensor | None:
         return None if self.mask is None else self.mask[where]
@@ -41,13 +46,13 @@ class Observation:
         for a, where in self.layer.inputs(self.a):
             self.statistics.add(a, None if g2 is None else g2[:, where], self._mask(where))
 
+    @torch.no_grad()
     def add_gradient(self, g: Tensor) -> None:
         """Add the call with the gradients of a loss, in the shape of the output."""
-        with torch.no_grad():
-            g = at_least_float(self.chosen(g.detach()))
-            samples = self.a.shape[0] if self.a.dim() > 1 else 1
-            for a, where in self.layer.inputs(self.a):
-                self.statistics.add_gradient(a, g[:, where], self._mask(where), max(1, g.shape[1] // max(1, samples)))
+        g = at_least_float(self.chosen(g.detach()))
+        samples = self.a.shape[0] if self.a.dim() > 1 else 1
+        for a, where in self.layer.inputs(self.a):
+            self.statistics.add_gradient(a, g[:, where], self._mask(where), max(1, g.shape[1] // max(1, samples)))
 
     def chosen(self, output: Tensor) -> Tensor:
         """[units, N, m]: a tensor of the output's shape, the samples that count."""
@@ -55,11 +60,8 @@ class Observation:
 
 
 class PaperCapture(Capture):
-    """Capture with the paper's Fishers and what its adaptive rate needs.
-
-    Attributes:
-        samples: layer → inputs and gradients of the batch's rows (``rate=adaptive``).
-    """
+    """Capture with the paper's Fishers and what its adaptive rate needs. `samples`: layer → inputs and gradients of the
+    batch's rows (``rate=adaptive``)."""
 
     convolution_samples = 1
 
@@ -79,14 +81,10 @@ class PaperCapture(Capture):
         """``true``: a second backward pass is needed in factor steps."""
         return self.kind == "true"
 
-    # Life of a step
-
     def wants_hooks(self, factors: bool) -> bool:
-        """The adaptive rate: in each step."""
         return factors or self._keeps_rows
 
     def forget(self) -> None:
-        """Forget what was gathered for the current step."""
         super().forget()
         self.samples: dict[str, RowSamples] = {}
         self._without_graph: set[str] = set()  # layers whose outputs had no graph, as in a reentrant checkpoint
@@ -96,7 +94,6 @@ class PaperCapture(Capture):
         self._generators = {}
 
     def module_hooks(self, module: nn.Module) -> Iterator[RemovableHandle]:
-        """Activations are one link of a chain, whatever they are made of."""
         if is_elementwise(module) and not self.uses_gradients:
             yield module.register_forward_pre_hook(Hook(self._before_activation), with_kwargs=True)
             yield module.register_forward_hook(Hook(self._after_activation))
@@ -110,22 +107,17 @@ class PaperCapture(Capture):
             self._watch.leave_module(output)
 
     def disarm(self) -> None:
-        """Remove every hook."""
         self._stop_watching()
         self._watch.clear()
         super().disarm()
 
-    # A forward pass
-
     def forward_begins(self) -> None:
-        """Follow chains."""
         self._forwards += 1
         if self.armed and not self.uses_gradients:
             self._watching = True
             self._watch.__enter__()
 
     def forward_ends(self, finished: bool) -> None:
-        """Stop following chains."""
         self._stop_watching()
         super().forward_ends(finished)
         if not finished:
@@ -161,7 +153,6 @@ class PaperCapture(Capture):
         self._watch.follow(call.output, chain)
 
     def held(self, call: Call) -> None:
-        """Follow the output of a layer whose group is not known yet."""
         if self.uses_gradients:  # of the output as it is now, whatever works on it in place
             self.flush()
         else:
@@ -169,20 +160,15 @@ class PaperCapture(Capture):
             self._watch.follow(call.output, call.note)
 
     def flush(self) -> None:
-        """As of `Capture`, when all chains have ended."""
         for chain in list(self._unfinished):
             chain.finish()
         self._watch.clear()
         super().flush()
 
     def follows(self, call: Call) -> tuple[str, ...]:
-        """The links of the chain that count."""
         return () if call.note is None else call.note.names()
 
-    # What is gathered
-
     def observe(self, call: Call) -> None:
-        """Take in one call of a layer."""
         found = self.select(call)
         if found is None:
             return
@@ -192,62 +178,62 @@ class PaperCapture(Capture):
             return self._await_gradient(seen, output)
         follows = self.topology.of_layer[call.layer.name].follows
         slope = None
-        if follows:  # else called twice, and only once with these links behind it
-            same = call.note is not None and call.note.names() == follows
-            slope = call.note.slope() if same else torch.ones_like(output)
+        if follows:
+            chain = call.note
+            # a call that was held may be another of the layer's, without these links behind it
+            counts = chain is not None and (chain.expected is not None or chain.names() == follows)
+            slope = chain.slope() if counts else None
+            slope = torch.ones_like(output) if slope is None else slope
         with torch.no_grad():
             g2 = None if slope is None else at_least_float(seen.chosen(slope)).square()
             if self.kind == "sampled":
-                shape, dtype = seen.chosen(output).shape, state_dtype(output.dtype)
-                draw = self._generator(output.device)
-                noise = torch.randn(*shape, dtype=dtype, device=output.device, generator=draw).square_()
+                draw, dtype = self._generator(output.device), state_dtype(output.dtype)
+                noise = torch.randn(
+                    *seen.chosen(output).shape, dtype=dtype, device=output.device, generator=draw
+                ).square_()
                 g2 = noise if g2 is None else g2 * noise
             seen.add(g2)
 
     def _await_gradient(self, seen: Observation, output: Tensor) -> None:
-        if not output.requires_grad:
-            self._without_graph.add(seen.layer.name)
-        elif self.kind == "true":
+        if output.requires_grad and self.kind == "true":
             self._waiting.append((seen, get_gradient_edge(origin(output)), output.shape))
         else:
-            weight, shape = accumulator(self.live_weight(seen.layer)), output.shape
+            self._on_gradient(seen.layer, output, seen.add_gradient)
 
-            def receive(g: Tensor | None) -> None:
-                if g is not None and accumulates(weight, if_asked_for=True):
-                    seen.add_gradient(g.view(shape))
+    def _on_gradient(self, layer: Layer, output: Tensor, take: Callable[[Tensor], None]) -> None:
+        """Give the gradient of a layer's output to `take` in the backward pass that brings the weight its own."""
+        if not output.requires_grad:
+            self._without_graph.add(layer.name)
+            return
+        weight, shape = accumulator(self.live_weight(layer)), output.shape
 
-            origin(output).register_hook(receive)
+        def receive(g: Tensor | None) -> None:
+            if g is not None and accumulates(weight, if_asked_for=True):
+                take(g.view(shape))
+
+        origin(output).register_hook(receive)
 
     def new_statistics(self, group: Group) -> Statistics:
-        """What this step's statistics of a group begin with."""
         bank = self.coming.bank_of.get(group.name)
         basis = None if bank is None else bank.basis_of(group.name)
         return new_statistics(self.layers[group.name], group, self.config, basis)
 
     def _keep_rows(self, call: Call) -> None:
-        layer, output = call.layer, call.output
-        if not output.requires_grad:
-            self._without_graph.add(layer.name)
-            return
-        forward, shape = self._forwards, output.shape
-        kept = layer.batched(call.a.detach()).clone()
-        own = self.samples.setdefault(layer.name, RowSamples())
-        own.seen += kept.shape[0]
-        weight = accumulator(self.live_weight(layer))
+        layer, forward = call.layer, self._forwards
+        if call.output.requires_grad:
+            kept = layer.batched(call.a.detach()).clone()
+            own = self.samples.setdefault(layer.name, RowSamples())
+            own.seen += kept.shape[0]
 
-        def receive(g: Tensor | None) -> None:
-            if g is not None and not self.in_fisher_pass and accumulates(weight, if_asked_for=True):
-                own.add(forward, kept, layer.batched(g.detach().view(shape)).clone())
+        def take(g: Tensor) -> None:
+            if not self.in_fisher_pass:
+                own.add(forward, kept, layer.batched(g.detach()).clone())
 
-        origin(output).register_hook(receive)
+        self._on_gradient(layer, call.output, take)
 
     def fisher_backward(self, logits: Tensor, mask: Tensor | None) -> None:
-        """``true``: draw a label a row from softmax(logits), and take in the gradients of their log-likelihood.
-
-        Args:
-            logits: [..., classes], with the graph of the forward pass that was seen; it is kept.
-            mask: [...], True where a row counts.
-        """
+        """``true``: draw a label a row from softmax(logits) [..., classes], with the graph of the forward pass that was
+        seen (it is kept), and take in the gradients of their log-likelihood. `mask` [...]: True where a row counts."""
         if _waits_for_first_backward(logits):
             raise RuntimeError(
                 "fisher: 'true' makes a backward pass before the loss's own, which DDP(static_graph=True) takes for "
@@ -276,7 +262,6 @@ class PaperCapture(Capture):
                 seen.add_gradient(g.view(shape))
 
     def scalars(self) -> list[Tensor | int]:
-        """Terms of the loss, and labels drawn."""
         return [self.terms, self._drawn]
 
     def scale(self, scalars: list[Tensor], size: int, loss_scale: Tensor | None) -> Tensor | float | None:
@@ -284,8 +269,7 @@ class PaperCapture(Capture):
 
         With g the gradient of the mean over T terms, the Fisher block is (1/T) Σ (T g)(T g)ᵀ = T Σ g gᵀ; with g
         the gradient of the sum over T drawn labels it is (1/T) Σ g gᵀ. Over W ranks the loss is the mean of theirs,
-        and the g of a rank's own loss is W times that of the loss: T/W² Σ g gᵀ.
-        """
+        and the g of a rank's own loss is W times that of the loss: T/W² Σ g gᵀ."""
         terms, drawn = scalars
         if self.kind == "empirical":
             return unscaled(terms if size == 1 else terms / size**2, loss_scale)
@@ -299,8 +283,6 @@ class PaperCapture(Capture):
             seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
             self._generators[device] = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
         return self._generators[device]
-
-    # Checks
 
     def check_gradients(self) -> None:
         """The adaptive rate: Eq. 12-13 without curvature is a rate of about 1/μ."""
@@ -343,11 +325,6 @@ class PaperCapture(Capture):
             )
 
 
-def unscaled(factor: Any, loss_scale: Tensor | None) -> Any:
-    """A factor of sums of products of two gradients, for those of a loss that was multiplied by `loss_scale`."""
-    return factor if loss_scale is None else factor / loss_scale.square()
-
-
 def at_least_float(value: Tensor) -> Tensor:
     """The value in at least float32."""
     return value.to(state_dtype(value.dtype))
@@ -355,10 +332,12 @@ def at_least_float(value: Tensor) -> Tensor:
 
 def _waits_for_first_backward(output: Tensor) -> bool:
     """Whether this comes out of a DDP with a static graph, whose first backward pass starts its reduction."""
-    node, steps = output.grad_fn, 0
-    while node is not None and steps < 16:  # the model's output, or little made of it
+    node = output.grad_fn
+    for _ in range(16):  # the model's output, or little made of it
         wrapper = getattr(node, "ddp_weakref", None)
         if wrapper is not None:
             return bool(wrapper().static_graph)
-        node, steps = (node.next_functions[0][0] if node.next_functions else None), steps + 1
+        if node is None or not node.next_functions:
+            return False
+        node = node.next_functions[0][0]
     return False

@@ -3,8 +3,7 @@
 A chain runs from a layer's output through links and ends where its tensor is used more than once, by a function that is
 no link, after the first activation (but for the gate that multiplies it), or with the forward pass. A link is a
 function whose Jacobian is taken as diagonal: an activation, a norm with its statistics held fixed, a product with
-another tensor, a sum with one (identity). Layout changes move entries and are undone at the end.
-"""
+another tensor, a sum with one (identity). Layout changes move entries and are undone at the end."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ class Link:
         kind: activation, norm, gate (a product with another activation), scale (with a parameter or a number), same
             (sum, dropout, layout).
         slope: the derivative, in the shape of the input; None: 1.
-        undo: takes a tensor in the layout of the output back to that of the input; None: the same layout.
-    """
+        undo: takes a tensor in the layout of the output back to that of the input; None: the same layout."""
 
     name: str
     kind: str
@@ -71,19 +69,15 @@ class Link:
 def is_elementwise(module: nn.Module) -> bool:
     """An activation module that works entry by entry and has no parameters."""
     kind = type(module)
-    return (
-        kind.__module__ in _ELEMENTWISE_HOMES
-        and kind.__name__ not in _NOT_ELEMENTWISE
-        and next(module.parameters(), None) is None
-    )
+    known = kind.__module__ in _ELEMENTWISE_HOMES and kind.__name__ not in _NOT_ELEMENTWISE
+    return known and next(module.parameters(), None) is None
 
 
 def activation_derivative(activation: Callable[..., Tensor], s: Tensor) -> Tensor:
     """φ'(s), entry by entry, in at least float32 and the shape of s. A module's own hooks do not run.
 
     Forward mode: reverse mode saves tensors, which non-reentrant checkpointing counts when this runs within it.
-    Reentrant checkpointing, which does not, switches forward mode off: then reverse mode it is.
-    """
+    Reentrant checkpointing, which does not, switches forward mode off: then reverse mode it is."""
     function = activation.forward if isinstance(activation, nn.Module) else activation
     # a copy for the function: an in-place activation may not change the caller's tensor
     value = s.detach().to(torch.promote_types(s.dtype, torch.float32), copy=True)
@@ -113,25 +107,24 @@ def function_link(func: Callable[..., Any], place: int, args: tuple[Any, ...], k
         if stem in _NORMS and func is getattr(nn.functional, stem):  # torch's own of the name order arguments otherwise
             slope = _norm_slope(stem, x, args, kwargs)
             return None if slope is None else Link(stem, "norm", slope.expand(x.shape))
-        if stem in _DROPOUTS:
-            return Link("dropout", "same")
-        if stem in _SAME:
-            return Link("layout", "same")
+        if stem in _DROPOUTS or stem in _SAME:
+            return Link("dropout" if stem in _DROPOUTS else "layout", "same")
         if stem in _RESHAPES:
             return Link("layout", "same", undo=lambda t: t.reshape(x.shape))
         if stem in _PERMUTES:
             return Link("layout", "same", undo=_undo_permutation(func, x.dim(), args, kwargs))
     other = args[1 - place] if len(args) == 2 else None
-    if stem in _SUMS and other is not None and not kwargs and _keeps_shape(x, other):
+    is_sum, is_product = stem in _SUMS and not kwargs, stem in _PRODUCTS or (stem in _QUOTIENTS and place == 0)
+    if other is None or not (is_sum or is_product) or not _keeps_shape(x, other):
+        return None
+    if is_sum:
         return Link("sum", "same")
-    if (stem in _PRODUCTS or (stem in _QUOTIENTS and place == 0)) and other is not None and _keeps_shape(x, other):
-        # a number is filled in on the device: to copy it there would wait
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        factor = other.detach() if isinstance(other, Tensor) else x.new_full((), other, dtype=dtype)
-        gate = isinstance(other, Tensor) and other.dim() > 0 and not isinstance(other, nn.Parameter)
-        slope = (factor if stem in _PRODUCTS else 1.0 / factor).expand(x.shape)
-        return Link("product" if gate else "scale", "gate" if gate else "scale", slope)
-    return None
+    # a number is filled in on the device: to copy it there would wait
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    factor = other.detach() if isinstance(other, Tensor) else x.new_full((), other, dtype=dtype)
+    gate = isinstance(other, Tensor) and other.dim() > 0 and not isinstance(other, nn.Parameter)
+    slope = (factor if stem in _PRODUCTS else 1.0 / factor).expand(x.shape)
+    return Link("product", "gate", slope) if gate else Link("scale", "scale", slope)
 
 
 def _keeps_shape(x: Tensor, other: Any) -> bool:
@@ -176,8 +169,6 @@ def _norm_slope(name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     return root if weight is None else root * weight.detach().to(x.dtype).view(channels)
 
 
-# Chains of links
-
 # What these take from their second argument on is a shape or dtype, not the tensor.
 _LIKE = {"reshape_as", "view_as", "expand_as", "type_as"}
 # Questions about a tensor, and copies of it that no gradient flows through, do not use it.
@@ -194,8 +185,7 @@ class Chain:
     Args:
         expected: the names of the links as found before; None: find them.
         done: called with this chain as soon as the expected links are passed.
-        owner: the layer's name.
-    """
+        owner: the layer's name."""
 
     def __init__(
         self, expected: tuple[str, ...] | None, done: Callable[[Chain], None] | None = None, owner: str = ""
@@ -209,11 +199,10 @@ class Chain:
     def use(self, node: int, link: Link | None) -> bool:
         """The tensor after `node` links is used, by `link` if it is one. True: the chain took it and goes on."""
         self.uses[node] += 1
-        if self.closed or node != len(self.links) or link is None or not self._may_follow(link):
-            if not self.closed and node == len(self.links):
-                self.finish()
+        if self.closed or node != len(self.links):
             return False
-        if self.expected is not None and self.expected[node] != link.name:
+        unexpected = link is not None and self.expected is not None and self.expected[node] != link.name
+        if link is None or unexpected or not self._may_follow(link):
             self.finish()
             return False
         self.links.append(link)
@@ -316,35 +305,27 @@ class ChainWatch(TorchFunctionMode):
             self._entered = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._silent or not self._nodes or _name(func) in _NEUTRAL:
+        kwargs, name = kwargs or {}, _name(func)
+        if self._silent or not self._nodes or name in _NEUTRAL:
             return func(*args, **kwargs)
-        touched = [
-            (place, *found)
-            for place, value in enumerate(_tensors(args[:1] if _name(func) in _LIKE else args, kwargs))
-            for found in self._chains_at(value)
-        ]
+        values = _tensors(args[:1] if name in _LIKE else args, kwargs)
+        touched = [(place, *found) for place, value in enumerate(values) for found in self._chains_at(value)]
         if not touched:
             return func(*args, **kwargs)
+        going_on = {place for place, chain, node in touched if not chain.closed and node == len(chain.links)}
+        places = [i for i in going_on if i < len(args) and isinstance(args[i], Tensor)]
         with torch.no_grad():  # before the call: it may work in place
-            links = {
-                place: function_link(func, place, args, kwargs)
-                for place in {place for place, chain, node in touched if self._is_open(chain, node)}
-                if place < len(args) and isinstance(args[place], Tensor)
-            }
+            links = {place: function_link(func, place, args, kwargs) for place in places}
         before = args[0] if args and isinstance(args[0], Tensor) else None
         result = func(*args, **kwargs)
-        is_use = _holds_tensor(result) or _name(func) == "__setitem__"
-        if not is_use or (result is before and not _in_place(func)):
+        is_use = _holds_tensor(result) or name == "__setitem__"
+        if not is_use or (result is before and not _in_place(name)):
             return result
         for place, chain, node in touched:
             taken = self._use(chain, node, links.get(place))
             if taken and isinstance(result, Tensor):
                 self._put(result, chain, node + 1)
         return result
-
-    def _is_open(self, chain: Chain, node: int) -> bool:
-        return not chain.closed and node == len(chain.links)
 
     def _chains_at(self, value: Any) -> list[tuple[Chain, int]]:
         found = self._nodes.get(id(value))
@@ -378,8 +359,7 @@ def _name(func: Any) -> str:
     return getattr(func.__self__, "__name__", name) if name == "__get__" else name
 
 
-def _in_place(func: Any) -> bool:
-    name = _name(func)
+def _in_place(name: str) -> bool:
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_BY_ARGUMENT
 
 
@@ -390,6 +370,4 @@ _INPLACE_BY_ARGUMENT = {
 
 
 def _holds_tensor(result: Any) -> bool:
-    return isinstance(result, Tensor) or (
-        isinstance(result, (list, tuple)) and any(isinstance(item, Tensor) for item in result)
-    )
+    return any(isinstance(x, Tensor) for x in (result if isinstance(result, (list, tuple)) else [result]))

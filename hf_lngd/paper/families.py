@@ -1,16 +1,11 @@
 """KFAC, EKFAC, TKFAC and NG+: other approximations of a layer's Fisher block F, behind the interface of LNGD's.
 
-A family is a class of statistics, which a factor step sums, and a bank (see `factors.Bank`) that takes them into its
-running averages, inverts these and multiplies gradients by the inverse. All is batched over the layers of one shape.
-Capture, damping settings, intervals, momentum, rates and state are LNGD's own.
-
-Left is the side of a matrix's m outputs, right that of its d inputs (with the bias, where it is in the factor). Both
-are cut into k diagonal blocks past `max_factor_dim`. Averages are undamped (Eq. 14 of the LNGD paper), corrected for
-their start; only what is inverted is damped.
+A family is a class of statistics, which a factor step sums, and a bank (see `factors.Bank`). Left is the side of a
+matrix's m outputs, right that of its d inputs (with the bias, where it is in the factor); both are cut into k diagonal
+blocks past `max_factor_dim`. Averages are undamped; only what is inverted is damped.
 
 With g the gradient of the mean of a batch's T terms with respect to a layer's output, the layer's Fisher block is
-F = T Σ_t (a_t a_tᵀ) ⊗ (g_t g_tᵀ); T is the `scale` below (see `PaperCapture.scale`).
-"""
+F = T Σ_t (a_t a_tᵀ) ⊗ (g_t g_tᵀ); T is the `scale` below (see `PaperCapture.scale`)."""
 
 from __future__ import annotations
 
@@ -21,25 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import linalg
 from ..config import LNGDConfig
 from ..factors import Bank, FactorSpec, block_diagonal, corrected
 from ..layers import MOST_PATCHES, SMALLEST_BLOCK, Layer, factor_blocks
-from ..linalg import (
-    add_damping,
-    apply_left,
-    apply_right,
-    block_layout,
-    damping,
-    eye_like,
-    from_blocks,
-    input_statistic,
-    inverse,
-    pack,
-    running_average,
-    to_blocks,
-    trace,
-    unpack,
-)
 from ..statistics import Statistics, exact
 from ..topology import Group
 from .natural import UnweightedStatistics, WeightedStatistics, estimates_psi
@@ -62,7 +42,7 @@ class Sides:
     def of(cls, layer: Layer, max_factor_dim: int | str) -> Sides:
         """The sides of a layer; a factor of the outputs is cut as that of the inputs."""
         narrow = max(min(layer.d, layer.m), SMALLEST_BLOCK)
-        left = block_layout(layer.m, max_factor_dim if isinstance(max_factor_dim, int) else narrow)
+        left = linalg.block_layout(layer.m, max_factor_dim if isinstance(max_factor_dim, int) else narrow)
         return cls(layer.m, layer.columns, left, factor_blocks(layer, max_factor_dim))
 
     @property
@@ -82,20 +62,11 @@ class Sides:
 def rotate(x: Tensor, basis: Tensor) -> Tensor:
     """x · blockdiag(basis) with all k·b coordinates: x [..., n, d], basis [..., k, b, b] → [..., n, k·b]."""
     k, b = basis.shape[-3], basis.shape[-1]
-    return from_blocks(to_blocks(x, k, b) @ basis, k * b)
-
-
-# Statistics
+    return linalg.from_blocks(linalg.to_blocks(x, k, b) @ basis, k * b)
 
 
 class FamilyStatistics(Statistics):
-    """Sums of one layer over the tokens of a step.
-
-    Args:
-        sides: the layer's.
-        units: u.
-        basis: the coordinates of some of the sums; only EKFAC has any.
-    """
+    """Sums of one layer over the tokens of a step; `basis`: the coordinates of some of the sums; only EKFAC has any."""
 
     SYMMETRIC: ClassVar[tuple[str, ...]] = (LEFT, RIGHT)
 
@@ -104,20 +75,12 @@ class FamilyStatistics(Statistics):
         self.sides, self.units, self.basis = sides, units, basis
 
     def add_gradient(self, a: Tensor, g: Tensor, mask: Tensor | None, per_sample: int) -> None:
-        """Add some tokens.
-
-        Args:
-            a: inputs [u, N, columns].
-            g: gradients [u, N, m] with respect to the pre-activation.
-            mask: [N], 1 where the token counts, or None.
-            per_sample: tokens of one sample of the batch, which follow each other: N is a multiple of it, or less than
-                it where a sample comes in pieces.
-        """
+        """Add some tokens: inputs a [u, N, columns], gradients g [u, N, m] with respect to the output, mask [N] or
+        None. `per_sample`: tokens of one sample of the batch, which follow each other: N is a multiple of it, or less
+        than it where a sample comes in pieces."""
         with exact(a):
-            g = g.to(a.dtype)
-            if mask is None:
-                count = a.new_full((), a.shape[-2])
-            else:
+            g, count = g.to(a.dtype), a.new_full((), a.shape[-2])
+            if mask is not None:
                 mask = mask.to(a.dtype)
                 g, count = g * mask[:, None], mask.sum()
             self.accumulate(self.of(a, g, mask, per_sample), count)
@@ -127,7 +90,6 @@ class FamilyStatistics(Statistics):
         raise NotImplementedError
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each sum."""
         return {side: (self.units, k, b, b) for side in (LEFT, RIGHT) for k, b in (self.sides.blocks(side),)}
 
     def factors(self, scale: Tensor | float | None) -> dict[str, Tensor]:
@@ -140,9 +102,8 @@ class KFACStatistics(FamilyStatistics):
     """A = E[a aᵀ] and B = E[g gᵀ] (Martens & Grosse 2015)."""
 
     def of(self, a: Tensor, g: Tensor, mask: Tensor | None, per_sample: int) -> Iterator[tuple[str, Tensor]]:
-        """See `FamilyStatistics`."""
-        yield RIGHT, input_statistic(a, mask, *self.sides.right)
-        yield LEFT, input_statistic(g, None, *self.sides.left)
+        yield RIGHT, linalg.input_statistic(a, mask, *self.sides.right)
+        yield LEFT, linalg.input_statistic(g, None, *self.sides.left)
 
     def factors(self, scale: Tensor | float | None) -> dict[str, Tensor]:
         """A [u, k, b, b] is the mean over positions; B takes the rest of F's scale, so that tr A · tr B is right where
@@ -155,14 +116,12 @@ class EKFACStatistics(KFACStatistics):
     """KFAC's, and E[(U_Bᵀ g)² (aᵀ U_A)²] in the eigenbasis at hand (George et al. 2018), if there is one yet."""
 
     def of(self, a: Tensor, g: Tensor, mask: Tensor | None, per_sample: int) -> Iterator[tuple[str, Tensor]]:
-        """See `FamilyStatistics`."""
         yield from super().of(a, g, mask, per_sample)
         if self.basis is not None:
             left, right = self.basis
             yield "moments", rotate(g, left).square().mT @ rotate(a, right).square()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each sum."""
         (k, b), (n, c) = self.sides.left, self.sides.right
         return super().shapes() | ({} if self.basis is None else {"moments": (self.units, k * b, n * c)})
 
@@ -171,9 +130,8 @@ class TKFACStatistics(FamilyStatistics):
     """δP = E[a aᵀ‖g‖²] and δQ = E[‖a‖² g gᵀ] (Gao et al. 2021); the trace of both is δ = E[‖a‖²‖g‖²] = tr F."""
 
     def of(self, a: Tensor, g: Tensor, mask: Tensor | None, per_sample: int) -> Iterator[tuple[str, Tensor]]:
-        """See `FamilyStatistics`."""
-        yield RIGHT, input_statistic(a, g.square().sum(-1), *self.sides.right)
-        yield LEFT, input_statistic(g, a.square().sum(-1), *self.sides.left)
+        yield RIGHT, linalg.input_statistic(a, g.square().sum(-1), *self.sides.right)
+        yield LEFT, linalg.input_statistic(g, a.square().sum(-1), *self.sides.left)
 
 
 class NGPlusStatistics(FamilyStatistics):
@@ -183,7 +141,6 @@ class NGPlusStatistics(FamilyStatistics):
     _open_positions: int = 0
 
     def of(self, a: Tensor, g: Tensor, mask: Tensor | None, per_sample: int) -> Iterator[tuple[str, Tensor]]:
-        """See `FamilyStatistics`."""
         side = self.sides.smaller
         if a.shape[1] % per_sample:
             part = g.mT @ a
@@ -197,15 +154,13 @@ class NGPlusStatistics(FamilyStatistics):
         own, other = (a, g) if side == RIGHT else (g, a)
         if per_sample <= min(self.sides.m, self.sides.columns):  # ∇ᵀ∇ = aᵀ (g gᵀ) a: no ∇ has to be made
             pairs = other @ other.mT
-            blocks, turned = self._blocks(own.flatten(1, 2)), self._blocks((pairs @ own).flatten(1, 2))
-            yield side, blocks.mT @ turned
+            yield side, self._blocks(own.flatten(1, 2)).mT @ self._blocks((pairs @ own).flatten(1, 2))
             return
         rows = max(1, MOST_PATCHES // max(1, a.shape[0] * self.sides.m * self.sides.columns))
         for x, y in zip(own.split(rows, 1), other.split(rows, 1), strict=True):
             yield side, self._gram((y.mT @ x).flatten(1, 2))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of the one sum."""
         return {self.sides.smaller: super().shapes()[self.sides.smaller]}
 
     def _gram(self, x: Tensor) -> Tensor:
@@ -213,21 +168,11 @@ class NGPlusStatistics(FamilyStatistics):
         return blocks.mT @ blocks
 
     def _blocks(self, x: Tensor) -> Tensor:
-        return to_blocks(x, *self.sides.blocks(self.sides.smaller))
-
-
-# Banks
+        return linalg.to_blocks(x, *self.sides.blocks(self.sides.smaller))
 
 
 class FamilyBank(Bank):
-    """Curvature of L layers with one shape, none of them shared.
-
-    Args:
-        specs: the layers.
-        sides: their shape and how it is cut.
-        config: damping, intervals.
-        like: a tensor with the device and dtype of the state.
-    """
+    """Curvature of L layers with one shape, none of them shared; `sides`: their shape and how it is cut."""
 
     statistics: ClassVar[type[FamilyStatistics]]
 
@@ -247,15 +192,14 @@ class FamilyBank(Bank):
 
     def _start(self) -> dict[str, Tensor]:
         """What is derived from the averages, as it is before: D = G."""
-        return {f"inverse_{side}": pack(self._eye(side)) for side in self.kept_sides()}
+        return {f"inverse_{side}": linalg.pack(self._eye(side)) for side in self.kept_sides()}
 
     def average(self, rows: Tensor, fresh: Mapping[str, Tensor]) -> None:
         """Eq. 14 of each side."""
-        old_weight = self.weight[rows]
+        old_weight, decay = self.weight[rows], self.config.ema_decay
         for side in self.kept_sides():
-            self.averages[side][rows], self.weight[rows] = running_average(
-                self.averages[side][rows], pack(fresh[side]), old_weight, self.config.ema_decay
-            )
+            old, new = self.averages[side][rows], linalg.pack(fresh[side])
+            self.averages[side][rows], self.weight[rows] = linalg.running_average(old, new, old_weight, decay)
 
     def blocks(self, side: str, rows: Tensor | slice = slice(None)) -> Tensor:
         """A side's running average, undamped: [n, k, b, b]; the identity for a layer not seen yet."""
@@ -265,16 +209,18 @@ class FamilyBank(Bank):
         """The same as matrices [n, size, size], zero outside the blocks."""
         return block_diagonal(self.blocks(side, rows), self.sides.size(side))
 
-    # Invert
+    def inverse_of(self, side: str, rows: Tensor) -> Tensor:
+        """What a side's damped average was inverted to: [n, k, b, b]."""
+        return linalg.unpack(self.derived[f"inverse_{side}"][rows], self.sides.blocks(side)[1])
 
     def _mean(self, blocks: Tensor, side: str) -> Tensor:
         """Mean eigenvalue of each row, in float64: products of two of them leave the range of float32."""
-        return trace(blocks).double() / self.sides.size(side)
+        return linalg.trace(blocks).double() / self.sides.size(side)
 
     def _damping(self, mean: Tensor) -> Tensor:
         """λ of F itself, from the mean eigenvalue that the family gives it."""
         c = self.config
-        return damping(mean, c.damping, c.damping_rho, c.damping_bounds)
+        return linalg.damping(mean, c.damping, c.damping_rho, c.damping_bounds)
 
     def _keep(self, good: Tensor, found: dict[str, Tensor], condition: Tensor) -> None:
         """Take what was derived where all of it is good; a failed row keeps the last."""
@@ -283,12 +229,7 @@ class FamilyBank(Bank):
         self.keep(self.condition, condition.to(self.condition.dtype), good)
         self.failures += (~good).sum()
 
-    def basis_of(self, name: str) -> Basis | None:
-        """The coordinates in which a layer's coming sums are wanted, left and right [u, k, b, b]; None: its own."""
-        return None
-
     def tensors(self) -> dict[str, Tensor]:
-        """The state, a row in the first dimension."""
         return self.averages | self.derived | super().tensors()
 
 
@@ -297,23 +238,22 @@ class KFAC(FamilyBank):
     in KFC, Grosse & Martens 2016).
 
     Damping is factored (§6.3): Â = A + πγ I, B̂ = B + γ/π I with γ² = λ and π² = (tr A/d) / (tr B/m). λ is that of F,
-    whose mean eigenvalue is tr A · tr B / (d m); ``relative`` gives λ_A = √ρ tr A/d and λ_B = √ρ tr B/m.
-    """
+    whose mean eigenvalue is tr A · tr B / (d m); ``relative`` gives λ_A = √ρ tr A/d and λ_B = √ρ tr B/m."""
 
     statistics: ClassVar[type[FamilyStatistics]] = KFACStatistics
 
     def invert(self) -> None:
-        """Both sides, damped."""
         left, right = self.blocks(LEFT), self.blocks(RIGHT)
         lam, on_left, on_right, gain = self._split(left, right)
         self.damping.copy_(lam)
         inverses, good, condition = {}, torch.ones_like(lam, dtype=torch.bool), torch.ones_like(lam)
         for side, blocks, shift in ((LEFT, left, on_left), (RIGHT, right, on_right)):
-            shift = shift.to(blocks.dtype)[:, None].expand(-1, blocks.shape[1])
-            value, ok, own = inverse(add_damping(blocks, shift))
+            value, ok, own = linalg.inverse(
+                linalg.add_damping(blocks, shift.to(blocks.dtype)[:, None].expand(-1, blocks.shape[1]))
+            )
             if side == LEFT:
                 value = value * gain.to(value.dtype)[:, None, None, None]
-            inverses[f"inverse_{side}"] = pack(value)
+            inverses[f"inverse_{side}"] = linalg.pack(value)
             good, condition = good & ok.all(1) & torch.isfinite(value.flatten(1)).all(1), condition * own.amax(1)
         self._keep(good, inverses, condition)
 
@@ -325,10 +265,8 @@ class KFAC(FamilyBank):
         return lam, lam.sqrt() / pi, lam.sqrt() * pi, torch.ones_like(lam)
 
     def precondition(self, grad: Tensor, rows: Tensor) -> Tensor:
-        """B̂⁻¹ G Â⁻¹."""
-        right = unpack(self.derived["inverse_right"][rows], self.sides.right[1])
-        left = unpack(self.derived["inverse_left"][rows], self.sides.left[1])
-        return apply_left(left, apply_right(grad, right))
+        left, right = (self.inverse_of(side, rows) for side in (LEFT, RIGHT))
+        return linalg.apply_left(left, linalg.apply_right(grad, right))
 
     def dense(self, rows: Tensor) -> dict[str, Tensor]:
         """``a`` = A [n, d, d], ``b`` = B [n, m, m]."""
@@ -336,17 +274,14 @@ class KFAC(FamilyBank):
 
 
 class TKFAC(KFAC):
-    """F ≈ δ P ⊗ Q with tr P = tr Q = 1 and δ = tr F (Gao et al. 2021, AAAI): δ = E[‖a‖²‖g‖²], P = E[a aᵀ‖g‖²]/δ,
-    Q = E[‖a‖² g gᵀ]/δ. Averages are of δP and δQ.
-
-    Damping is the paper's plain one, (√δ P + √λ I) ⊗ (√δ Q + √λ I), not its variant for convolutions; λ is that of F,
-    whose mean eigenvalue is δ/(d m).
-    """
+    """F ≈ δ P ⊗ Q with tr P = tr Q = 1 and δ = tr F (Gao et al. 2021, AAAI): δ = E[‖a‖²‖g‖²], P = E[a aᵀ‖g‖²]/δ, Q =
+    E[‖a‖² g gᵀ]/δ. Averages are of δP and δQ. Damping is the paper's plain one, (√δ P + √λ I) ⊗ (√δ Q + √λ I), not its
+    variant for convolutions; λ is that of F, whose mean eigenvalue is δ/(d m)."""
 
     statistics = TKFACStatistics
 
     def _split(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        delta = trace(right).double()
+        delta = linalg.trace(right).double()
         lam = self._damping(delta / (self.sides.m * self.sides.columns))
         shift = (delta * lam).sqrt()  # √λ on √δ P, whose √δ-fold is what is kept
         return lam, shift, shift, delta
@@ -364,13 +299,12 @@ class EKFAC(FamilyBank):
     """F ≈ (U_A ⊗ U_B) diag(s) (U_A ⊗ U_B)ᵀ, D = U_B [(U_Bᵀ G U_A) / (s + λ)] U_Aᵀ (George et al. 2018, NeurIPS): the
     eigenvectors are KFAC's, s = E[(U_Bᵀ g)² (aᵀ U_A)²] is the diagonal of F in them, so the best there is.
 
-    s is a running average over factor steps (the paper's EKFAC-ra), taken under the basis of its time. A new basis
-    turns it as the diagonal of a matrix turns, s ← (U_BᵀU_B')²ᵀ s (U_AᵀU_A')², which keeps its sum (ours); before the
-    first estimate KFAC's eigenvalues stand in. λ is relative to the mean of s, or bounded; it is added to s.
-    With factors in blocks the basis is that of the blocks, and s still the diagonal of the whole F. Where a factor is
-    singular, rounding picks the eigenvectors: unlike the others, EKFAC then is the same from run to run, but not to the
-    last digits under another split into micro-batches.
-    """
+    s is a running average over factor steps (EKFAC-ra), taken under the basis of its time. A new basis turns it as the
+    diagonal of a matrix turns, s ← (U_BᵀU_B')²ᵀ s (U_AᵀU_A')², which keeps its sum (ours); before the first estimate
+    KFAC's eigenvalues stand in. λ is relative to the mean of s, or bounded; it is added to s. With factors in blocks
+    the basis is that of the blocks, and s still the diagonal of the whole F. Where a factor is singular, rounding picks
+    the eigenvectors: EKFAC then is the same from run to run, but not to the last digits under another split into
+    micro-batches."""
 
     statistics = EKFACStatistics
 
@@ -384,7 +318,7 @@ class EKFAC(FamilyBank):
         }
 
     def basis_of(self, name: str) -> Basis | None:
-        """The eigenvectors, once there are any."""
+        """The eigenvectors, left and right [u, k, b, b], once there are any."""
         rows = slice(self.rows[name].start, self.rows[name].stop)
         return (self.derived["basis_left"][rows], self.derived["basis_right"][rows]) if self.inverted else None
 
@@ -396,7 +330,7 @@ class EKFAC(FamilyBank):
         moments = fresh["moments"]
         moments = torch.where(moments.sum((1, 2), keepdim=True) > 0, moments, torch.nan)  # no gradient tells nothing
         old, weight = self.derived["moments"][rows], self.derived["moments_weight"][rows]
-        total, new_weight = running_average(old * weight[:, None, None], moments, weight, self.config.ema_decay)
+        total, new_weight = linalg.running_average(old * weight[:, None, None], moments, weight, self.config.ema_decay)
         tiny = torch.finfo(old.dtype).tiny
         mean = total / new_weight.clamp_min(tiny)[:, None, None]
         self.derived["moments"][rows] = torch.where((new_weight > 0)[:, None, None], mean, old)
@@ -408,7 +342,6 @@ class EKFAC(FamilyBank):
         self.damping.copy_(self._damping(mean))
 
     def invert(self) -> None:
-        """Eigenvectors of both sides, and s in them."""
         turns, values, found, good = {}, {}, {}, torch.ones_like(self.weight, dtype=torch.bool)
         for side in (LEFT, RIGHT):
             own, basis, ok = eigenbasis(self._separated(side))
@@ -417,7 +350,7 @@ class EKFAC(FamilyBank):
             found[f"basis_{side}"] = basis
             good = good & ok.all(1)
         stand_in = values[LEFT][:, :, None] * values[RIGHT][:, None, :]
-        turned = apply_left(turns[LEFT].mT, apply_right(self.derived["moments"], turns[RIGHT]))
+        turned = linalg.apply_left(turns[LEFT].mT, linalg.apply_right(self.derived["moments"], turns[RIGHT]))
         seen = (self.derived["moments_weight"] > 0)[:, None, None]
         found["moments"] = torch.where(seen, turned, stand_in)
         size = found["moments"].sum((1, 2))
@@ -433,58 +366,50 @@ class EKFAC(FamilyBank):
         blocks = self.blocks(side)
         blocks = (blocks + blocks.mT) * 0.5
         past = torch.arange(blocks.shape[1] * blocks.shape[2], device=blocks.device) >= self.sides.size(side)
-        below = trace(blocks)[:, None, None] * past.view(blocks.shape[1:3]).to(blocks.dtype)
+        below = linalg.trace(blocks)[:, None, None] * past.view(blocks.shape[1:3]).to(blocks.dtype)
         blocks.diagonal(dim1=-2, dim2=-1).sub_(below)
         return blocks
 
     def precondition(self, grad: Tensor, rows: Tensor) -> Tensor:
-        """U_B [(U_Bᵀ G U_A) / (s + λ)] U_Aᵀ."""
         left, right = self.derived["basis_left"][rows], self.derived["basis_right"][rows]
         inside = rotate(rotate(grad, right).mT, left).mT
         tiny = torch.finfo(grad.dtype).tiny
         inside = inside / (self.derived["moments"][rows] + self.damping[rows][:, None, None]).clamp_min(tiny)
-        back = apply_left(left, apply_right(inside, right.mT))
+        back = linalg.apply_left(left, linalg.apply_right(inside, right.mT))
         return back[:, : self.sides.m, : self.sides.columns].contiguous()
 
     def dense(self, rows: Tensor) -> dict[str, Tensor]:
         """``a`` and ``b`` as KFAC's; ``basis_a`` [n, d, ·], ``basis_b`` [n, m, ·], ``moments`` s of their columns."""
-        bases = {
-            key: torch.stack([torch.block_diag(*row)[: self.sides.size(side)] for row in self.derived[name][rows]])
-            for key, name, side in (("basis_a", "basis_right", RIGHT), ("basis_b", "basis_left", LEFT))
-        }
-        moments = {"moments": self.derived["moments"][rows]}
-        return {"a": self.whole(RIGHT, rows), "b": self.whole(LEFT, rows)} | bases | moments
+        found = {"a": self.whole(RIGHT, rows), "b": self.whole(LEFT, rows)}
+        for key, side in (("basis_a", RIGHT), ("basis_b", LEFT)):
+            blocks = self.derived[f"basis_{side}"][rows]
+            found[key] = torch.stack([torch.block_diag(*row)[: self.sides.size(side)] for row in blocks])
+        return found | {"moments": self.derived["moments"][rows]}
 
 
 class NGPlus(FamilyBank):
     """One-sided: D = (C + λI)⁻¹ G with C = E_n[∇_n ∇_nᵀ], or G (C + λI)⁻¹ with E_n[∇_nᵀ ∇_n] where d ≤ m (Yang et al.
     2021, arXiv:2106.07454, the generalized Fisher matrix). ∇_n is the gradient of a row of the batch, all its positions
-    summed. λ is relative to tr C/dim, or bounded.
-
-    The authors' code always takes the left side, adds √damping, and divides C of a convolution by √(positions); here
-    the smaller side is taken, and λ carries the scale.
-    """
+    summed. λ is relative to tr C/dim, or bounded. The authors' code always takes the left side, adds √damping, and
+    divides C of a convolution by √(positions); here the smaller side is taken, and λ carries the scale."""
 
     statistics = NGPlusStatistics
 
     def kept_sides(self) -> tuple[str, ...]:
-        """The smaller one."""
         return (self.sides.smaller,)
 
     def invert(self) -> None:
-        """The one side, damped."""
         (side,) = self.kept_sides()
         blocks = self.blocks(side)
         lam = self._damping(self._mean(blocks, side)).to(blocks.dtype)
         self.damping.copy_(lam)
-        value, ok, condition = inverse(add_damping(blocks, lam[:, None].expand(-1, blocks.shape[1])))
-        self._keep(ok.all(1), {f"inverse_{side}": pack(value)}, condition.amax(1))
+        value, ok, condition = linalg.inverse(linalg.add_damping(blocks, lam[:, None].expand(-1, blocks.shape[1])))
+        self._keep(ok.all(1), {f"inverse_{side}": linalg.pack(value)}, condition.amax(1))
 
     def precondition(self, grad: Tensor, rows: Tensor) -> Tensor:
-        """Ĉ⁻¹ G or G Ĉ⁻¹."""
         (side,) = self.kept_sides()
-        blocks = unpack(self.derived[f"inverse_{side}"][rows], self.sides.blocks(side)[1])
-        return apply_left(blocks, grad) if side == LEFT else apply_right(grad, blocks)
+        blocks = self.inverse_of(side, rows)
+        return linalg.apply_left(blocks, grad) if side == LEFT else linalg.apply_right(grad, blocks)
 
     def dense(self, rows: Tensor) -> dict[str, Tensor]:
         """C as ``left`` [n, m, m] or ``right`` [n, d, d]."""
@@ -500,16 +425,11 @@ def family_banks(specs: Sequence[FactorSpec], config: LNGDConfig) -> list[Bank]:
     for spec in specs:
         sides = Sides.of(spec.layer, config.max_factor_dim)
         keyed.setdefault((sides, spec.layer.weight.device, spec.layer.like.dtype), []).append(spec)
-    kind = _FAMILIES[config.family]
-    return [kind(own, sides, config, own[0].layer.like) for (sides, *_), own in keyed.items()]
+    return [_FAMILIES[config.family](own, key[0], config, own[0].layer.like) for key, own in keyed.items()]
 
 
 def new_statistics(layer: Layer, group: Group, config: LNGDConfig, basis: Basis | None) -> Statistics:
-    """Empty statistics for a factor step of a group, of any family.
-
-    Args:
-        basis: of its bank, see `FamilyBank.basis_of`.
-    """
+    """Empty statistics for a factor step of a group, of any family; `basis`: of its bank."""
     if config.family != "lngd":
         return _FAMILIES[config.family].statistics(Sides.of(layer, config.max_factor_dim), layer.units, basis)
     blocks = factor_blocks(layer, config.max_factor_dim)
@@ -519,25 +439,17 @@ def new_statistics(layer: Layer, group: Group, config: LNGDConfig, basis: Basis 
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of symmetric matrices; waits for the device.
-
-    Single precision fails now and then where many eigenvalues are zero, and may not say so: the vectors are NaN. Such a
-    matrix is tried again in float64.
-
-    Args:
-        matrix: [..., n, n].
-
-    Returns:
-        values [..., n], ascending, vectors [..., n, n] in columns, ok [...] (False: they are not to be used).
-    """
+    """Eigenvalues [..., n], ascending, and eigenvectors [..., n, n] in columns of symmetric matrices, ok [...] (False:
+    they are not to be used); waits for the device. Single precision fails now and then where many eigenvalues are zero,
+    and may not say so: the vectors are NaN. Such a matrix is tried again in float64."""
     finite = torch.isfinite(matrix.flatten(-2)).all(-1)
     # LAPACK refuses the whole batch for one bad matrix
-    safe = torch.where(finite[..., None, None], matrix, eye_like(matrix))
+    safe = torch.where(finite[..., None, None], matrix, linalg.eye_like(matrix))
     values, vectors, ok = _eigh(safe)
     if matrix.dtype != torch.float64 and not matrix.is_meta and not bool(ok.all()):
-        again_values, again_vectors, again_ok = _eigh(safe[~ok].double())
-        values[~ok], vectors[~ok] = again_values.to(matrix.dtype), again_vectors.to(matrix.dtype)
-        ok = ok.masked_scatter(~ok, again_ok)
+        bad = ~ok
+        again, again_vectors, ok[bad] = _eigh(safe[bad].double())
+        values[bad], vectors[bad] = again.to(matrix.dtype), again_vectors.to(matrix.dtype)
     return values, vectors, finite & ok
 
 

@@ -1,10 +1,9 @@
-"""The paper's direction: D = Ψ̂⁻¹ G Φ̂⁻¹ with Φ = E[a aᵀ ‖g‖²] and the diagonal Ψ = E[‖a‖² g²] / E[‖a‖² ‖g‖²]
-(Eq. 4, 5)."""
+"""The paper's direction: D = Ψ̂⁻¹ G Φ̂⁻¹ with Φ = E[a aᵀ ‖g‖²] and the diagonal Ψ = E[‖a‖² g²] / E[‖a‖² ‖g‖²] (Eq. 4,
+5)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,24 +11,19 @@ from torch import Tensor
 from ..config import LNGDConfig
 from ..directions import Inputs, of_units
 from ..factors import Bank, FactorBank, FactorSpec, factor_banks
-from ..layers import Layer, factor_blocks
+from ..layers import Layer
 from ..linalg import damping, input_statistic, rms_rate, running_average, trace
 from ..statistics import InputStatistics, exact
 
 
 class WeightedStatistics(InputStatistics):
-    """Σ_t a_t a_tᵀ ‖g_t‖² as ``phi`` [u, k, b, b] and Σ_t ‖a_t‖² g_t² as ``psi`` [u, m].
-
-    Args:
-        m: outputs of a matrix.
-    """
+    """Σ_t a_t a_tᵀ ‖g_t‖² as ``phi`` [u, k, b, b] and Σ_t ‖a_t‖² g_t² as ``psi`` [u, m]; m outputs of a matrix."""
 
     def __init__(self, units: int, blocks: tuple[int, int], m: int) -> None:
         super().__init__(units, blocks)
         self._m = m
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each sum."""
         return super().shapes() | {"psi": (self.units, self._m)}
 
     def add(self, a: Tensor, g2: Tensor | None, mask: Tensor | None = None) -> None:  # type: ignore[override]
@@ -81,6 +75,8 @@ def estimates_psi(follows: Sequence[str], fisher: str) -> bool:
 class PsiBank(FactorBank):
     """Φ and Ψ of groups with one m."""
 
+    has_psi = True
+
     def __init__(
         self, specs: Sequence[FactorSpec], blocks: tuple[int, int], kind: str, config: LNGDConfig, like: Tensor
     ) -> None:
@@ -99,22 +95,14 @@ class PsiBank(FactorBank):
         return torch.where(weight > 0, psi / weight.clamp_min(torch.finfo(weight.dtype).tiny), uniform)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state, a row in the first dimension."""
         return {"psi": self.psi} | super().tensors()
 
 
 def banks(specs: Sequence[FactorSpec], kind: str, config: LNGDConfig) -> list[Bank]:
     """Banks of Φ, with Ψ where it is estimated."""
+    psi = [spec for spec in specs if estimates_psi(spec.follows, config.fisher)]
     plain = [spec for spec in specs if not estimates_psi(spec.follows, config.fisher)]
-    found = factor_banks(plain, kind, config)
-    keyed: dict[Any, list[FactorSpec]] = {}
-    for spec in specs:
-        if estimates_psi(spec.follows, config.fisher):
-            layer, blocks = spec.layer, factor_blocks(spec.layer, config.max_factor_dim)
-            key = (blocks, layer.columns, layer.m, layer.weight.device, layer.like.dtype)
-            keyed.setdefault(key, []).append(spec)
-    found += [PsiBank(own, key[0], kind, config, own[0].layer.like) for key, own in keyed.items()]
-    return found
+    return factor_banks(plain, kind, config) + factor_banks(psi, kind, config, PsiBank)
 
 
 class Natural:
@@ -126,7 +114,6 @@ class Natural:
         self.config = config
 
     def new_state(self, layer: Layer) -> dict[str, Tensor]:
-        """None."""
         return {}
 
     def _psi(self, bank: Bank, rows: Tensor, m: int) -> tuple[Tensor, float]:
@@ -144,7 +131,6 @@ class Natural:
         return {"phi": found["phi"] * scale, "psi": psi}
 
     def __call__(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
-        """See `Direction`."""
         c, n = self.config, len(x.layers)
         direction = x.bank.precondition(x.gradient, x.rows)
         if c.family == "lngd":
@@ -155,6 +141,6 @@ class Natural:
             return direction, None
         rate = direction.new_ones(n)
         if c.rate == "rms":
-            whole = direction.view(n, -1)
+            whole = direction.reshape(n, -1)
             rate = rms_rate(torch.linalg.vector_norm(whole, dim=-1), whole.shape[1], c.rate_scale)
         return direction.mul_(of_units(rate * x.lr, x.units)[:, None, None]), rate

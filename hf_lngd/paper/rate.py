@@ -2,8 +2,7 @@
 
 With g the gradient of the global mean loss over T terms with respect to a layer's output, DᵀF_l D = T · Σ_n q_n²,
 q_n = Σ_{t∈n} g_tᵀ D a_t over the tokens t of row n. DDP averages gradients: with W ranks the gradient of the loss with
-respect to a rank's activation is 1/W of the one that this rank's hooks see.
-"""
+respect to a rank's activation is 1/W of the one that this rank's hooks see."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ class RowSamples:
 
     Attributes:
         calls: forward pass → list of (a [n, ...], g [n, ...]), one entry a call of the layer.
-        seen: rows of its calls.
-    """
+        seen: rows of its calls."""
 
     calls: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     seen: int = 0
@@ -39,8 +37,7 @@ class RowSamples:
     def sum_of_squares(self, layer: Layer, direction: Tensor) -> Tensor:
         """Σ q_n²; direction [u, m, columns].
 
-        A layer that is called twice in one forward adds both calls to a row's q; other forwards are other rows.
-        """
+        A layer that is called twice in one forward adds both calls to a row's q; other forwards are other rows."""
         total = direction.new_zeros(())
         for calls in self.calls.values():
             q = sum(_row_products(layer, direction, a, g) for a, g in calls)
@@ -63,30 +60,23 @@ def rates(core: Any, jobs: list[Job], directions: list[Any], gradients: list[Any
 
     Args:
         directions, gradients: D and M [n · units, m, columns] of each job; None: this process has none.
-        loss_scale: what the loss was multiplied by; None: one.
-    """
-    from .capture import unscaled
-
+        loss_scale: what the loss was multiplied by; None: one."""
     layout, capture = core.layout, core.capture
     terms = unscaled(capture.terms, loss_scale)
     found: list[Any] = []
-    for job, whole, own, gradient in zip(
-        jobs, layout.all_matrices(jobs, directions), directions, gradients, strict=True
-    ):
-        layers, u = [job.batch.members[i] for i in job.present], job.batch.units
+    every = layout.all_matrices(jobs, directions)
+    for job, whole, own, gradient in zip(jobs, every, directions, gradients, strict=True):
+        layers, u = job.members, job.batch.units
         rows = [capture.samples.get(layer.name, RowSamples()) for layer in layers]
-        squares = torch.stack(
-            [
-                one.sum_of_squares(layer, whole[i * u : (i + 1) * u])
-                for i, (layer, one) in enumerate(zip(layers, rows, strict=True))
-            ]
-        )
+        parts = zip(layers, rows, whole.unflatten(0, (-1, u)).unbind(0), strict=True)
+        squares = torch.stack([one.sum_of_squares(layer, part) for layer, one, part in parts])
         curvature, known = _over_ranks(squares, rows, terms, layout)
         if own is None:
             found.append(None)
             continue
         mine = {job.batch.layers[i] for i in job.own}
-        chosen = torch.tensor([layer in mine for layer in layers], device=squares.device)
+        # numbers, not a mask: a mask waits for the device, and the meta device cannot
+        chosen = torch.tensor([i for i, layer in enumerate(layers) if layer in mine], device=squares.device)
         slope = (own * gradient).sum((-2, -1)).view(-1, u).sum(-1)
         # with no curvature at all the rate would be about 1/μ
         found.append(torch.where(known[chosen], adaptive_rate(slope, curvature[chosen], MU), 0.0))
@@ -101,3 +91,8 @@ def _over_ranks(squares: Tensor, rows: list[RowSamples], terms: Any, layout: Any
     squares, counts, total = layout.everyone.all_reduce(parts)
     seen, heard = counts.view(-1, 2).unbind(1)
     return squares * (total / layout.size**2), (seen > 0) & (heard > 0)
+
+
+def unscaled(factor: Any, loss_scale: Tensor | None) -> Any:
+    """A factor of sums of products of two gradients, for those of a loss that was multiplied by `loss_scale`."""
+    return factor if loss_scale is None else factor / loss_scale.square()

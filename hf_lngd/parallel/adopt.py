@@ -23,8 +23,7 @@ def adopt_shards(core: Core, group: Any) -> dict[nn.Parameter, nn.Parameter]:
         Each parameter that was replaced, and what stands in its place.
 
     Raises:
-        RuntimeError: they were replaced by FSDP1, another sharding, FSDP2's gathered ones; or some of them only.
-    """
+        RuntimeError: they were replaced by FSDP1, another sharding, FSDP2's gathered ones; or some of them only."""
     model, routing = core.capture.model, core.routing
     if core.layout.shards_rows or not is_distributed() or model is None:
         return {}
@@ -54,7 +53,7 @@ def _adopt(core: Core, model: nn.Module, group: Any) -> dict[nn.Parameter, nn.Pa
     places = {name: module._parameters[attribute] for name, (module, attribute) in routing.homes.items()}
     parameters: dict[str, nn.Parameter] = {name: p for name, p in places.items() if p is not None}
     layout = Rows(model, {name: parameters[name] for name in old}, group)
-    carried = dict(state.save(core, everywhere=True))
+    carried = dict(state.save(core))
     steps, described = core.steps, state.describe(core)
     routing.parameters = parameters
     for layer in routing.layers:
@@ -65,6 +64,9 @@ def _adopt(core: Core, model: nn.Module, group: Any) -> dict[nn.Parameter, nn.Pa
         table.weight = parameters[table.name]
     core.layout = layout
     replaced = {old[name]: parameters[name] for name in old}
+    for before, now in replaced.items():  # zeros of torch.distributed.checkpoint, which makes a step to make the state
+        if before.grad is not None and now.grad is None:
+            now.grad = layout.shard(before.grad)
     core.states.clear()
     if steps:
         moved: dict[Any, dict[str, Tensor]] = {replaced.get(p, p): dict(own) for p, own in carried.items()}

@@ -1,9 +1,6 @@
 """A checkpoint to which every rank writes its own share, in safetensors, by `torch.distributed.checkpoint`: nothing is
-gathered, and nothing in it can be run.
-
-Weights and LNGD's state are in it. What FSDP2 has sharded is written, and read, in the shards of whoever does so; what
-one rank owns is written by this rank. So it fits any number of ranks, DDP and one process.
-"""
+gathered, and nothing in it can be run. What FSDP2 has sharded is written, and read, in the shards of whoever does so;
+what one rank owns is written by this rank. So it fits any number of ranks, DDP and one process."""
 
 from __future__ import annotations
 
@@ -17,22 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from .. import state
-from ..adamw import AdamW
 from ..core import Core
 from ..topology import Topology
+from ..torch_internals import local
 from .ranks import is_distributed
 
 # What of the optimizer is no tensor; written last.
 PLAIN = "lngd.json"
-# Where a checkpoint is written, within its folder, until it is whole.
-PARTIAL = ".partial"
+# Within its folder, where a checkpoint is written, and where it is once it is whole.
+PARTIAL, WHOLE = ".partial", "lngd"
 
 
 def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> None:
     """Write a model's weights and LNGD's state. Every rank has to call it, with a folder that all of them see.
 
-    What was saved there before stays until the new one is whole, whenever a process dies.
-    """
+    What was saved there before stays until the new one is whole, whenever a process dies."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     folder, core = Path(folder), optimizer.core
@@ -43,10 +39,10 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
         (folder / PARTIAL).mkdir(parents=True)
     core.states = optimizer.state
     names = _names(core, optimizer.param_groups)
-    tensors = {f"model.{name}": v for name, v in get_model_state_dict(model).items() if isinstance(v, Tensor)}
-    layered = _layered(core)
+    tensors = {f"model.{name}": value for name, value in untied(get_model_state_dict(model)).items()}
+    in_layers = core.routing.in_layers()
     for parameter, own in core.states.items():
-        others = {key: value for key, value in own.items() if parameter not in layered or key == "lost"}
+        others = {key: value for key, value in own.items() if parameter not in in_layers or key == "lost"}
         tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in others.items() if parameter in names}
     tensors |= _of_layers(core, names)
     ranks.barrier()  # what was left there is gone
@@ -64,19 +60,20 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
 def _take_over(folder: Path) -> None:
     """Put what was saved in the place of what was there, if it is whole. Begun again where a process was killed in it,
     it ends as it would have."""
-    partial = folder / PARTIAL
-    if not (partial / PLAIN).is_file():
-        return
-    (folder / PLAIN).unlink(missing_ok=True)
-    coming = {path.name for path in partial.iterdir()}
-    for path in folder.glob("*.safetensors"):  # of the one before
-        if path.name not in coming and (partial / ".begun").exists() is False:
-            path.unlink()
-    (partial / ".begun").touch()
-    for path in sorted(partial.glob("*.safetensors")):
-        path.replace(folder / path.name)
-    (partial / PLAIN).replace(folder / PLAIN)
-    shutil.rmtree(partial)
+    if (folder / PARTIAL / PLAIN).is_file():
+        shutil.rmtree(folder / WHOLE, ignore_errors=True)
+        (folder / PARTIAL).replace(folder / WHOLE)
+
+
+def untied(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a model's state dict, each once: of names that are tied the first one."""
+    found: dict[Any, tuple[str, Tensor]] = {}
+    for name, value in weights.items():
+        if isinstance(value, Tensor):
+            here = local(value)
+            key = (here.data_ptr(), here.shape, here.stride()) if here.numel() else name
+            found.setdefault(key, (name, value))
+    return dict(found.values())
 
 
 def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> None:
@@ -86,8 +83,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
 
     Raises:
         ValueError: a folder that is no checkpoint, or not a whole one, or another model's or optimizer's; says what is
-            wrong with it.
-    """
+            wrong with it."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
     folder, core = Path(folder), optimizer.core
@@ -124,26 +120,19 @@ def _read(
     """This rank's share of the layers' tensors, into these; of weights and of the other states."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    weights = {k: torch.empty_like(v) for k, v in get_model_state_dict(model).items() if isinstance(v, Tensor)}
+    weights = {name: torch.empty_like(value) for name, value in untied(get_model_state_dict(model)).items()}
     states: dict[Any, dict[str, Tensor]] = {}
-    kept, layered = set(plain["tensors"]), _layered(core)
-    tables = {table.weight: table for table in core.embeddings}
+    kept, in_layers = set(plain["tensors"]), core.routing.in_layers()
     for parameter, name in names.items():
-        if parameter not in layered:
-            new = tables[parameter].new_state() if parameter in tables else AdamW.new_state(parameter)
-            own = {key: value for key, value in new.items() if f"optimizer.{name}.{key}" in kept}
-            if own:
-                states.setdefault(parameter, {}).update(own)
-        if f"optimizer.{name}.lost" in kept:
-            states.setdefault(parameter, {})["lost"] = torch.zeros_like(parameter.detach())
+        new = {} if parameter in in_layers else core.new_state(parameter)
+        new["lost"] = torch.zeros_like(parameter.detach())
+        own = {key: value for key, value in new.items() if f"optimizer.{name}.{key}" in kept}
+        if own:
+            states[parameter] = own
     wanted = {f"model.{name}": value for name, value in weights.items()}
     wanted |= {f"optimizer.{names[p]}.{key}": value for p, own in states.items() for key, value in own.items()}
-    read_tensors(folder, wanted | _of_layers(core, names), core.layout.everyone.group)
+    read_tensors(folder / WHOLE, wanted | _of_layers(core, names), core.layout.everyone.group, folder)
     return weights, states
-
-
-def _layered(core: Core) -> set[Any]:
-    return {p for layer in core.routing.layers for p in (layer.weight, layer.bias) if p is not None}
 
 
 def _of_layers(core: Core, names: Mapping[Any, str]) -> dict[str, Tensor]:
@@ -163,34 +152,43 @@ def write_tensors(folder: Path, tensors: Mapping[str, Any], group: Any) -> None:
     save(dict(tensors), storage_writer=writer, process_group=group, no_dist=not is_distributed())
 
 
-def read_tensors(folder: Path, wanted: dict[str, Any], group: Any) -> None:
+def read_tensors(
+    folder: Path, wanted: dict[str, Any], group: Any, shown: Path | None = None, all_of: bool = False
+) -> None:
     """Read what :func:`write_tensors` wrote into tensors of the same names, in place.
 
+    Args:
+        all_of: nothing else may be there.
+
     Raises:
-        ValueError: a file that cannot be read, a tensor that is missing or has another shape.
-    """
+        RuntimeError: there is something else.
+        ValueError: a file that cannot be read, a tensor that is missing or has another shape."""
+    shown = shown or folder  # in errors: the folder that a user knows
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:  # a header in which anything can be wrong
-        raise _damaged(folder, f"its files cannot be read ({type(error).__name__}: {error})") from error
+        raise _damaged(shown, f"its files cannot be read ({type(error).__name__}: {error})") from error
+    foreign = sorted(set(found) - set(wanted)) if all_of else []
+    if foreign:
+        raise RuntimeError(f"checkpoint {shown}: weights of another model: {', '.join(foreign[:5])}")
     for name, value in wanted.items():
         size = getattr(found.get(name), "size", None)
         if size != value.shape:
             what = "none" if size is None else list(size)
-            raise _damaged(folder, f"{name}: got {what}, accepted: a tensor {list(value.shape)}")
+            raise _damaged(shown, f"{name}: got {what}, accepted: a tensor {list(value.shape)}")
     try:
         reader = HuggingFaceStorageReader(str(folder))
         load(wanted, storage_reader=reader, process_group=group, no_dist=not is_distributed())
     except CheckpointException as error:
         causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
-        raise _damaged(folder, f"its files cannot be read ({causes})") from error
+        raise _damaged(shown, f"its files cannot be read ({causes})") from error
 
 
 def _read_plain(folder: Path) -> dict[str, Any]:
-    file = folder / PLAIN
+    file = folder / WHOLE / PLAIN
     if not file.is_file():
         raise _damaged(folder, f"got no {PLAIN}, which is written last: it was not finished, or is none")
     try:

@@ -1,10 +1,7 @@
-"""Which process keeps and computes what: one interface, three layouts. The step is written once, in `optimizer`.
-
-*Whole*: every process has whole parameters and computes all (one process, DDP). *Owned* (DDP): a process computes the
-steps of its share of layers, and has their momentum and curvature alone; updates are all-gathered. *Rows* (FSDP2):
-parameters and what has their shape are sharded by rows; gradients go whole to the process that owns a layer, updates
-come back as rows: two all-to-alls.
-"""
+"""Which process keeps and computes what: one interface, three layouts. *Whole*: every process has whole parameters and
+computes all (one process, DDP). *Owned* (DDP): a process computes the steps of its share of layers, and has their
+momentum and curvature alone; updates are all-gathered. *Rows* (FSDP2): parameters and what has their shape are sharded
+by rows; gradients go whole to the process that owns a layer, updates come back as rows: two all-to-alls."""
 
 from __future__ import annotations
 
@@ -23,20 +20,18 @@ from ..torch_internals import is_fully_sharded, is_sharded, local
 from .ranks import Ranks, balanced, by_dtype
 
 Change = tuple[Layer, Tensor, Tensor | None]
+Sums = tuple[list[Tensor | None], list[Tensor]]
 
 
 class Whole:
-    """Every process computes and keeps all.
-
-    Momentum of a batch: [L · units, m, columns], of the layers that this process computes.
+    """Every process computes and keeps all. Momentum of a batch: [L · units, m, columns], of the layers that this
+    process computes.
 
     Attributes:
-        name: of the layout.
         everyone: all processes that train the model.
         ranks: those among which layers, or rows, are shared out.
         has_owners: whether each group of layers is one process's alone.
-        shards_rows: whether parameters are sharded.
-    """
+        shards_rows: whether parameters are sharded."""
 
     name = "whole"
     has_owners = False
@@ -53,12 +48,8 @@ class Whole:
         return self.everyone.size
 
     def assign(self, costs: Mapping[str, float], group_of: Mapping[str, str]) -> None:
-        """Decide which process owns each group of layers: the same on all.
-
-        Args:
-            costs: group → what it keeps and costs, roughly.
-            group_of: layer → its group.
-        """
+        """Decide which process owns each group of layers, the same on all. `costs`: group → what it keeps and costs,
+        roughly; `group_of`: layer → its group."""
 
     def owner(self, group: str) -> int | None:
         """The process that owns a group; None: each has it."""
@@ -68,11 +59,7 @@ class Whole:
         """Whether this process owns a group, or each has it."""
         return self.owner(group) in (None, self.ranks.rank)
 
-    # Statistics
-
-    def reduce(
-        self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]
-    ) -> tuple[list[Tensor | None], list[Tensor]]:
+    def reduce(self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]) -> Sums:
         """Sums over processes of the statistics of the groups named beside them, for those who keep them (None for the
         others), and of numbers, for all."""
         found = self.ranks.all_reduce(parts + numbers)
@@ -85,8 +72,6 @@ class Whole:
     def rows(self, count: int, rank: int | None = None) -> slice:
         """Which of `count` rows of a parameter a process has."""
         return slice(0, count)
-
-    # Momentum, gradients, updates
 
     def with_momentum(self, batch: LayerBatch) -> list[Layer]:
         """The layers whose momentum this process has, whole or in part."""
@@ -123,8 +108,8 @@ class Whole:
         return job.batch.index(job.own)
 
     def to_owners(self, jobs: list[Job], parts: list[list[Tensor]]) -> list[Tensor | None]:
-        """What is in the momentum's form → [n · units, m, columns] of the layers that this process computes; None: it
-        computes none of a job's."""
+        """What is in the momentum's form → [n · units, m, columns] of the layers that this process computes; None: none
+        of a job."""
         return [own[0] if own else None for own in parts]
 
     def from_owners(self, jobs: list[Job], updates: list[Tensor | None]) -> list[list[Tensor]]:
@@ -137,20 +122,12 @@ class Whole:
 
     def changes(self, job: Job, parts: list[Tensor]) -> Iterator[Change]:
         """Each present layer with what is subtracted from its weight and its bias."""
-        layers = [job.batch.members[i] for i in job.present]
-        for layer, own in zip(layers, parts[0].unflatten(0, (-1, layers[0].units)).unbind(0), strict=True):
+        for layer, own in zip(job.members, parts[0].unflatten(0, (-1, job.batch.units)).unbind(0), strict=True):
             yield layer, layer.like_weight(own), None if layer.bias is None else layer.like_bias(own)
 
-    # Checkpoints
-
-    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor, everywhere: bool) -> Any:
-        """What only a group's owner has, as a checkpoint has it. A collective where groups have owners.
-
-        Args:
-            value: the tensor, on the owner.
-            shape: its shape; `like`: a tensor with its dtype and device.
-            everywhere: on every process, else on the first alone (None elsewhere).
-        """
+    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor) -> Any:
+        """What only a group's owner has, as a checkpoint has it; `shape`, `like`: its shape, and a tensor with its
+        dtype and device. A collective where groups have owners."""
         return value
 
 
@@ -161,90 +138,69 @@ class Owned(Whole):
     has_owners = True
 
     def assign(self, costs: Mapping[str, float], group_of: Mapping[str, str]) -> None:
-        """Balanced by cost."""
         self._owner = dict(zip(costs, balanced(list(costs.values()), self.ranks.size), strict=True))
         self._group_of = group_of
 
-    def reduce(
-        self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]
-    ) -> tuple[list[Tensor | None], list[Tensor]]:
+    def reduce(self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]) -> Sums:
         """Statistics to their owners by reduce-scatter, numbers to all."""
         return self.ranks.reduce_scatter(parts, [self._owner[g] for g in groups]), self.ranks.all_reduce(numbers)
 
     def rounds(self, jobs: list[Job]) -> Iterator[list[Job]]:
-        """All at once: one exchange."""
         if jobs:
             yield jobs
 
     def from_owners(self, jobs: list[Job], updates: list[Tensor | None]) -> list[list[Tensor]]:
-        """All-gather the updates."""
         return [[own] for own in self.all_matrices(jobs, updates)]
 
     def all_matrices(self, jobs: list[Job], own: list[Tensor | None]) -> list[Tensor]:
         """Matrices [n · units, m, columns] of the layers that each process computes → of all present ones, everywhere:
         one collective for each dtype."""
-        likes = [job.batch.members[0].like for job in jobs]
-        found = list(likes)
-        for places in by_dtype(likes):
-            shares = {i: self._shares(jobs[i]) for i in places}
-            sizes = {i: math.prod(_matrix_shape(jobs[i])) for i in places}
+        found = [job.batch.members[0].like for job in jobs]
+        shapes = [(y.units, y.m, y.columns) for y in (job.batch.members[0] for job in jobs)]
+        shares, sizes = [self._shares(job) for job in jobs], [math.prod(shape) for shape in shapes]
+        for places in by_dtype(found):
             most = max(sum(len(shares[i][rank]) * sizes[i] for i in places) for rank in range(self.ranks.size))
             flat = [matrices.reshape(-1) for i in places if (matrices := own[i]) is not None]
-            everyone = self.ranks.all_gather(torch.cat(flat) if flat else likes[places[0]], most)
+            everyone = self.ranks.all_gather(torch.cat(flat) if flat else found[places[0]], most)
             starts = [0] * self.ranks.size
             for i in places:
-                whole = everyone.new_empty(len(jobs[i].present), sizes[i])
+                count, (units, *shape) = len(jobs[i].present), shapes[i]
+                whole = everyone.new_empty(count, sizes[i])
                 for rank, share in enumerate(shares[i]):
                     end = starts[rank] + len(share) * sizes[i]
                     whole[share] = everyone[rank, starts[rank] : end].view(len(share), sizes[i])
                     starts[rank] = end
-                shape = _matrix_shape(jobs[i])
-                found[i] = whole.view(len(jobs[i].present) * shape[0], *shape[1:])
+                found[i] = whole.view(count * units, *shape)
         return found
 
     def _shares(self, job: Job) -> list[list[int]]:
         """Of each process the places of its layers among the present ones."""
-        owners = [self._owner_of(job.batch.members[i]) for i in job.present]
+        owners = [self._owner_of(layer) for layer in job.members]
         return [[place for place, owner in enumerate(owners) if owner == rank] for rank in range(self.ranks.size)]
 
     def _owner_of(self, layer: Layer) -> int:
         return self._owner[self._group_of[layer.name]]
 
-    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor, everywhere: bool) -> Any:
-        """Sent to the first process, or to all."""
-        owner = self._owner[group]
-        if everywhere:
-            buffer = like.new_empty(tuple(shape)) if value is None else value.detach().clone()
-            dist.broadcast(buffer, group=self.ranks.group, group_src=owner)
-            return buffer
-        if self.ranks.rank == 0:
-            if value is not None:
-                return value
-            buffer = like.new_empty(tuple(shape))
-            dist.recv(buffer, group=self.ranks.group, group_src=owner)
-            return buffer
-        if value is not None:
-            dist.send(value.contiguous(), group=self.ranks.group, group_dst=0)
-        return None
+    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor) -> Any:
+        """Sent to all."""
+        buffer = like.new_empty(tuple(shape)) if value is None else value.detach().clone()
+        dist.broadcast(buffer, group=self.ranks.group, group_src=self._owner[group])
+        return buffer
 
 
 class Rows(Owned):
     """FSDP2: parameters are sharded by rows over a mesh, or (HSDP) over its second dimension and alike over the first.
 
     Momentum of a batch: a weight's rows [L, rows, …] and, where biases are in the factor, those of the bias [L, rows],
-    of all members.
+    of all members. `replicas`: the processes that hold the same rows (HSDP), else none.
 
     Args:
         model: some of its modules `fully_shard` was called on.
         parameters: those that are trained, by name.
         group: the processes of LNGD; None: all of the job.
 
-    Attributes:
-        replicas: the processes that hold the same rows (HSDP), else none.
-
     Raises:
-        RuntimeError: another way of sharding than FSDP2's own; names the parameter.
-    """
+        RuntimeError: another way of sharding than FSDP2's own; names the parameter."""
 
     name = "rows"
     shards_rows = True
@@ -269,19 +225,14 @@ class Rows(Owned):
                 "two dimensions process_group= with just its ranks"
             )
 
-    def reduce(
-        self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]
-    ) -> tuple[list[Tensor | None], list[Tensor]]:
-        """As of `Owned`, and over replicas."""
+    def reduce(self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]) -> Sums:
         found = self.ranks.reduce_scatter(parts, [self._owner[g] for g in groups])
         if self.replicas is not None:
-            mine = [i for i, part in enumerate(found) if part is not None]
-            for i, part in zip(mine, self.replicas.all_reduce([found[i] for i in mine]), strict=True):  # type: ignore[misc]
-                found[i] = part
+            sums = iter(self.replicas.all_reduce([part for part in found if part is not None]))
+            found = [None if part is None else next(sums) for part in found]
         return found, self.everyone.all_reduce(numbers)
 
     def complete(self, squares: list[Tensor]) -> list[Tensor]:
-        """Summed over the processes that have the other rows."""
         return self.ranks.all_reduce(squares)
 
     def rows(self, count: int, rank: int | None = None) -> slice:
@@ -290,130 +241,113 @@ class Rows(Owned):
         first = min(count, each * (self.ranks.rank if rank is None else rank))
         return slice(first, min(count, first + each))
 
-    # Momentum, gradients, updates
-
     def with_momentum(self, batch: LayerBatch) -> list[Layer]:
         """All: some rows of each."""
         return batch.members
 
     def new_momentum(self, batch: LayerBatch) -> list[Tensor]:
-        """Zeros in the shape of what this process has of the weights and biases."""
         first = batch.members[0]
         parameters = [first.weight] if first.bias is None else [first.weight, first.bias]
         return [first.like.new_zeros(len(batch.members), *local(p).shape) for p in parameters]
 
     def momentum_of(self, batch: LayerBatch, i: int) -> tuple[Tensor, Tensor | None]:
-        """DTensors of the memory of a batch's momentum."""
         layer, parts = batch.members[i], batch.momentum
         bias = None if layer.bias is None else self.as_sharded(parts[1][i], layer.bias)
         return self.as_sharded(parts[0][i], layer.weight), bias
 
     def layers_of(self, job: Job) -> list[Layer]:
-        """All that are present."""
-        return [job.batch.members[i] for i in job.present]
+        return job.members
 
     def gradients(self, job: Job) -> list[Tensor]:
         """Stacked rows of the gradients."""
-        layers, dtype = [job.batch.members[i] for i in job.present], job.batch.momentum[0].dtype
-        found = [torch.stack([_local_gradient(layer.weight) for layer in layers]).to(dtype)]
-        if layers[0].bias is not None:
-            found.append(torch.stack([_local_gradient(layer.bias) for layer in layers]).to(dtype))
-        return found
+        kinds: list[Any] = [[y.weight for y in job.members], [y.bias for y in job.members]]
+        dtype, kinds = job.batch.momentum[0].dtype, kinds[: len(job.batch.momentum)]
+        return [torch.stack([_local_gradient(p) for p in kind]).to(dtype) for kind in kinds]
 
     def index(self, job: Job) -> slice | Tensor:
-        """All members of a batch are in its momentum."""
-        if len(job.present) == len(job.batch.members):
-            return slice(None)
-        return torch.tensor(job.present, device=job.batch.rows.device)
+        whole = len(job.present) == len(job.batch.members)
+        return slice(None) if whole else torch.tensor(job.present, device=job.batch.rows.device)
+
+    def _travellers(self, jobs: list[Job]) -> list[tuple[int, int, int, torch.Size, int]]:
+        """Each weight and bias of the present layers: number of its job, place in it, 0 or 1 (bias), shape, owner."""
+        return [
+            (number, place, kind, parameter.shape, self._owner_of(layer))  # type: ignore[union-attr]
+            for number, job in enumerate(jobs)
+            for place, layer in enumerate(job.members)
+            for kind, parameter in enumerate((layer.weight, layer.bias)[: len(job.batch.momentum)])
+        ]
 
     def to_owners(self, jobs: list[Job], parts: list[list[Tensor]]) -> list[Tensor | None]:
         """Rows to whole matrices at each layer's owner."""
-        rows, shapes, owners = [], [], []
-        for job, own in zip(jobs, parts, strict=True):
-            for place, i in enumerate(job.present):
-                layer = job.batch.members[i]
-                for part, parameter in zip(own, (layer.weight, layer.bias), strict=False):
-                    rows.append(part[place])
-                    shapes.append(parameter.shape)  # type: ignore[union-attr]
-                    owners.append(self._owner_of(layer))
-        whole = iter(self._collect(rows, shapes, owners))
+        pieces = self._travellers(jobs)
+        rows = [parts[number][kind][place] for number, place, kind, _, _ in pieces]
+        whole = iter(self._collect(rows, [p[3] for p in pieces], [p[4] for p in pieces]))
         found: list[Tensor | None] = []
         for job, own in zip(jobs, parts, strict=True):
             matrices = []
-            for i in job.present:
-                layer, tensors = job.batch.members[i], [next(whole) for _ in own]
-                if tensors[0] is not None:
-                    bias = tensors[1] if layer.bias is not None else None
-                    matrices.append(layer.matrices(tensors[0], bias, own[0].dtype))
+            for layer in job.members:
+                weight, *bias = [next(whole) for _ in own]
+                if weight is not None:
+                    matrices.append(layer.matrices(weight, bias[0] if bias else None, own[0].dtype))
             found.append(torch.cat(matrices) if matrices else None)
         return found
 
     def from_owners(self, jobs: list[Job], updates: list[Tensor | None]) -> list[list[Tensor]]:
         """Whole matrices to rows."""
+        pieces, members = self._travellers(jobs), [job.members for job in jobs]
+        own = [
+            iter([] if u is None else u.unflatten(0, (-1, y[0].units)).unbind(0))
+            for u, y in zip(updates, members, strict=True)
+        ]
         whole: list[Tensor | None] = []
-        likes, shapes, owners = [], [], []
-        for job, update in zip(jobs, updates, strict=True):
-            own = iter([] if update is None else update.unflatten(0, (-1, job.batch.units)).unbind(0))
-            for i in job.present:
-                layer, owner = job.batch.members[i], self._owner_of(job.batch.members[i])
-                matrices = next(own) if owner == self.ranks.rank else None
-                shards = job.batch.momentum
-                for kind, parameter in enumerate((layer.weight, layer.bias)[: len(shards)]):
-                    like = layer.like_weight if kind == 0 else layer.like_bias
-                    whole.append(None if matrices is None else like(matrices))
-                    likes.append(shards[kind][i])
-                    shapes.append(parameter.shape)  # type: ignore[union-attr]
-                    owners.append(owner)
-        pieces = iter(self._spread(whole, likes, shapes, owners))
+        likes, matrices = [], None
+        for number, place, kind, _, owner in pieces:
+            if kind == 0:
+                matrices = next(own[number]) if owner == self.ranks.rank else None
+            layer, job = members[number][place], jobs[number]
+            cut = layer.like_bias if kind else layer.like_weight
+            whole.append(None if matrices is None else cut(matrices))
+            likes.append(job.batch.momentum[kind][job.present[place]])
+        rows = iter(self._spread(whole, likes, [p[3] for p in pieces], [p[4] for p in pieces]))
         found = []
         for job in jobs:
-            count = len(job.batch.momentum)
-            every = [[next(pieces) for _ in range(count)] for _ in job.present]
+            every = [[next(rows) for _ in job.batch.momentum] for _ in job.present]
             found.append([torch.stack(kind) for kind in zip(*every, strict=True)])
         return found
 
     def changes(self, job: Job, parts: list[Tensor]) -> Iterator[Change]:
         """Each present layer with the rows that are subtracted."""
-        for place, i in enumerate(job.present):
-            yield job.batch.members[i], parts[0][place], parts[1][place] if len(parts) > 1 else None
+        for place, layer in enumerate(job.members):
+            yield layer, parts[0][place], parts[1][place] if len(parts) > 1 else None
 
-    def _collect(
-        self, rows: Sequence[Tensor], shapes: Sequence[torch.Size], owners: Sequence[int]
-    ) -> list[Tensor | None]:
+    def _collect(self, rows: list[Tensor], shapes: list[torch.Size], owners: list[int]) -> list[Tensor | None]:
         """Sharded tensors, each whole on its owner (None elsewhere): one collective for each dtype."""
         found: list[Tensor | None] = [None] * len(rows)
+        ranks = range(self.ranks.size)
         for places in by_dtype(rows):
             order = sorted(places, key=lambda i: owners[i])
             mine = [i for i in order if owners[i] == self.ranks.rank]
-            sent = [sum(rows[i].numel() for i in order if owners[i] == rank) for rank in range(self.ranks.size)]
-            got = [sum(self._numel(shapes[i], rank) for i in mine) for rank in range(self.ranks.size)]
-            flat = self.ranks.all_to_all(torch.cat([rows[i].reshape(-1) for i in order]), sent, got)
-            pieces = flat.split([self._numel(shapes[i], rank) for rank in range(self.ranks.size) for i in mine])
+            sent = [sum(rows[i].numel() for i in order if owners[i] == rank) for rank in ranks]
+            sizes = [[self._numel(shapes[i], rank) for i in mine] for rank in ranks]
+            flat = torch.cat([rows[i].reshape(-1) for i in order])
+            flat = self.ranks.all_to_all(flat, sent, [sum(own) for own in sizes])
+            pieces = flat.split([size for own in sizes for size in own])
             for place, i in enumerate(mine):
                 found[i] = torch.cat(pieces[place :: len(mine)]).view(shapes[i])
         return found
 
     def _spread(
-        self,
-        whole: Sequence[Tensor | None],
-        likes: Sequence[Tensor],
-        shapes: Sequence[torch.Size],
-        owners: Sequence[int],
+        self, whole: list[Tensor | None], likes: list[Tensor], shapes: list[torch.Size], owners: list[int]
     ) -> list[Tensor]:
-        """The inverse of :meth:`_collect`: this process's rows of each tensor, in the shape of `likes`."""
-        found: list[Tensor] = list(likes)
+        """The inverse of `_collect`: this process's rows of each tensor, in the shape of `likes`."""
+        found, ranks = list(likes), range(self.ranks.size)
         for places in by_dtype(likes):
             order = sorted(places, key=lambda i: owners[i])
-            parts, sent = [], []
-            for rank in range(self.ranks.size):
-                own = [
-                    tensor[self.rows(shapes[i][0], rank)].reshape(-1) for i in order if (tensor := whole[i]) is not None
-                ]
-                parts += own
-                sent.append(sum(part.numel() for part in own))
-            got = [sum(likes[i].numel() for i in order if owners[i] == rank) for rank in range(self.ranks.size)]
-            flat = torch.cat(parts) if parts else likes[order[0]].new_empty(0)
-            flat = self.ranks.all_to_all(flat, sent, got)
+            own = [(tensor, shapes[i][0]) for i in order if (tensor := whole[i]) is not None]
+            parts = [[tensor[self.rows(count, rank)].reshape(-1) for tensor, count in own] for rank in ranks]
+            got = [sum(likes[i].numel() for i in order if owners[i] == rank) for rank in ranks]
+            flat = torch.cat([part for to in parts for part in to]) if own else likes[order[0]].new_empty(0)
+            flat = self.ranks.all_to_all(flat, [sum(part.numel() for part in to) for to in parts], got)
             for i, piece in zip(order, flat.split([likes[i].numel() for i in order]), strict=True):
                 found[i] = piece.view(likes[i].shape)
         return found
@@ -421,8 +355,6 @@ class Rows(Owned):
     def _numel(self, shape: torch.Size, rank: int) -> int:
         rows = self.rows(shape[0], rank)
         return (rows.stop - rows.start) * math.prod(shape[1:])
-
-    # Checkpoints
 
     def as_sharded(self, rows: Tensor, like: Tensor) -> Any:
         """This process's rows of something in the shape of `like`, as a DTensor of their memory."""
@@ -435,7 +367,7 @@ class Rows(Owned):
         """This process's rows of a tensor that is there whole, as a DTensor; a copy."""
         return self.as_sharded(whole[self.rows(whole.shape[0])].clone(), whole)
 
-    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor, everywhere: bool) -> Any:
+    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor) -> Any:
         """Sharded by rows, as parameters are."""
         whole, size = None if value is None else value.contiguous(), torch.Size(shape)
         rows = self.rows(size[0])
@@ -462,11 +394,8 @@ def owned_pays(layers: Sequence[Layer], size: int) -> bool:
 
 
 def make_layout(name: str, config: LNGDConfig, layers: Sequence[Layer], group: Any) -> Whole:
-    """The layout of this name for whole parameters; ``auto``: owned where it can be and pays.
-
-    Raises:
-        ValueError: an unknown name, or owned for options that need every layer's step on every process.
-    """
+    """The layout of this name for whole parameters; ``auto``: owned where it can be and pays. ValueError: an unknown
+    name, or owned for options that need every layer's step on every process."""
     if name not in ("whole", "owned", "auto"):
         raise ValueError(f"layout: got {name!r}, accepted: whole, owned, auto")
     ranks = Ranks(group)
@@ -476,9 +405,8 @@ def make_layout(name: str, config: LNGDConfig, layers: Sequence[Layer], group: A
             "layout: got 'owned', accepted: whole, for momentum_on=update, rate=adaptive and family=ekfac, which need "
             "every layer on every process"
         )
-    if name == "owned" or (name == "auto" and not everywhere and owned_pays(layers, ranks.size)):
-        return Owned(ranks)
-    return Whole(ranks)
+    owned = name == "owned" or (name == "auto" and not everywhere and owned_pays(layers, ranks.size))
+    return Owned(ranks) if owned and ranks.size > 1 else Whole(ranks)  # one process owns all
 
 
 def _check_sharding(name: str, parameter: Tensor, first_name: str, mesh: Any) -> None:
@@ -494,11 +422,6 @@ def _check_sharding(name: str, parameter: Tensor, first_name: str, mesh: Any) ->
             f"LNGD: parameter '{name}': got {kinds} over {here.device_mesh}, accepted: Shard(0) over one mesh for "
             "all, or Replicate and Shard(0) over a mesh of two dimensions (HSDP)"
         )
-
-
-def _matrix_shape(job: Job) -> tuple[int, int, int]:
-    first = job.batch.members[0]
-    return first.units, first.m, first.columns
 
 
 def _local_gradient(parameter: Any) -> Tensor:

@@ -1,8 +1,7 @@
 """The processes of one job, and the collectives that LNGD needs of them.
 
 Every collective here runs inside ``LNGD(...)``, ``LNGD.step()`` or a call that says so, at the same steps on every
-rank: whether it runs never depends on what a rank has seen. `torch.distributed` is all that is needed.
-"""
+rank: whether it runs never depends on what a rank has seen. `torch.distributed` is all that is needed."""
 
 from __future__ import annotations
 
@@ -33,11 +32,8 @@ def by_dtype(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 class Ranks:
-    """The processes that train one model.
-
-    Args:
-        group: their process group, if these are not all processes of the job: the one that DDP was given.
-    """
+    """The processes that train one model; `group`: their process group, if these are not all processes of the job: the
+    one that DDP was given."""
 
     def __init__(self, group: Any = None) -> None:
         self.group = group
@@ -45,9 +41,7 @@ class Ranks:
     @property
     def size(self) -> int:
         """How many they are; 1 where nothing is distributed (yet)."""
-        if not is_distributed():
-            return 1
-        return max(1, dist.get_world_size(self.group))
+        return max(1, dist.get_world_size(self.group)) if is_distributed() else 1
 
     @property
     def rank(self) -> int:
@@ -57,8 +51,7 @@ class Ranks:
     def all_reduce(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The sum over ranks of each tensor, in one collective for each device and dtype (almost always one in all).
 
-        Shapes, dtypes and order must be the same on every rank. A sum that is not finite is so on every rank.
-        """
+        Shapes, dtypes and order must be the same on every rank. A sum that is not finite is so on every rank."""
         result = list(tensors)
         for places in by_dtype(tensors) if self.size > 1 else ():
             flat = torch.cat([tensors[i].reshape(-1) for i in places])
@@ -108,13 +101,8 @@ class Ranks:
     def check_same(self, what: str, own: Mapping[str, Any]) -> None:
         """Make sure that every rank says the same of itself: only a digest travels where they do.
 
-        Args:
-            what: is compared, for the message.
-            own: plain values by name.
-
         Raises:
-            RuntimeError: on every rank; names the ranks, what differs, and both values.
-        """
+            RuntimeError: on every rank; names `what` is compared, the ranks, what differs, and both values."""
         if self.size == 1:
             return
         text = json.dumps(own, sort_keys=True, default=str)
@@ -124,12 +112,8 @@ class Ranks:
         everyone = [json.loads(other) for other in self._all_gather_text(text)]
         other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
         first, second = everyone[0], everyone[other]
-        names = [name for name in [*first, *(n for n in second if n not in first)]]
-        differing = [
-            f"{name}: rank 0 has {_shown(first, name)}, rank {other} has {_shown(second, name)}"
-            for name in names
-            if _shown(first, name) != _shown(second, name)
-        ]
+        shown = {n: (_shown(first, n), _shown(second, n)) for n in first | second}
+        differing = [f"{n}: rank 0 has {a}, rank {other} has {b}" for n, (a, b) in shown.items() if a != b]
         more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
         raise RuntimeError(
             f"LNGD: the ranks disagree about {what}: {'; '.join(differing[:_LISTED])}{more}. Accepted: the same on "
@@ -164,14 +148,11 @@ def _shown(values: Mapping[str, Any], name: str) -> str:
 
 
 def balanced(costs: Sequence[float], ranks: int) -> list[int]:
-    """The rank of each task: longest processing time first, each to the rank that has least.
-
-    The most loaded rank has at most 4/3 of what it would have in the best assignment (Graham 1969). Depends on nothing
-    but the arguments.
+    """The rank of each task: longest processing time first, each to the rank that has least. Depends on nothing but the
+    arguments. The most loaded rank has at most 4/3 of what it would have in the best assignment (Graham 1969).
 
     Raises:
-        ValueError: fewer than one rank, or a negative cost.
-    """
+        ValueError: fewer than one rank, or a negative cost."""
     if ranks < 1:
         raise ValueError(f"ranks: got {ranks}, accepted: an integer, at least 1")
     if any(not cost >= 0 for cost in costs):

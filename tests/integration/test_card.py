@@ -44,12 +44,12 @@ FACTS: dict[str, Any] = {
     "architecture": "MarianMTModel",
     "parameters": 1000,
     "routing": "owner  reason",
-    "log_history": [
-        *({"step": step, "loss": 10 / step} for step in range(1, 40)),
-        {"step": 39, "eval_loss": 0.5},
-        {"step": 39, "train_loss": 1.0},
-    ],
 }
+LOG: list[dict[str, Any]] = [
+    *({"step": step, "loss": 10 / step} for step in range(1, 40)),
+    {"step": 39, "eval_loss": 0.5},
+    {"step": 39, "train_loss": 1.0},
+]
 
 
 def card_of(folder: Path, args: dict[str, Any] | None = None, **changes: Any) -> ModelCard:
@@ -87,10 +87,10 @@ def settings_in(card: ModelCard) -> dict[str, Any]:
 
 
 def test_the_optimizers_settings_remake_the_config(tmp_path: Path) -> None:
-    given = {"optim_args": "preset=paper,damping_max=0.1", "learning_rate": 0.03, "weight_decay": 0.2}
+    given = {"optim_args": "preset=paper,damping_bounds=1e-4:0.1", "learning_rate": 0.03, "weight_decay": 0.2}
     settings = settings_in(card_of(tmp_path, given))
     assert (settings.pop("optim"), settings.pop("lr")) == ("lngd", 0.03)
-    assert LNGDConfig(**settings) == LNGDConfig(preset="paper", damping_max=0.1, weight_decay=0.2)
+    assert LNGDConfig(**settings) == LNGDConfig(preset="paper", damping_bounds=(1e-4, 0.1), weight_decay=0.2)
 
 
 def test_the_command_can_be_typed_and_tells_no_secret(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_another_optimizers_options(tmp_path: Path) -> None:
 
 def test_an_evaluation_claims_no_training(tmp_path: Path) -> None:
     (tmp_path / "loss_curves.png").write_bytes(b"of another run")
-    card = card_of(tmp_path, trained=False)
+    card = card_of(tmp_path, trained=False, log_history=LOG)
     assert "`someone/model`, evaluated." in card.text and "gives these results again" in card.text
     assert "## Training" not in card.text and "optimizer" not in card.text and "loss_curves" not in card.text
 
@@ -160,7 +160,7 @@ def test_limits_are_told(tmp_path: Path) -> None:
 
 
 def test_curves_and_no_curves(tmp_path: Path) -> None:
-    assert "(loss_curves.png)" in card_of(tmp_path).text
+    assert "(loss_curves.png)" in card_of(tmp_path, log_history=LOG).text
     assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
     assert "loss_curves" not in card_of(tmp_path, log_history=[{"step": 1, "loss": 1.0}]).text
     assert not (tmp_path / "loss_curves.png").exists()

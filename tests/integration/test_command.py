@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 import hf_lngd
+from hf_lngd.config import OPTIONS
 from hf_lngd.integrations import launching
 from hf_lngd.integrations import stock as stock_module
 from hf_lngd.integrations.command import main
@@ -186,3 +187,6 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "python -m hf_lngd doctor MODEL" in capsys.readouterr().out
     main(["doctor", "--help"])
     assert "[--batch_size 8] [--length 128]" in capsys.readouterr().out
+    main(["--options"])
+    told = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert len(told) == len(OPTIONS) and "factor_interval (default: 20)" in told

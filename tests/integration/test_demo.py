@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import trainer
 
-from scripts import demo
-
-ROOT = Path(__file__).resolve().parents[2]
+from scripts import demo, stopwatch
 
 TRAINER_SCRIPT = """
 import sys
@@ -46,13 +44,24 @@ trainer.evaluate()
 """
 
 
-def test_stopwatch_notes_losses_with_seconds_of_training(tmp_path: Path) -> None:
+@pytest.fixture
+def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The stopwatch's command in this process."""
+
+    def start(*argv: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["scripts/stopwatch.py", *argv])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", list(trainer.DEFAULT_CALLBACKS))
+        stopwatch.main()
+
+    return start
+
+
+def test_stopwatch_notes_losses_with_seconds_of_training(tmp_path: Path, timed: Callable[..., None]) -> None:
     script = tmp_path / "script.py"
     script.write_text(TRAINER_SCRIPT, encoding="utf-8")
-    command = [sys.executable, str(ROOT / "scripts" / "stopwatch.py"), "curve/c.json", str(script), "--flag", "value"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    timed("curve/c.json", str(script), "--flag", "value")
     curves = json.loads((tmp_path / "curve" / "c.json").read_text(encoding="utf-8"))
     assert [step for step, _, _ in curves["train"]] == [2, 4, 6, 8]
     assert [step for step, _, _ in curves["validation"]] == [4, 8]
@@ -63,10 +72,9 @@ def test_stopwatch_notes_losses_with_seconds_of_training(tmp_path: Path) -> None
     assert abs(at_four["validation"] - at_four["train"]) < 0.3
 
 
-def test_stopwatch_without_a_script_says_what_it_needs() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "stopwatch.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "error: stopwatch: needs" in done.stderr
+def test_stopwatch_without_a_script_says_what_it_needs(timed: Callable[..., None]) -> None:
+    with pytest.raises(SystemExit, match="error: stopwatch: needs a file to write and a script"):
+        timed()
 
 
 def test_the_runs_differ_in_optimizer_and_rate_alone() -> None:

@@ -86,7 +86,7 @@ def sentences(parts: dict[str, list[tuple[str, str]]]) -> Iterator[str]:
 
 
 def test_tokenizer_round_trip(parts: dict[str, list[tuple[str, str]]], tokenizer: PreTrainedTokenizerBase) -> None:
-    texts = [*sentences(parts), "Größere Übel äßen öfter süße Äpfel über Öl.", "Ärger in Österreich"]
+    texts = [*list(sentences(parts))[::7], "Größere Übel äßen öfter süße Äpfel über Öl.", "Ärger in Österreich"]
     ids = tokenizer(texts)["input_ids"]
     back = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert back == texts

@@ -52,8 +52,8 @@ QUOTES = [
     ("chance alone is worth 0.01 and 0.02", HERE, "Numbers are differences of", "0.01"),
     ("chance alone is worth 0.01 and 0.02", HERE, "On the CIFAR-10 ResNet (", "0.02"),
     ("best rate of matrices was 0.8 to 4.3 times", HERE, "Where the matrices' rate was tuned apart", "0.8 4.3"),
-    ("`momentum`: 0.8 is the default;", HERE, "| `momentum`,", "0.8"),
-    ("0.9 costs +0.124", HERE, "| `momentum`,", "0.9: +0.124"),
+    ("`momentum`: 0.8 is the default;", HERE, "| `momentum` |", "0.8"),
+    ("0.9 costs +0.124", HERE, "| `momentum` |", "0.9: +0.124"),
     ("`weight_decay`: 0.1 is the default", HERE, "| `weight_decay` |", "0.1"),
     ("AdamW gains 0.26 with 1.6 and LNGD 0.16 with 0.4", BENCH, "Weight decay was at 0.1",
      "AdamW gains 0.26 with 1.6 LNGD 0.16 with 0.4"),
@@ -61,15 +61,10 @@ QUOTES = [
     ("on the ResNet 10 gains −0.030", HERE, "On the CIFAR-10 ResNet (", "ρ = 10 −0.030"),
     ("at 100 in place of 20, −0.001 on Multi30k", HERE, "| `factor_interval`,", "100: −0.001"),
     ("and +0.032 on the ResNet", HERE, "On the CIFAR-10 ResNet (", "intervals of 100 +0.032"),
-    ("`head=categorical` the ResNet's by −0.008", HERE, "On the CIFAR-10 ResNet (", "`head=categorical` −0.008"),
-    ("`embedding=exact` gained −0.037 there", HERE, "| `embedding` |", "exact −0.037"),
-    ("`nesterov=false` costs +0.038", HERE, "| `momentum`,", "without Nesterov: +0.038"),
-    ("`momentum_on=update` +0.106", HERE, "| `momentum_on` |", "update +0.106"),
+    ("gained −0.037 there beside", HERE, "| `embedding` |", "beside exact −0.037"),
+    ("`momentum_on=update` costs +0.106", HERE, "| `momentum_on` |", "update +0.106"),
     ("`direction=natural` +0.194", HERE, "| `direction` |", "natural +0.194"),
-    ("`direction=gram` costs +0.051", HERE, "| `direction` |", "gram: +0.051"),
-    ("is 1.073 of AdamW's", HERE, "64 × 32 | `gram` | whole step | AdamW |", "1.073"),
-    ("in place of 1.123", HERE, "64 × 32 | `fast` | whole step | AdamW |", "1.123"),
-    ("state is 0.86 of AdamW's with `fast` and 1.07 with `gram`", HERE, "**Memory**:", "0.86 `fast` 1.07 `gram`"),
+    ("state was 0.86 of AdamW's with `fast`", HERE, "**Memory**:", "0.86 `fast`"),
     ("LNGD ends 0.14 below AdamW on Multi30k", HERE, "LNGD ends lowest, 0.14", "0.14 below AdamW"),
     ("and 0.041 on WMT news", HERE, "The order is the same and", "0.041 below AdamW"),
     ("after 0.97 and 0.95 of its seconds", HERE, "LNGD ends lowest, 0.14", "0.97 of AdamW's seconds"),
@@ -81,9 +76,7 @@ QUOTES = [
 # Fields that change Multi30k's loss by little: what of a row tells by how much.
 LITTLE = {
     "fisher": "sampled: −",
-    "chain": "full: −",
     "bias": "factor: +",
-    "matrix_dtype": "full: −",
 }
 
 
@@ -155,13 +148,13 @@ def test_pictures_are_of_the_rows_that_there_are(name: str) -> None:
 @pytest.mark.parametrize(("m", "d"), [(48, 24), (24, 48)])
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
 def test_the_setting_that_is_muon(m: int, d: int, adjust: str) -> None:
-    """docs/migrating.md: the rate, the momentum and the direction of torch.optim.Muon, to the quintics."""
+    """docs/migrating.md: torch.optim.Muon's rate, momentum and direction, to the quintics and the row scale."""
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Linear(d, m, bias=False) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
     before = ours.weight.detach().clone()
     rate = 0.02 / (d**0.5 if adjust == "original" else 5.0)
-    fields = {"damping_rho": 1000.0, "row_decay": 0.0, "embedding": "fallback", "momentum": 0.95, "weight_decay": 0.1}
+    fields = {"damping_rho": 1000.0, "embedding": "fallback", "momentum": 0.95, "weight_decay": 0.1}
     optimizers = (
         LNGD(ours, lr=rate, **fields),
         torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust),

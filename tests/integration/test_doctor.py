@@ -62,8 +62,8 @@ def test_it_tells_what_training_will_hold(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"direction": "gram"}, {"direction": "natural"}, {"preset": "paper"}, {"preset": "lngd_lr"},
-     {"family": "ekfac"}, {"family": "ng+"}, {"embedding": "exact"}],
+    [{}, {"direction": "natural"}, {"preset": "paper"}, {"preset": "lngd_lr"}, {"family": "ekfac"}, {"family": "ng+"},
+     {"embedding": "fallback"}],
     ids=str,
 )  # fmt: skip
 def test_estimates_are_those_of_real_steps(fields: dict[str, Any]) -> None:
@@ -82,14 +82,11 @@ def test_estimates_are_those_of_real_steps(fields: dict[str, Any]) -> None:
     assert sum(layers for _, layers in found.factors.values()) == len(owned)
 
 
-@pytest.mark.parametrize(
-    ("embedding", "update"),
-    [("rotated", "kahan"), ("fallback", "kahan"), ("fallback", "stochastic"), ("rotated", "nearest")],
-)
-def test_estimates_of_bfloat16_weights(embedding: str, update: str) -> None:
+@pytest.mark.parametrize("embedding", ["exact", "fallback"])
+def test_estimates_of_bfloat16_weights(embedding: str) -> None:
     """AdamW's moments are float32 here, and what rounding takes off is kept of every parameter."""
     config = LlamaConfig(**TOKENS, **HEADS, dtype="bfloat16")
-    settings = LNGDConfig(embedding=embedding, bf16_update=update)
+    settings = LNGDConfig(embedding=embedding)
     found = look(config, "text", 2, 5, lambda subject: estimate(subject.model, subject.loss, settings))
     subject = build(config, "text", 2, 5, "cpu")
     optimizer = LNGD(subject.model, settings)
@@ -109,7 +106,7 @@ def test_products_are_counted_exactly() -> None:
         x = torch.zeros(n, d)
     found = estimate(model, lambda: model(x).square().mean(), LNGDConfig())
     assert found.model_flops == 2 * n * (2 * d * h + 3 * h * m)
-    assert found.capture_flops == 2 * n * (d * d + h * h + h)  # the last: Ψ of the layer with an activation
+    assert found.capture_flops == 2 * n * (d * d + h * h)
     assert found.inverse_flops == d**3 + h**3
     whitening = 2 * 2 * (h * d * d + m * h * h)
     quintics = sum(5 * 2 * (2 * s * s * long + s**3) for s, long in ((5, 6), (4, 5)))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from benchmarks.cifar10_tasks import shift
+from benchmarks.tasks.cifar10 import shift
 from hf_lngd.integrations.usage import UsageError
 from scripts import run_image_classification
 from scripts.run_image_classification import (

@@ -13,16 +13,16 @@ from transformers import DataCollatorForSeq2Seq, SwinConfig, SwinForImageClassif
 from hf_lngd import LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
 from tests.hf_helpers import hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
 
-STEPS = 10
-# Factor steps are 0, 4, 8 and inverses are staggered: the checkpoints lie between factor steps, before and on one.
-STOPS = (3, 6, 8)
+STEPS = 5
+# Factor steps are 0 and 3: the checkpoints lie between them, before one and on it. An epoch ends with the third step.
+STOPS = (1, 2, 3)
 
 SETTINGS: dict[str, Any] = {
     "use_cpu": True,
     "report_to": "none",
     "max_steps": STEPS,
     "save_steps": 1,
-    "logging_steps": 2,
+    "logging_steps": 1,
     "disable_tqdm": True,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
@@ -43,14 +43,14 @@ def translation(folder: Path, **values: Any) -> LNGDSeq2SeqTrainer:
     return LNGDSeq2SeqTrainer(
         model,
         LNGDSeq2SeqTrainingArguments(str(folder), **{**SETTINGS, **values}),
-        train_dataset=hf_encoded(tokenizer, hf_pairs(44)),
+        train_dataset=hf_encoded(tokenizer, hf_pairs(20)),
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
     )
 
 
 def images(model: Any, folder: Path, **values: Any) -> LNGDTrainer:
     args = LNGDTrainingArguments(str(folder), **{**SETTINGS, **values})
-    return LNGDTrainer(model, args, train_dataset=hf_images(44), eval_dataset=hf_images(6, seed=1))
+    return LNGDTrainer(model, args, train_dataset=hf_images(20), eval_dataset=hf_images(6, seed=1))
 
 
 def vit_trainer(folder: Path, **values: Any) -> LNGDTrainer:
@@ -81,12 +81,12 @@ def assert_identical(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 CASES = [
-    (translation, "factor_interval=4,inverse_interval=4"),
-    (translation, "preset=paper,factor_interval=4,inverse_interval=4"),
-    (vit_trainer, "factor_interval=4,inverse_interval=4"),
-    (swin_trainer, "factor_interval=4,inverse_interval=4"),
-    (translation, "family=ekfac,factor_interval=4,inverse_interval=4"),
-    (vit_trainer, "family=kfac,fisher=true,factor_interval=4,inverse_interval=4"),
+    (translation, "factor_interval=3,inverse_interval=3"),
+    (translation, "preset=paper,factor_interval=3,inverse_interval=3"),
+    (vit_trainer, "factor_interval=3,inverse_interval=3"),
+    (swin_trainer, "factor_interval=3,inverse_interval=3"),
+    (translation, "family=ekfac,factor_interval=3,inverse_interval=3"),
+    (vit_trainer, "family=kfac,fisher=true,factor_interval=3,inverse_interval=3"),
 ]
 
 
@@ -118,7 +118,7 @@ def test_another_optimizer_resumes_exactly_too(tmp_path: Path) -> None:
     whole = vit_trainer(tmp_path / "whole", optim="adamw_torch")
     whole.train()
     resumed = vit_trainer(tmp_path / "resumed", optim="adamw_torch")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_identical(resumed.model.state_dict(), whole.model.state_dict())
 
 

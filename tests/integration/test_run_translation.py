@@ -165,14 +165,14 @@ def test_the_card(models: Files, data: Files, tmp_path: Path, run: Run) -> None:
     assert "hf_secret" not in (folder / "README.md").read_text(encoding="utf-8")
 
 
-def from_scratch(models: Files, data: Files, folder: Path, **more: Any) -> list[str]:
+def from_scratch(models: Files, data: Files, folder: Path, flags: list[str], **more: Any) -> list[str]:
     options = {"config_name": models["marian"], "tokenizer_name": models["marian"], "output_dir": folder}
-    return arguments({**options, **data, **more}, *ALL)
+    return arguments({**options, **data, **more}, *flags)
 
 
 def test_from_scratch_with_changes(models: Files, data: Files, tmp_path: Path, run: Run) -> None:
     overrides = "dropout=0.25,encoder_layers=2,activation_function=gelu"
-    run(from_scratch(models, data, tmp_path, config_overrides=overrides, max_train_samples=9))
+    run(from_scratch(models, data, tmp_path, ALL, config_overrides=overrides, max_train_samples=9))
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     config = model.config
     assert (config.dropout, config.encoder_layers, config.activation_function) == (0.25, 2, "gelu")
@@ -188,7 +188,7 @@ def test_a_seed_gives_one_model_and_another_optimizer_works(
         folder = tmp_path / name
         (folder).mkdir()
         (folder / "routing.json").write_text("{}", encoding="utf-8")
-        run(from_scratch(models, data, folder, seed=seed, optim="adamw_torch"))
+        run(from_scratch(models, data, folder, ["--do_train", *FLAGS], seed=seed, optim="adamw_torch"))
         assert not (folder / "routing.json").exists()
         weights.append(AutoModelForSeq2SeqLM.from_pretrained(folder).model.encoder.layers[0].fc1.weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from study_helpers import row_of, write_multi30k
 
-from benchmarks.cost import compile_time, parallel, patch_memory, precision, step_time
+from benchmarks.cost import cases, compile_time, parallel, patch_memory, precision, step_time
 from benchmarks.cost.processes import on_ranks
 from benchmarks.cost.step_time import compare as paired
 from benchmarks.report import paper_tables
@@ -238,10 +238,11 @@ def test_a_variant_of_another_size_changes_that_alone(task: str) -> None:
 
 @pytest.mark.parametrize("model", ["marian", "resnet"])
 def test_step_times_are_rows(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_time, "small", lambda: step_time.marian(16, 16, 2, 1, 8_000))
-    monkeypatch.setattr(step_time, "transformer_big", lambda: step_time.marian(16, 16, 2, 1, 100))
-    monkeypatch.setattr(step_time, "BATCH", 2)
-    monkeypatch.setattr(step_time, "IMAGES", 2)
+    for module in (cases, step_time):
+        monkeypatch.setattr(module, "small", lambda: cases.marian(16, 16, 2, 1, 8_000))
+    monkeypatch.setattr(step_time, "transformer_big", lambda: cases.marian(16, 16, 2, 1, 100))
+    monkeypatch.setattr(cases, "BATCH", 2)
+    monkeypatch.setattr(cases, "IMAGES", 2)
     threads = torch.get_num_threads()
     step_time.main(["--model", model, "--rounds", "2", "--warmup", "1", "--results", str(tmp_path / "r.json")])
     torch.set_num_threads(threads)
@@ -314,10 +315,10 @@ def test_places_of_losses_and_of_what_is_never_reached(tmp_path: Path) -> None:
 
 def test_compiled_and_other_steps_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gc.collect()  # optimizers that other tests have left behind hold torch.compile back
-    small = step_time.marian(16, 16, 2, 1, 40).state_dict()
+    small = cases.marian(16, 16, 2, 1, 40).state_dict()
 
     def made(*_: int) -> torch.nn.Module:
-        model = step_time.marian(16, 16, 2, 1, 40)
+        model = cases.marian(16, 16, 2, 1, 40)
         model.load_state_dict(small)
         return model
 

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
 
 from benchmarks.cost import calibration as cost_calibration
+from benchmarks.cost import cases
 from benchmarks.cost import check as cost_check
 from benchmarks.cost import model as cost_model
 from benchmarks.cost import predict as cost_predict
 from benchmarks.cost import report as cost_report
-from benchmarks.cost import step_time
 from benchmarks.cost.cluster import Cluster, Device, cluster_step, makespan
 from benchmarks.cost.model import PRODUCTS, Factor, Inventory, Op
 from hf_lngd import LNGD, LNGDConfig
@@ -27,9 +27,9 @@ SETTLED = cost_check.SETTLED
 # Of the embeddings, which only the Marian has; both rules, whatever the default is.
 RULES = {"marian": ("exact", "fallback"), "vit": ("exact",), "resnet": ("exact",), "mlp": ("exact",)}
 MODELS = {
-    "marian": (lambda: step_time.marian(32, 80, 2, 1, 60), lambda: cost_check.text_batch(3, 5, 60)),
+    "marian": (lambda: cases.marian(32, 80, 2, 1, 60), lambda: cost_check.text_batch(3, 5, 60)),
     "vit": (lambda: cost_check._vit(32, 1, 8), lambda: cost_check.image_batch(3, 3, 32, 32)),
-    "resnet": (lambda: step_time.small_resnet(0), lambda: cost_check.image_batch(2, 3, 32, 32)),
+    "resnet": (lambda: cases.make_resnet(0), lambda: cost_check.image_batch(2, 3, 32, 32)),
     "mlp": (lambda: cost_check.Mlp((12, 70, 130, 10)), lambda: cost_check.image_batch(9, 12)),
 }
 

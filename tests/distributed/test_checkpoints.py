@@ -1,0 +1,142 @@
+"""Checkpoints of many processes: to the bit on as many, to rounding on more, fewer or under another layout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_lngd import LNGD, load_checkpoint
+from tests.distributed import loops, trainers
+from tests.distributed.loops import distance
+from tests.distributed.pool import Pools
+from tests.helpers import keeping, tiny_marian
+
+FIELDS: dict[str, Any] = {"factor_interval": 4, "inverse_interval": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "images": {**FIELDS, "bias": "factor"},
+    "marian": {**FIELDS, "embedding": "exact"},
+}
+# (layout, processes)
+Place = tuple[str, int]
+ONE: Place = ("whole", 1)
+
+
+def run(pools: Pools, place: Place, function: Any, **case: Any) -> list[dict[str, Any]]:
+    """On one process, or on a pool's."""
+    layout, ranks = place
+    return [function(layout=layout, **case)] if ranks == 1 else pools[ranks].run(function, layout=layout, **case)
+
+
+def check_resumed(found: list[dict[str, Any]], whole: list[dict[str, Any]], same: bool) -> None:
+    assert distance(found[0], whole[0]) <= 1e-10
+    assert found[0]["numbers"]["layer_rate_mean"] == pytest.approx(whole[0]["numbers"]["layer_rate_mean"])
+    for mine, theirs in zip(found, whole, strict=True) if same else ():
+        assert all(torch.equal(w, theirs["weights"][name]) for name, w in mine["weights"].items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("before", [ONE, ("whole", 2), ("owned", 2)], ids=str)
+def test_a_state_dict_goes_on_anywhere_under_ddp(before: Place, kind: str, pools: Pools) -> None:
+    case = {"kind": kind, "fields": KINDS[kind], "steps": 6, "trim": False}
+    whole, half = run(pools, before, loops.train, **case), run(pools, before, loops.train, stop=3, **case)[0]
+    for after in (ONE, ("whole", 2), ("owned", 2), ("owned", 4)):
+        if after == before or after[1] != before[1]:
+            check_resumed(run(pools, after, loops.train, resume=half, **case), whole, before == after)
+
+
+PLACES: list[Place] = [ONE, ("whole", 2), ("owned", 2), ("rows", 2)]
+
+
+@pytest.mark.parametrize("tool", ["lngd", "dcp"])
+@pytest.mark.parametrize("before", PLACES, ids=str)
+def test_a_distributed_checkpoint_goes_on_anywhere(before: Place, tool: str, pools: Pools, tmp_path: Path) -> None:
+    """Of `save_checkpoint`, and of torch's own functions: on as many processes, on others, DDP ↔ FSDP2."""
+    kind = "images" if before[0] in ("owned", "rows") else "marian"
+    case = {"kind": kind, "fields": KINDS[kind], "folder": str(tmp_path), "tool": tool}
+    whole = run(pools, before, loops.checkpointed, **case)
+    for after in [*PLACES, ("rows", 4)]:
+        if tool == "lngd" or after == before or after[0] == before[0]:
+            check_resumed(run(pools, after, loops.checkpointed, load=True, **case), whole, before == after)
+
+
+# without a GPU accelerate has no branch for FSDP, and cannot write DTensors, AdamW's neither
+@pytest.mark.parametrize("layout", ["whole", "owned"])
+def test_accelerates_saved_states(layout: str, pools: Pools, tmp_path: Path) -> None:
+    whole = pools[2].run(trainers.accelerated, folder=str(tmp_path), layout=layout)
+    again = pools[2].run(trainers.accelerated, folder=str(tmp_path), layout=layout, load=True)
+    for mine, theirs in zip(again, whole, strict=True):
+        assert all(torch.equal(w, theirs[name]) for name, w in mine.items())
+
+
+def test_bfloat16_weights_and_what_rounding_took_off(pools: Pools, tmp_path: Path) -> None:
+    case = {"kind": "marian", "fields": FIELDS, "folder": str(tmp_path), "dtype": "bfloat16"}
+    whole, again = (pools[2].run(loops.checkpointed, load=load, **case) for load in (False, True))
+    check_resumed(again, whole, True)
+    assert (
+        sum(found["memory"]["rounding"] for found in whole)
+        == loops.train("marian", FIELDS, dtype="bfloat16", steps=1)["memory"]["rounding"]
+    )
+
+
+def test_counts_are_kept_once(pools: Pools) -> None:
+    case = {"kind": "images", "fields": {"factor_interval": 1}, "steps": 4}
+    half = pools[2].run(loops.train, spoil=1, stop=3, **case)[0]
+    found = pools[4].run(loops.train, resume=half, **case)
+    assert len({own["numbers"]["skipped_factors"] for own in found}) == 1
+
+
+# What is refused
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "here"
+    loops.checkpointed(str(folder), "images", FIELDS, 2, layout="whole")
+    return folder
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.safetensors"), key=lambda path: path.stat().st_size)
+
+
+def spoil(folder: Path) -> None:
+    """Another header than safetensors'."""
+    files(folder)[-1].write_bytes(bytes(files(folder)[-1].stat().st_size))
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "cut": (lambda f: files(f)[-1].write_bytes(files(f)[-1].read_bytes()[:-100]), "its files cannot be read"),
+    "zeroed": (spoil, "its files cannot be read"),
+    "missing": (
+        lambda f: [path.unlink() for path in files(f)],
+        "got none, accepted: a tensor|its files cannot be read",
+    ),
+    "unfinished": (lambda f: next(f.glob("*/lngd.json")).unlink(), "got no lngd.json, which is written last"),
+    "garbled": (lambda f: next(f.glob("*/lngd.json")).write_bytes(b"no"), "got a damaged lngd.json"),
+    "foreign": (lambda f: next(f.glob("*/lngd.json")).write_text('{"lngd": {}}'), "got a damaged lngd.json"),
+}
+
+
+def check_refused(folder: Path, model: Any, message: str, **fields: Any) -> None:
+    """A checkpoint is refused, and nothing of it is loaded."""
+    optimizer = LNGD(model, **{**FIELDS, **fields})
+    with keeping(model), pytest.raises(ValueError, match=message):
+        load_checkpoint(folder, model, optimizer)
+    assert optimizer.memory_usage()["total"] == 0
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named(damage: str, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    DAMAGES[damage][0](folder)
+    check_refused(folder, loops.make("images"), DAMAGES[damage][1])
+
+
+def test_another_models_checkpoint_is_named(checkpoint: Path) -> None:
+    check_refused(checkpoint, tiny_marian(), "the model differs: ")
+    check_refused(checkpoint, loops.make("images"), "config differs: damping_rho", damping_rho=0.5)

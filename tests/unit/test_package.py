@@ -1,0 +1,103 @@
+"""What is shipped: the wheel works outside the checkout, dependencies are bounded, no file names a machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "hf_lngd"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the built wheel, without its dependencies, is installed into."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # Built from a copy: setuptools leaves build folders behind, which would end up in later wheels.
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            target = source / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), str(source)]
+    subprocess.run(build, check=True, cwd=folder, capture_output=True, timeout=300)
+    (wheel,) = folder.glob("hf_lngd-*.whl")
+    target = folder / "site"
+    install = [*pip, "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run(install, check=True, cwd=folder, capture_output=True, timeout=300)
+    return target
+
+
+def test_wheel_has_licence_types_and_metrics(installed: Path) -> None:
+    (info,) = installed.glob("hf_lngd-*.dist-info")
+    assert "Apache License" in next(info.rglob("LICENSE")).read_text(encoding="utf-8")
+    assert (installed / "hf_lngd" / "py.typed").is_file()
+    assert (installed / "hf_lngd" / "integrations" / "model_card.md.jinja").is_file()
+    shipped = {path.relative_to(installed) for path in (installed / "hf_lngd").rglob("*.py")}
+    assert shipped == {path.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
+    assert not (installed / "tests").exists() and not (installed / "scripts").exists()
+
+
+def test_wheel_loads_its_metrics_offline(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import hf_lngd\n"
+        f"assert hf_lngd.__file__.startswith({str(installed)!r}), hf_lngd.__file__\n"
+        "from hf_lngd.metrics import load_metric\n"
+        "metric = load_metric('sacrebleu')\n"
+        "result = metric.compute(predictions=['Das ist gut so .'], references=[['Das ist gut so .']])\n"
+        "print(round(result['score'], 3))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {
+        "PYTHONPATH": str(installed),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "100.0"
+
+
+def shipped_files() -> list[Path]:
+    """The text files of the repository: what git tracks or would track, else all but hidden and built ones."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode == 0 and listed.stdout:
+        paths = [ROOT / line for line in listed.stdout.splitlines()]
+    else:
+        paths = [p for p in ROOT.rglob("*") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
+    return [path for path in paths if path.is_file() and path.suffix not in {".gz", ".png", ".pyc", ".safetensors"}]
+
+
+def test_no_file_names_a_machine() -> None:
+    folders = "|".join(("work", "farm", "root", "home", "tmp", "Users", "opt"))
+    pattern = re.compile(rf"(?<![\w.~}})/-])/(?:{folders})/\w")
+    found = []
+    for path in shipped_files():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if pattern.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not found
+
+
+def test_dependencies_have_tested_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.match(r"[\w-]+", line).group() for line in project["dependencies"]}  # type: ignore[union-attr]
+    assert names == {"torch", "transformers", "accelerate", "datasets", "evaluate", "sacrebleu"}
+    assert {"vision", "sentencepiece", "plot", "demo", "bench", "test"} <= set(project["optional-dependencies"])
+    for line in project["dependencies"]:
+        assert re.fullmatch(r"[\w-]+>=\d+(\.\d+)+,<\d+", line), line

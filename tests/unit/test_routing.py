@@ -1,0 +1,201 @@
+"""Each parameter has one owner and a reason, and stands in one group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_lngd import LNGD, LNGDConfig
+from hf_lngd.routing import format_rates, format_routes, route
+from tests.helpers import tiny_marian
+
+
+class Zoo(nn.Module):
+    """One of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(9, 4)
+        self.position_embeddings = nn.Embedding(9, 4)
+        self.position_bias = nn.Parameter(torch.zeros(3, 3))
+        self.linear = nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.norm = nn.LayerNorm(4)
+        self.conv = nn.Conv1d(4, 4, 3)
+        self.grouped, self.depthwise = nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, groups=4)
+        self.transposed = nn.ConvTranspose1d(4, 4, 3)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.strange = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(4, 9, bias=False)
+
+
+def routes(model: nn.Module, **fields: Any) -> dict[str, tuple[str, str]]:
+    return {r.parameter: (r.owner, r.reason) for r in route(model, LNGDConfig(**fields)).routes}
+
+
+def test_owners_and_reasons() -> None:
+    found = routes(Zoo())
+    assert found["linear.weight"] == ("lngd", "linear")
+    assert found["linear.bias"] == ("fallback", "bias")
+    assert found["head.weight"] == ("lngd", "linear")
+    assert found["tokens.weight"] == ("lngd", "embedding, exact")
+    assert found["position_embeddings.weight"] == ("fallback", "position")
+    assert found["position_bias"] == ("fallback", "position")
+    assert found["frozen.weight"] == found["frozen.bias"] == ("frozen", "frozen")
+    assert found["norm.weight"] == found["norm.bias"] == ("fallback", "norm")
+    assert found["conv.weight"] == ("lngd", "convolution")
+    assert found["grouped.weight"] == ("lngd", "grouped convolution")
+    assert found["depthwise.weight"] == ("lngd", "depthwise convolution")
+    assert found["transposed.weight"] == ("fallback", "unsupported module ConvTranspose1d")
+    assert found["attention.in_proj_weight"] == ("fallback", "unsupported module MultiheadAttention")
+    assert found["attention.out_proj.weight"][0] == "fallback"
+    assert found["strange.parametrizations.weight.original1"][0] == "fallback"
+    assert found["scale"] == ("fallback", "vector")
+
+
+def test_choices_move_parameters() -> None:
+    assert routes(Zoo(), bias="factor")["linear.bias"] == ("lngd", "bias in the factor")
+    assert routes(Zoo(), embedding="fallback")["tokens.weight"] == ("fallback", "embedding")
+    excluded = routes(Zoo(), exclude=r"^head\.|linear", bias="factor")
+    assert excluded["head.weight"] == excluded["linear.weight"] == ("fallback", "excluded")
+    assert excluded["linear.bias"][0] == "fallback"
+
+
+@pytest.mark.parametrize("embedding", ["fallback", "exact"])
+@pytest.mark.parametrize("bias", ["fallback", "factor"])
+def test_every_parameter_once_and_in_the_group_of_its_kind(embedding: str, bias: str) -> None:
+    model = Zoo()
+    optimizer = LNGD(model, embedding=embedding, bias=bias, weight_decay=0.3)
+    kinds = {r.parameter: r.kind for r in optimizer.routing()}
+    named = dict(model.named_parameters())
+    assert list(kinds) == list(named)
+    assert {kind for kind in kinds.values() if kind} == {group["name"] for group in optimizer.param_groups}
+    for group in optimizer.param_groups:
+        own = [id(named[name]) for name, kind in kinds.items() if kind == group["name"]]
+        assert [id(p) for p in group["params"]] == own
+        assert all(p.dim() > 1 for p in group["params"]) or group["weight_decay"] == 0
+    assert {kinds[name] for name in kinds if name.startswith("norm")} == {"fallback_no_decay"}
+    assert {name for name, kind in kinds.items() if kind is None} == {"frozen.weight", "frozen.bias"}
+
+
+def test_tied_weights_have_one_owner() -> None:
+    found = routes(tiny_marian())
+    assert found["model.shared.weight"] == ("lngd", "embedding, exact")
+    assert not any("lm_head" in name for name in found)
+    two = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    two["b"].weight = two["a"].weight
+    routing = route(two, LNGDConfig())
+    (layer,) = routing.layers
+    assert {r.parameter for r in routing.routes} == {"a.weight", "a.bias", "b.bias"}
+    assert [name for name, _ in layer.modules] == ["a", "b"]
+
+
+def test_names_are_those_from_before_torch_compile() -> None:
+    model = Zoo()
+    model.linear = torch.compile(model.linear)
+    assert routes(model) == routes(Zoo())
+
+
+def test_where_a_parameter_stands_is_known() -> None:
+    model = Zoo()
+    routing = route(model, LNGDConfig())
+    assert list(routing.homes) == list(routing.parameters) == [name for name, _ in model.named_parameters()]
+    for name, (module, attribute) in routing.homes.items():
+        assert getattr(module, attribute) is routing.parameters[name]
+    assert list(routing.trained()) == [name for name in routing.parameters if not name.startswith("frozen")]
+
+
+# The routing table
+
+
+def test_table_adds_up() -> None:
+    optimizer = LNGD(Zoo())
+    text = optimizer.routing_table()
+    assert text == f"{format_routes(optimizer.routing())}\n\n{format_rates(optimizer.config)}"
+    lines = text.splitlines()
+    assert lines[0].split() == ["owner", "reason", "tensors", "parameters", "share", "for", "example"]
+    assert [line.split()[0] for line in lines[1:6]] == ["lngd"] * 5 and "linear.weight" in lines[5]
+    assert sum(r.numel for r in optimizer.routing()) == sum(p.numel() for p in Zoo().parameters())
+    rows = [line.split() for line in lines[1:] if line[:1] in "lf" and "%" in line]
+    assert sum(int(row[row.index("%") - 3]) for row in rows) == len(list(Zoo().parameters()))
+
+
+@pytest.mark.parametrize("fields", [{}, {"fallback_lr_scale": 0.5, "weight_decay": 0.2}, {"preset": "paper"}], ids=str)
+def test_rates_below_the_table_are_those_of_the_groups(fields: dict[str, Any]) -> None:
+    optimizer = LNGD(Zoo(), lr=1e-3, **fields)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    text = optimizer.routing_table().splitlines()[-1]
+    own, others = groups["lngd"], groups["fallback"]
+    assert f"Rate of LNGD's layers: lr, weight decay {own['weight_decay']:g}. " in text
+    rest = f"{others['lr_scale']:g} × lr, weight decay {others['weight_decay']:g}"
+    assert f"Of all other parameters: {rest}; none on norms and biases." in text
+    assert own["lr"] == others["lr"] == 1e-3 and own["lr_scale"] == 1.0
+
+
+# Biases in factors
+
+
+class Head(nn.Module):
+    """A head with a bias, tied to the embedding as BERT's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.linear, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.linear(self.tokens(ids)))
+
+
+def all_move(model: nn.Module, optimizer: LNGD, x: torch.Tensor) -> bool:
+    before = [p.detach().clone() for p in model.parameters()]
+    model(x).square().mean().backward()
+    optimizer.step()
+    return not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_bias_needs_a_weight_of_its_own_to_be_in_the_factor() -> None:
+    model = Head()
+    found = routes(model, bias="factor")
+    assert found["head.bias"] == ("fallback", "bias") and found["linear.bias"] == ("lngd", "bias in the factor")
+    assert all_move(model, LNGD(model, bias="factor"), torch.arange(6)[None])
+    two = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    two[1].weight = two[0].weight
+    found = routes(two, bias="factor")
+    assert found["0.bias"] == found["1.bias"] == ("fallback", "bias")
+
+
+def test_a_bias_may_come_before_its_weight() -> None:
+    model = nn.Linear(3, 2)
+    weight = model.weight.detach()
+    del model.weight
+    model.weight = nn.Parameter(weight)  # as removing a parametrization does
+    routing = route(model, LNGDConfig(bias="factor"))
+    assert [r.parameter for r in routing.routes] == ["bias", "weight"]
+    (layer,) = routing.layers
+    assert (layer.weight_name, layer.bias_name, layer.columns) == ("weight", "bias", 4)
+    assert all_move(model, LNGD(model, bias="factor"), torch.randn(5, 3))
+
+
+# What cannot be trained
+
+
+def test_parameters_that_cannot_be_trained_here() -> None:
+    half, sparse, split = nn.Linear(3, 2).half(), nn.Embedding(3, 2, sparse=True), nn.Linear(3, 2)
+    split.weight.ds_id = 0
+    lazy, complex_ = nn.LazyLinear(3), nn.Linear(3, 2, dtype=torch.complex64)
+    for model, error, told in (
+        (half, ValueError, "weight: got a weight of torch.float16, whose updates are lost below 6e-8, accepted: "),
+        (sparse, ValueError, "weight: got an embedding with sparse=True, accepted: sparse=False"),
+        (split, RuntimeError, "LNGD: parameter 'weight' is one that DeepSpeed"),
+        (lazy, ValueError, "weight: got a parameter without a shape yet, accepted: a model that was called once"),
+        (complex_, ValueError, "weight: got torch.complex64, accepted: real numbers"),
+    ):
+        with pytest.raises(error, match=told.replace("(", r"\(")):
+            route(model, LNGDConfig())
+    for model in (half, sparse, complex_):
+        assert {owner for owner, _ in routes(model.requires_grad_(False)).values()} == {"frozen"}

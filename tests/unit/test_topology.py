@@ -1,0 +1,184 @@
+"""Who shares a factor, what follows whom, which mask applies."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_lngd import LNGD
+from hf_lngd.masks import OPEN
+from hf_lngd.topology import Topology
+from tests.helpers import marian_batch, tiny_marian, train_step
+from tests.hf_helpers import hf_seq2seq_model, hf_tokenizer
+from tests.reference import factors
+
+Found = dict[str, tuple[list[str], tuple[str, ...], str | None]]
+
+
+def groups(optimizer: LNGD) -> Found:
+    return {g.name: (g.members, g.follows, g.source) for g in optimizer.core.capture.topology.groups}
+
+
+# By itself
+
+
+def sample() -> Topology:
+    topology = Topology()
+    topology.join("k", topology.add("q", (), "inputs"))
+    topology.add("fc", ("ReLU",), None)
+    return topology
+
+
+def test_there_and_back_through_json() -> None:
+    topology = sample()
+    assert not topology.frozen and {name: g.name for name, g in topology.of_layer.items()} == {
+        "q": "q", "k": "q", "fc": "fc",
+    }  # fmt: skip
+    topology.freeze(["q", "k", "fc", "never"])
+    again = Topology.from_state(json.loads(json.dumps(topology.state())))
+    assert again == topology and again.frozen and again.unseen == {"never"}
+    assert again.of_layer["never"].source == OPEN
+
+
+def test_what_other_ranks_saw_is_learned_in_one_order() -> None:
+    mine, theirs = sample(), Topology()
+    theirs.add("late", (), "targets")
+    theirs.join("k", theirs.add("q", (), "inputs"))
+    everyone = [mine.state(), theirs.state()]
+    for own in (mine, theirs):
+        own.learn(everyone)
+    assert mine.state() == theirs.state() and [g.name for g in mine.groups] == ["q", "fc", "late"]
+    assert mine.of_layer["k"].name == "q"
+
+
+def test_unshared_is_each_layer_by_itself() -> None:
+    assert [g.members for g in Topology.unshared(["a", "b"]).groups] == [["a"], ["b"]]
+
+
+# In models
+
+
+@pytest.mark.parametrize("fisher", ["expected", "sampled", "empirical", "true"])
+def test_sides_of_equal_length_are_told_apart(fisher: str) -> None:
+    model, batch = tiny_marian(), marian_batch(source=7, target=7)
+    optimizer = LNGD(model, lr=1e-3, fisher=fisher)
+    train_step(model, optimizer, batch)
+    for members, _, source in groups(optimizer).values():
+        for name in members:
+            reads_encoder = ".encoder." in name or name.endswith(("encoder_attn.k_proj", "encoder_attn.v_proj"))
+            assert source == ("inputs" if reads_encoder else "targets"), name
+
+
+@pytest.mark.parametrize("target", [6, 7], ids=["unlike lengths", "equal lengths"])
+@pytest.mark.parametrize("direction", ["polar", "natural"])
+def test_marian_shares_what_it_reads_together(direction: str, target: int) -> None:
+    model = tiny_marian(decoder_layers=2)
+    optimizer = LNGD(model, lr=1e-3, direction=direction)
+    train_step(model, optimizer, marian_batch(source=7, target=target))
+    found = groups(optimizer)
+    encoder, decoder = "model.encoder.layers.0", "model.decoder.layers.{}"
+    qkv = [f"{encoder}.self_attn.{name}_proj" for name in ("q", "k", "v")]
+    assert (sorted(found[qkv[0]][0]), found[qkv[0]][1:]) == (sorted(qkv), ((), "inputs"))
+    cross = [f"{decoder.format(i)}.encoder_attn.{name}_proj" for i in (0, 1) for name in ("k", "v")]
+    assert sorted(found[cross[0]][0]) == sorted(cross) and found[cross[0]][2] == "inputs"
+    query = f"{decoder.format(1)}.encoder_attn.q_proj"
+    assert found[query] == ([query], (), "targets")
+    assert found[f"{encoder}.fc1"][1] == (("ReLU",) if direction == "natural" else ())
+    after = ("dropout", "sum", "layer_norm") if direction == "natural" else ()  # Marian's norms come last
+    assert found[f"{encoder}.fc2"][1:] == (after, "inputs")
+    assert sum(len(members) for members, _, _ in found.values()) == len(optimizer.core.capture.layers)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "mbart", "m2m100"])
+def test_other_families(family: str) -> None:
+    model = hf_seq2seq_model(family, hf_tokenizer()).double().train()
+    optimizer = LNGD(model, lr=1e-3, direction="natural")
+    batch = marian_batch(source=6, target=6)
+    batch = {key: value % 9 if key == "input_ids" else value for key, value in batch.items()}
+    batch["labels"] = torch.where(batch["labels"] == -100, -100, batch["labels"] % 9)
+    train_step(model, optimizer, batch)
+    found = groups(optimizer)
+    sources = {name: source for name, (_, _, source) in found.items()}
+    assert all(source == "inputs" for name, source in sources.items() if "encoder." in name.split("decoder")[0])
+    assert max(len(members) for members, _, _ in found.values()) == 3
+    activated = [name for name, (_, follows, _) in found.items() if len(follows) == 1 and "norm" not in follows[0]]
+    assert len(activated) == 2 and all(name.endswith(("fc1", "wi")) for name in activated)
+
+
+class Widths(nn.Module):
+    """Two heads of unlike width on one tensor, as grouped queries have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        return self.q(x).sum() + self.k(x).sum()
+
+
+def test_unlike_widths_share_unless_the_damping_depends_on_them() -> None:
+    x = torch.randn(5, 4)
+    for damping, count in (("relative", 1), ("paper", 2)):
+        model = Widths()
+        optimizer = LNGD(model, lr=1e-3, damping=damping, direction="natural")
+        model(x).backward()
+        optimizer.step()
+        assert len(groups(optimizer)) == count
+        ratio = optimizer.factors("q")["phi"] / optimizer.factors("k")["phi"]
+        torch.testing.assert_close(ratio, torch.full_like(ratio, 2.0))
+
+
+def test_layers_with_and_without_a_bias_do_not_share_a_factor_that_holds_it() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for bias, count in (("fallback", 1), ("factor", 2)):
+        model = Widths().double()
+        model.k = nn.Linear(4, 4).double()
+        optimizer = LNGD(model, lr=1e-3, bias=bias)
+        model(x).backward()
+        optimizer.step()
+        assert len(groups(optimizer)) == count
+        a = x if bias == "fallback" else torch.cat((x, torch.ones(5, 1).double()), 1)
+        torch.testing.assert_close(optimizer.factors("q")["phi"], factors(x, torch.ones(5, 4))[0])
+        torch.testing.assert_close(optimizer.factors("k")["phi"], factors(a, torch.ones(5, 4))[0])
+
+
+class Odd(nn.Module):
+    """A layer that is called twice, one that is called late, one that never is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.late, self.never = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.use_late = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.twice(torch.tanh(self.twice(x)))
+        return self.late(y) if self.use_late else y
+
+
+@pytest.mark.parametrize("direction", ["polar", "natural"])
+def test_calls_twice_late_and_never(direction: str, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, x = Odd().double(), torch.randn(5, 3, dtype=torch.float64)
+    optimizer = LNGD(model, lr=1e-2, factor_interval=1, ema_decay=0.0, inverse_interval=1, direction=direction)
+    with torch.no_grad():
+        inner = torch.tanh(model.twice(x))
+    model(x).square().mean().backward()
+    optimizer.step()
+    # tanh follows the first call only; polar takes φ' as 1
+    slope = (1 - inner.square()).square() if direction == "natural" else torch.ones(5, 3)
+    phi, _ = factors(torch.cat((x, inner)), torch.cat((slope, torch.ones(5, 3))))
+    torch.testing.assert_close(optimizer.factors("twice")["phi"], phi)
+    before = model.never.weight.clone()
+    model.use_late = True
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert [message.split("'")[1] for message in caplog.messages] == ["late"]  # told once
+    assert torch.equal(model.never.weight, before)
+    assert optimizer.factors("late")["phi"].trace() > 0
+    assert torch.equal(optimizer.factors("never")["phi"], 3 * torch.eye(3).double())  # not seen: the identity, times m
