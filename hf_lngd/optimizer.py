@@ -137,11 +137,12 @@ class LNGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         core.states = self.state  # which a user may have put another in the place of
-        options = StepOptions(self.param_groups, self._assignment.update(self.param_groups))
+        assigned = self._assignment.update(self.param_groups)
+        options = StepOptions(self.param_groups, assigned)
         if any(layer.weight.grad is not None for layer in core.routing.layers):
             start, in_hooks = time.perf_counter(), core.capture.seconds
             try:
-                self._update_factors()
+                self._update_factors(assigned)
             except BaseException:
                 self._arm()  # a step that raised is over: the next one begins anew
                 raise
@@ -153,7 +154,7 @@ class LNGD(torch.optim.Optimizer):
         self._arm()
         return loss
 
-    def _update_factors(self) -> None:
+    def _update_factors(self, assigned: Mapping[Any, int]) -> None:
         core, capture = self.core, self.core.capture
         if core.batches and core.lost_state():
             state.clear(core)
@@ -161,7 +162,7 @@ class LNGD(torch.optim.Optimizer):
             state.rebuild(core, core.built.topology)
         capture.check_gradients()
         if capture.armed:
-            capture.warn_of_untrained(self._assignment.update(self.param_groups))
+            capture.warn_of_untrained(assigned)
             statistics = capture.finish(core.layout.everyone.all_gather_value)
             capture.check(core.started)
             if capture.topology.frozen and core.built.topology is not capture.topology:

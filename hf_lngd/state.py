@@ -34,8 +34,7 @@ def save(core: Core) -> ByParameter:
         key = (entry.group, entry.key)
         if not entry.shared or key not in shared:
             shared[key] = core.layout.export(entry.value, entry.group, entry.shape, entry.like)
-        if shared[key] is not None:
-            found.setdefault(entry.parameter, {}).update({"step": core.count, entry.key: shared[key]})
+        found.setdefault(entry.parameter, {}).update({"step": core.count, entry.key: shared[key]})
     return found
 
 
