@@ -52,7 +52,9 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
         groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         members = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
         text = json.dumps({"lngd": state.describe(core), "groups": groups, "members": members, "tensors": kept})
-        (folder / PARTIAL / PLAIN).write_text(text, encoding="utf-8")
+        unfinished = folder / PARTIAL / f"{PLAIN}.tmp"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(folder / PARTIAL / PLAIN)  # from here on the folder is whole
         _take_over(folder)
     ranks.barrier()
 

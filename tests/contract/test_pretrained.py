@@ -79,7 +79,8 @@ def distance(make: Any) -> float:
 @pytest.mark.parametrize("embedding", ["exact", "fallback"])
 def test_rounding_goes_no_further_than_with_adamw(embedding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adamw = distance(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3))
-    # twice AdamW's with a real model, whose own distance is 0.006; here both are rounding
-    for fast, bound in ((False, max(2 * adamw, 1e-3)), (True, 0.1)):
+    # Twice AdamW's with a real model, whose own distance is 0.006; here both are rounding. With matmuls in bfloat16
+    # singular directions below 2^-8 of the largest are rounding themselves: 0.08 to 0.13 by the CPU's instructions.
+    for fast, bound in ((False, max(2 * adamw, 1e-3)), (True, 0.25)):
         monkeypatch.setattr("hf_lngd.linalg.fast_bfloat16", lambda device, fast=fast: fast)
         assert distance(lambda model: LNGD(model, lr=1e-3, embedding=embedding)) <= bound, (fast, adamw)

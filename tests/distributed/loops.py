@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import modeling_utils, trainer_callback, trainer_utils
 
 from hf_lngd import LNGD, load_checkpoint, save_checkpoint
+from hf_lngd.parallel.checkpoint import WHOLE
 from tests.helpers import IGNORED, Images, every_sample, image_batch, layers_of, marian_batch, seeded, tiny_marian
 
 LR = 1e-3
@@ -634,7 +635,7 @@ def kill_at(event: str, place: str) -> None:
     """From now on this process is killed when a file that ends in `event`, in a folder of `place`, is half written.
 
     Args:
-        event: or ``rotation``: a checkpoint is half removed; ``swap``: the first file was put in its place.
+        event: or ``rotation``: a checkpoint is half removed; ``swap``: the new folder was put in the place of the old.
     """
 
     def half(path: Any) -> None:
@@ -666,10 +667,12 @@ def kill_at(event: str, place: str) -> None:
 
     def replace_and_die(path: Path, target: Any) -> Any:
         replace(path, target)
-        return die()
+        if Path(target).name == WHOLE:
+            die()
 
     FileSystem.create_stream = stream  # type: ignore[method-assign]
     torch.save = killed_by(torch.save)
+    Path.write_text = killed_by(Path.write_text)  # type: ignore[method-assign]
     modeling_utils.safe_save_file = killed_by(modeling_utils.safe_save_file)
     state = trainer_callback.TrainerState
     state.save_to_json = killed_by(state.save_to_json)  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ import torch
 from tests.distributed import loops, trainers
 from tests.distributed.pool import DistPool
 
+SHARD = "shard-0000{}-model-00001-of-00001.safetensors"  # of a rank, counted from 1, as torch's writer names it
 HALF = f"checkpoint-{trainers.DYING}"
 
 
@@ -51,9 +52,9 @@ TRAINERS = [
     pytest.param("ddp", 0, "trainer_state.json", marks=pytest.mark.slow),
     ("ddp", 0, "rotation"),
     ("ddp", 1, "rng_state_1.pth"),
-    pytest.param("fsdp2", 0, "__0_0.distcp", marks=pytest.mark.slow),
+    pytest.param("fsdp2", 0, SHARD.format(1), marks=pytest.mark.slow),
     ("fsdp2", 0, "optimizer.pt"),
-    ("fsdp2", 1, "__1_0.distcp"),
+    ("fsdp2", 1, SHARD.format(2)),
     pytest.param("fsdp2", 1, "rng_state_1.pth", marks=pytest.mark.slow),
 ]
 
@@ -82,7 +83,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
         return folder / "checkpoint", pool.run(loops.checkpointed, folder=str(folder / "checkpoint"), **CASE)
 
 
-PLAIN = [(0, "__0_0.distcp", 2), (1, "__1_0.distcp", 2), (0, ".metadata.tmp", 2), (0, "swap", 3)]
+PLAIN = [(0, SHARD.format(1), 2), (1, SHARD.format(2), 2), (0, "lngd.json.tmp", 2), (0, "swap", 3)]
 
 
 @pytest.mark.parametrize(("victim", "event", "steps"), PLAIN)
