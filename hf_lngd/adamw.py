@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from .config import LNGDConfig
 from .groups import Options
 from .linalg import damping, rms_rate, state_dtype
-from .torch_internals import Collector, Hook, accumulates, accumulator, in_transform, local, origin, run_eagerly
+from .torch_internals import Collector, Hook, in_transform, local, run_eagerly
 
 ParameterState = MutableMapping[str, Any]  # what a parameter has, by name
 States = MutableMapping[Any, ParameterState]
@@ -154,7 +154,6 @@ class EmbeddingTable(Collector):
         self.name, self.weight, self.modules, self.config = name, weight, modules, config
         self._counting = False
         self.skipped: Tensor | int = 0
-        self._counts: Tensor | None = None
 
     def arm(self, factors: bool) -> None:
         """Attach the hooks that the coming step needs."""
@@ -166,23 +165,18 @@ class EmbeddingTable(Collector):
             run_eagerly(self, self.enabled)
 
     def forget(self) -> None:
-        self._counts = None
-        self.doubtful = False
-        self.gradients.reset()
+        super().forget()
+        self._counts: Tensor | None = None
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if not self.enabled or not args or not output.requires_grad or in_transform():
+        if not self.enabled or not args or in_transform():
             return
-        if self.doubtful or self.gradients.gone:
-            self.forget()
-        ids, weight = args[0].reshape(-1), accumulator(module.weight)  # type: ignore[arg-type]
-        self.gradients.follow(output, module.weight)  # type: ignore[arg-type]
+        ids = args[0].reshape(-1)
 
-        def receive(g: Tensor) -> None:
-            if accumulates(weight, if_asked_for=False):
-                self._count(ids, g.reshape(len(ids), -1) if len(ids) else g.reshape(0, 1))
+        def take(g: Tensor) -> None:
+            self._count(ids, g.reshape(len(ids), -1) if len(ids) else g.reshape(0, 1))
 
-        origin(output).register_hook(receive)
+        self.follow(output, module.weight, take)  # type: ignore[arg-type]
 
     def _count(self, ids: Tensor, g: Tensor) -> None:
         if self._counts is None:

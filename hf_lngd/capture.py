@@ -1,8 +1,9 @@
 """Forward hooks: a layer's input becomes a statistic of its group.
 
 Hooks are attached for factor steps only, from the end of one ``step()`` to the next, so a factor step takes in all its
-micro-batches and nothing is left in the model between. A forward pass counts if gradients are enabled where it starts;
-evaluation and recomputation by activation checkpointing never count. `paper.capture` adds what the paper needs."""
+micro-batches and nothing is left in the model between. What a call adds waits, without the activations, until a
+backward pass brings the layer's weight a gradient: a forward pass without one counts for nothing. Recomputation by
+activation checkpointing counts where that gradient goes through it. `paper.capture` adds what the paper needs."""
 
 from __future__ import annotations
 
@@ -24,10 +25,12 @@ from .layers import Layer, factor_blocks
 from .masks import OPEN, BatchMasks, MaskSources, bind_batch
 from .statistics import InputStatistics, Statistics
 from .topology import Group, Topology
-from .torch_internals import Collector, Hook, call_input, in_backward, is_sharded, run_eagerly, same_tensor
+from .torch_internals import Collector, Hook, call_input, is_sharded, run_eagerly, same_tensor
 
 logger = logging.getLogger("hf_lngd")
 
+# What a reentrant checkpoint's segment is given to keep: layer → its calls, until they are recomputed.
+_SEGMENT = "_lngd_calls"
 # Of the samples of a batch one in so many estimates the factors of a convolution.
 CONVOLUTION_SAMPLES = 8
 
@@ -43,15 +46,48 @@ class Coming:
     bank_of: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False)
+class Pass:
+    """One forward pass of the model: samples of its batch, terms of its mean loss, and samples of the step before it.
+
+    `step`: the one that it was counted in last, see `Capture.taken`."""
+
+    samples: int = 0
+    terms: Tensor | int = 0
+    first: int = 0
+    step: int = -1
+
+
+@dataclass(eq=False)
+class Sums:
+    """What one call, or several that read the same tensor, add to their group; `step` as of `Pass`."""
+
+    group: Group
+    statistics: Statistics
+    step: int = -1
+
+
+@dataclass(eq=False)
+class Expected:
+    """What stays of a call until its gradient comes; `note`: what a subclass of `Capture` has to remember."""
+
+    layer: Layer
+    forward: Pass
+    sums: Sums | None = None
+    note: Any = None
+
+
+@dataclass(eq=False)
 class Call:
-    """One call of a layer: its input; its output, and the version of its memory as it was then; `note`: what a subclass
-    of `Capture` has to remember."""
+    """One call of a layer: its input; its output, and the version of its memory as it was then; its group, once that
+    is known; `note`: what a subclass has to remember."""
 
     layer: Layer
     a: Tensor
     output: Tensor
     version: int
+    expected: Expected
+    group: Group | None = None
     note: Any = None
 
 
@@ -60,7 +96,8 @@ class Capture(Collector):
 
     Attributes:
         topology: who shares a factor with whom.
-        terms: terms of the mean loss in this step.
+        statistics: of this step, by group.
+        samples_seen, terms: samples of this step, and terms of its mean loss.
         seconds: spent in hooks."""
 
     convolution_samples = CONVOLUTION_SAMPLES
@@ -68,6 +105,7 @@ class Capture(Collector):
     needs_fisher_pass = False
 
     def __init__(self, model: nn.Module, layers: list[Layer], config: LNGDConfig) -> None:
+        self._step = 0  # counts what was begun, also what was forgotten
         super().__init__(lambda: (layer.weight for layer in self.layers.values()))
         self._model = weakref.ref(model)
         self.layers = {layer.name: layer for layer in layers}
@@ -76,11 +114,11 @@ class Capture(Collector):
         self.topology = Topology()
         self.armed = False
         self.seconds, self.masks, self.coming = 0.0, MaskSources(), Coming()
+        self._pending: list[Call] = []
+        self._order: dict[str, int] = {}  # layer → when it was first called
         self._next_batch: Mapping[str, Any] | None = None
         self._warned: set[str] = set()
-        self.terms: Tensor | int = 0
         self._reset_forward()
-        self.forget()
 
     @property
     def model(self) -> nn.Module | None:
@@ -88,10 +126,11 @@ class Capture(Collector):
         return self._model()
 
     def forget(self) -> None:
+        super().forget()
+        self._step += 1
         self.statistics: dict[str, Statistics] = {}
-        self._pending: list[Call] = []
-        self.samples_seen, self.terms, self.doubtful = 0, 0, False
-        self.gradients.reset()
+        self.samples_seen: int = 0
+        self.terms: Tensor | int = 0
 
     def wants_hooks(self, factors: bool) -> bool:
         """Whether the coming step needs any."""
@@ -102,7 +141,7 @@ class Capture(Collector):
         self.coming = coming
         self.disarm()
         self.forget()
-        self.armed = factors
+        self.armed, self._pending = factors, []
         model = self._model()
         if self.closed or model is None or not self.layers or not self.wants_hooks(factors):
             return
@@ -134,13 +173,22 @@ class Capture(Collector):
         self._next_batch = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
     def finish(self, all_gather: Callable[[Any], list[Any]] = lambda own: [own]) -> dict[str, Statistics]:
-        """Close the step: flush what is open, freeze the topology (`all_gather`: own one → that of every rank), hand
-        over the statistics."""
-        self.flush()
-        if not self.topology.frozen:
-            self.topology.learn(all_gather(self.topology.state()))
-            if self.topology.groups:
-                self.topology.freeze(list(self.layers))
+        """Close the step: freeze the topology (`all_gather`: own one → that of every rank), hand over the
+        statistics."""
+        unknown = [name for name in self.topology.unseen if self.layers[name].weight.grad is not None]
+        if unknown or not self.topology.frozen:
+            self.topology.groups.sort(key=lambda group: self._order.get(group.name, -1))
+            found = Topology.common(all_gather(self.topology.state()))
+            if found.groups:
+                found.freeze(list(self.layers))
+            if found != self.topology:
+                self.topology = found
+        known = {group.name: group for group in self.topology.groups}
+        kept = self.statistics.items()
+        # another rank has told another group's layers apart, or found something else behind them
+        self.statistics = {
+            n: own for n, own in kept if n in known and own.shapes() == self.empty_statistics(n).shapes()
+        }
         return self.statistics
 
     def warn_of_untrained(self, trained: Iterable[nn.Parameter]) -> None:
@@ -176,86 +224,82 @@ class Capture(Collector):
 
     def only_zeros(self) -> bool:
         """Whether all gradients are zero: a step that makes the state, as torch.distributed.checkpoint makes one. Waits
-        for the device, so it is asked only where a step would raise."""
+        for the device, so it is asked only where a step would raise or warn."""
         return not any(bool(y.weight.grad.any()) for y in self.layers.values() if y.weight.grad is not None)
 
     def check_gradients(self) -> None:
         """Raise RuntimeError if a step lacks what it needs of every one."""
 
-    def check(self, started: bool) -> None:
-        """Raise RuntimeError for a factor step that saw no forward pass. `started`: there are factors of earlier
-        steps."""
-        if self.topology.groups or started or self.only_zeros():
+    def check(self) -> None:
+        """Warn once of layers that have a gradient and had no statistics so far, see :meth:`finish`."""
+        seen = set(self.topology.of_layer) - self.topology.unseen
+        missing = [n for n, layer in self.layers.items() if n not in seen and layer.weight.grad is not None]
+        missing = [name for name in missing if name not in self._warned]
+        if not missing or self.only_zeros():
             return
+        self._warned.update(missing)
         stance = internals.stance_in_the_way()
-        raise RuntimeError(
-            "LNGD.step(): the layers have gradients, but no forward pass of the model was seen. Call the model "
-            "that was given to LNGD (a wrapper around it is fine), with gradients enabled, after LNGD was made "
-            "and without optimizer.eval(); if it is compiled, with no torch.compiler.set_stance around the "
-            f"call{'' if stance is None else f', got {stance!r}'}."
-        )
+        shown = ", ".join(f"'{name}'" for name in missing[:5])
+        logger.warning(
+            "LNGD: no forward pass was seen of %s%s, whose inputs therefore count as white (Φ = I). Modules have to be "
+            "called, with strided tensors (F.linear(x, layer.weight) is not seen), after LNGD was made and without "
+            "optimizer.eval()%s", shown, f" and {len(missing) - 5} more" if len(missing) > 5 else "",
+            "" if stance is None else f"; compiled ones without torch.compiler.set_stance, got {stance!r}",
+        )  # fmt: skip
 
     def _reset_forward(self) -> None:
         self._inside, self._gathered, self._depth = False, False, 0
-        self._first_sample, self._terms_before = 0, self.terms
+        self._pass = Pass()
         self.masks.begin(BatchMasks({}))
-        self._last_input: dict[str, weakref.ref[Tensor]] = {}
+        self._last_input: dict[int, tuple[weakref.ref[Tensor], Sums]] = {}
 
     def forward_begins(self) -> None:
-        """A forward pass that counts begins."""
+        """A forward pass that may count begins."""
 
     def forward_ends(self, finished: bool) -> None:
-        """It is over; not finished: of it nothing is counted but what its layers summed already."""
+        """It is over; not finished: of its calls in which something was waited for nothing is counted."""
         if not finished:
             self._pending = []
-            self.samples_seen, self.terms = self._first_sample, self._terms_before
-
-    def _begin_anew_if_skipped(self) -> None:
-        if self.doubtful or self.gradients.gone:  # what was gathered is of a step left out
-            self.forget()
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if model is not self._model():  # a copy or replica of the model has our hooks
+            return
+        if not torch.is_grad_enabled() or not self._may_count():
             return
         if self._inside and internals.calls_under_way(model) > 1:  # a model that calls itself
             self._depth += 1
             return
         if self._inside:  # an interrupt ended the last forward, and no hook saw it
             self.forward_ends(finished=False)
+        self.flush()  # of parts of the model that were called by themselves
         batch, self._next_batch = self._next_batch, None
-        if not torch.is_grad_enabled() or not self._may_count():
-            return
-        self._begin_anew_if_skipped()
         self._reset_forward()
         self._inside = True
         self._gathered = internals.is_fully_sharded(model)
         masks = BatchMasks({**bind_batch(model, args, kwargs), **(batch or {})}, getattr(model, "config", None))
         self.masks.begin(masks)
-        self._first_sample, self._terms_before = self.samples_seen, self.terms
-        self.samples_seen += masks.samples
-        self.terms = self.terms + masks.terms
+        self._pass = Pass(masks.samples, masks.terms, self.samples_seen)
         self.forward_begins()
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if model is not self._model() or not self._inside or in_backward():
+        if model is not self._model() or not self._inside or not torch.is_grad_enabled():
             return
         if self._depth:
             self._depth -= 1
             return
-        finished = output is not None or sys.exc_info()[0] is None  # else the loss has no such terms
-        self.forward_ends(finished)
-        if finished:
-            self.flush()
+        self.forward_ends(output is not None or sys.exc_info()[0] is None)
+        self.flush()
         self._inside = False
 
     def is_collecting(self) -> bool:
-        """Whether a module that is called now counts."""
+        """Whether a module that is called now may count."""
         if not self._may_count():
             return False
-        return torch.is_grad_enabled() or (self._inside and internals.in_reentrant_checkpoint())
+        return torch.is_grad_enabled() or (self._inside and internals.reentrant_segment() is not None)
 
     def _may_count(self) -> bool:
-        return self.enabled and not in_backward() and not internals.in_transform()
+        strange = internals.in_transform() or torch.jit.is_tracing() or internals.in_discarded_recomputation()
+        return self.enabled and not strange
 
     def _layer_hook(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -265,13 +309,63 @@ class Capture(Collector):
             weight = module._parameters.get("weight")
             if weight is not None and weight is not layer.weight and not self._gathered:
                 return  # another parameter was put in its place: not one that is trained here
+            if a.layout != torch.strided or a.is_nested:  # sparse or jagged
+                return
             start = time.perf_counter()
-            self._begin_anew_if_skipped()
-            self.gradients.follow(output, self.live_weight(layer))
-            self.layer_called(Call(layer, a, output, output._version))
+            self._called(layer, a, output)
             self.seconds += time.perf_counter() - start
 
         return hook
+
+    def _called(self, layer: Layer, a: Tensor, output: Tensor) -> None:
+        with_graph = torch.is_grad_enabled()
+        segment = None if with_graph and not internals.in_backward() else internals.reentrant_segment()
+        calls = [] if segment is None else vars(segment).setdefault(_SEGMENT, {}).setdefault(layer.name, [])
+        if with_graph and calls:  # recomputed: of the call that was seen in the forward pass
+            calls.append(calls.pop(0))
+            self._expect(calls[-1], output)
+            return
+        expected = Expected(layer, self._pass)
+        if not with_graph:
+            calls.append(expected)
+        elif output.requires_grad:
+            self._expect(expected, output)
+        else:
+            return
+        self.layer_called(Call(layer, a, output, output._version, expected))
+
+    def _expect(self, expected: Expected, output: Tensor) -> None:
+        def take(gradient: Tensor) -> None:
+            start = time.perf_counter()
+            if expected.sums is None:
+                self.flush()
+            self.taken(expected, gradient.view(shape))
+            self.seconds += time.perf_counter() - start
+
+        shape = output.shape
+        self.follow(output, self.live_weight(expected.layer), take)
+
+    def taken(self, expected: Expected, gradient: Tensor) -> None:
+        """A call's gradient has come: it counts, once a step, and so does its forward pass."""
+        forward, sums = expected.forward, expected.sums
+        if forward.step != self._step:
+            forward.step = self._step
+            self.samples_seen += forward.samples
+            self.terms = self.terms + forward.terms
+        if sums is not None and sums.step != self._step:
+            sums.step = self._step
+            total = self.total(sums.group)
+            if total.shapes() == sums.statistics.shapes():  # else other passes found something else behind the layer
+                total.merge(sums.statistics)
+
+    def total(self, group: Group) -> Any:
+        """The step's statistics of a group, which is entered into the topology if it is new."""
+        if not self.topology.unseen.isdisjoint(group.members):
+            self.topology = self.topology.without(group.members)
+        name = self.topology.enter(group).name
+        if name not in self.statistics:
+            self.statistics[name] = self.empty_statistics(name)
+        return self.statistics[name]
 
     def live_weight(self, layer: Layer) -> Tensor:
         """The weight that a forward pass which is under way works with: FSDP2 puts the whole one there."""
@@ -279,44 +373,45 @@ class Capture(Collector):
 
     def layer_called(self, call: Call) -> None:
         """Sum a call of a layer, or hold it until the forward pass is over if its group is not known yet."""
-        name = call.layer.name
         if not self.armed:
             return
-        if name in self.topology.of_layer:
-            if name in self.topology.unseen:
-                self._warn_once(
-                    f"layer '{name}' is called for the first time after the first factor step. What follows it is not "
-                    "known and counts as the identity (φ' = 1), and it shares no factor. To have it looked at: call "
-                    "every layer in the first step, or make LNGD anew"
-                )
+        name = call.layer.name
+        if name in self.topology.of_layer and name not in self.topology.unseen:
+            call.group = self.topology.of_layer[name]
             self.observe(call)
-        elif not self.topology.frozen:
-            if not self._inside and any(other.layer is call.layer for other in self._pending):
-                self.flush()  # parts of the model called by themselves: hold no more than one call of each
-            self._pending.append(call)
-            self.held(call)
+            return
+        if not self._inside and any(other.layer is call.layer for other in self._pending):
+            self.flush()  # parts of the model called by themselves: hold no more than one call of each
+        self._pending.append(call)
+        self.held(call)
 
     def held(self, call: Call) -> None:
         """A call is held, see :meth:`layer_called`."""
 
     def flush(self) -> None:
-        """Place the layers that this forward showed for the first time into groups, then take in their calls."""
+        """Tell the groups of the layers that this forward showed for the first time, then take in their calls."""
         pending, self._pending = self._pending, []
         shared: list[tuple[Tensor, Group]] = []
+        of_layer: dict[str, Group] = {}
         for call in pending:
             name = call.layer.name
-            if name in self.topology.of_layer:
+            if name in of_layer:
                 continue
             source, follows = self.masks.of(call.layer, call.a, call.output), self.follows(call)
-            if follows or not self.shares:
-                self.topology.add(name, follows, source)
-                continue
-            group = next((g for a, g in shared if same_tensor(a, call.a) and self._compatible(call.layer, g)), None)
+            alone = bool(follows) or not self.shares
+            group = (
+                None
+                if alone
+                else next((g for a, g in shared if same_tensor(a, call.a) and self._compatible(call.layer, g)), None)
+            )
             if group is None:
-                shared.append((call.a, self.topology.add(name, (), source)))
-            else:
-                self.topology.join(name, group)
+                group = Group([], follows, source)
+                shared += [] if alone else [(call.a, group)]
+            self._order.setdefault(name, len(self._order))
+            group.members.append(name)
+            of_layer[name] = group
         for call in pending:
+            call.group = of_layer[call.layer.name]
             self.observe(call)
 
     def follows(self, call: Call) -> tuple[str, ...]:
@@ -332,7 +427,7 @@ class Capture(Collector):
         return same_width and same_rows and factor_blocks(layer, limit) == factor_blocks(first, limit)
 
     def observe(self, call: Call) -> None:
-        """Add a call to the statistics of its group."""
+        """Sum what a call adds to the statistics of its group."""
         found = self.select(call)
         if found is None:
             return
@@ -343,26 +438,26 @@ class Capture(Collector):
                 statistics.add(rows, None if mask is None else mask[where])
 
     def select(self, call: Call) -> tuple[Statistics, Tensor, Tensor | None, slice] | None:
-        """What of a call is summed: its group's statistics, the input (samples that count), which of its N tokens
+        """What of a call is summed, and where: new statistics, the input (samples that count), which of its N tokens
         count [N] or None, and which samples of the batch those are. None: a member of its group has summed it."""
-        layer, a = call.layer, call.a
-        group = self.topology.of_layer[layer.name]
-        if len(group.members) > 1:  # its Φ is summed at the first member's call with this tensor
-            last = self._last_input.get(group.name)
-            if last is not None and same_tensor(last(), a):
-                return None
-            self._last_input[group.name] = weakref.ref(a)
+        layer, a, group = call.layer, call.a, call.group
+        assert group is not None
+        last, sums = self._last_input.get(id(group), (None, None))
+        if last is not None and same_tensor(last(), a):  # Φ is summed at the first member's call with this tensor
+            call.expected.sums = sums
+            return None
         mask, samples = self.masks.mask(group.source, layer, a, call.output), slice(None)
         if layer.is_convolution and self.convolution_samples > 1:
             # counted over the micro-batches of a step, so that how a batch is split changes nothing
-            samples = slice(-self._first_sample % self.convolution_samples, None, self.convolution_samples)
+            samples = slice(-self._pass.first % self.convolution_samples, None, self.convolution_samples)
             mask = None if mask is None else mask.view(layer.locations(call.output))[samples].flatten()
-        if group.name not in self.statistics:
-            self.statistics[group.name] = self.new_statistics(group)
-        whole, statistics = layer.batched(a.detach()), self.statistics[group.name]
+        statistics = self.new_statistics(group)
+        sums = call.expected.sums = Sums(group, statistics)
+        if len(group.members) > 1:
+            self._last_input[id(group)] = (weakref.ref(a), sums)
+        whole = layer.batched(a.detach())
         chosen = whole[samples]
-        statistics.seen += whole.shape[0]
-        statistics.kept += chosen.shape[0]
+        statistics.seen, statistics.kept = whole.shape[0], chosen.shape[0]
         return statistics, chosen, mask, samples
 
     def empty_statistics(self, name: str) -> Statistics:

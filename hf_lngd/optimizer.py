@@ -121,8 +121,7 @@ class LNGD(torch.optim.Optimizer):
         """One step. Parameters without a gradient rest.
 
         Raises:
-            RuntimeError: the optimizer is closed; the first step saw no forward pass, or (``fisher="true"``) no
-                `fisher_backward`; ``rate="adaptive"`` did not see a layer's gradients.
+            RuntimeError: the optimizer is closed; ``fisher="true"`` saw no `fisher_backward`; ``rate="adaptive"`` did not see a layer's gradients.
             ValueError: a parameter is in two groups."""
         core = self.core
         if core.capture.closed:
@@ -164,9 +163,8 @@ class LNGD(torch.optim.Optimizer):
         if capture.armed:
             capture.warn_of_untrained(assigned)
             statistics = capture.finish(core.layout.everyone.all_gather_value)
-            capture.check(core.started)
+            capture.check()
             if capture.topology.frozen and core.built.topology is not capture.topology:
-                self._check_topology()
                 state.rebuild(core, capture.topology)
             if capture.topology.groups:
                 core.update_factors(statistics, self._loss_scale)
@@ -175,12 +173,6 @@ class LNGD(torch.optim.Optimizer):
             state.rebuild(core, known or Topology.unshared([layer.name for layer in core.routing.layers]))
         if core.started and (core.steps % self.config.inverse_interval == 0 or not core.inverted):
             core.invert()
-
-    def _check_topology(self) -> None:
-        groups = self.core.capture.topology.state()
-        found = {"/".join(g["members"]): f"{g['follows']} {g['source']}" for g in groups}
-        order = {"order of layers": list(found)}
-        self.core.layout.everyone.check_same("what follows the layers, and who shares an input", found | order)
 
     def _step_layers(self, options: StepOptions) -> None:
         """Momentum, direction and update of the layers that have a gradient and are in a group."""
@@ -318,7 +310,7 @@ class LNGD(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. If no step was made of these gradients, nothing that was gathered of them is kept."""
         for collector in self.core.collectors:
-            collector.gradients.drop()
+            collector.drop()
         super().zero_grad(set_to_none)
 
     def train(self) -> None:

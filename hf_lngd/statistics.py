@@ -44,6 +44,14 @@ class Statistics:
             self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
         self.n = count if self.n is None else self.n + count
 
+    def merge(self, other: Statistics) -> None:
+        """Add the sums of another one, which stays as it is."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if other.n is not None:
+            self.n = other.n if self.n is None else self.n + other.n
+        self.seen, self.kept = self.seen + other.seen, self.kept + other.kept
+
     def all_sums(self, like: Tensor) -> dict[str, Tensor]:
         """Every sum by name, zeros of this dtype and device where there is none yet."""
         zeros = {name: like.new_zeros(shape) for name, shape in self.shapes().items()}

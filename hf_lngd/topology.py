@@ -3,7 +3,8 @@ once, by identity (``is``) of live tensors within a forward pass, then kept by m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .masks import OPEN
@@ -40,33 +41,40 @@ class Topology:
     def __post_init__(self) -> None:
         self.of_layer: dict[str, Group] = {name: group for group in self.groups for name in group.members}
 
-    def add(self, layer: str, follows: tuple[str, ...], source: str | None) -> Group:
-        """A new group with this layer alone."""
-        self.groups.append(Group([], follows, source))
-        return self.join(layer, self.groups[-1])
+    def enter(self, group: Group) -> Group:
+        """The group of these layers here: theirs who are known, which the others then join, or else a new one."""
+        known = next((self.of_layer[name] for name in group.members if name in self.of_layer), None)
+        if known is None:
+            known = Group([], group.follows, group.source)
+            self.groups.append(known)
+        for name in group.members:
+            if name not in self.of_layer:
+                known.members.append(name)
+                self.of_layer[name] = known
+        return known
 
-    def join(self, layer: str, group: Group) -> Group:
-        """Let a layer share a group's Φ."""
-        group.members.append(layer)
-        self.of_layer[layer] = group
-        return group
+    def without(self, layers: Collection[str]) -> Topology:
+        """A copy that knows nothing of those of these layers that were never called; not frozen."""
+        unseen = self.unseen.intersection(layers)
+        groups = [replace(group, members=list(group.members)) for group in self.groups if group.name not in unseen]
+        return Topology(groups, unseen=self.unseen - unseen)
 
-    def learn(self, everyone: list[list[dict[str, Any]]]) -> None:
-        """Take in the groups that other ranks saw and this one did not call, in an order that is the same on all."""
-        order: dict[str, int] = {}
-        for state in everyone:
-            for group in Topology.from_state(state).groups:
-                order.setdefault(group.name, len(order))
-                if not any(name in self.of_layer for name in group.members):
-                    self.groups.append(group)
-                    self.of_layer |= dict.fromkeys(group.members, group)
-        self.groups.sort(key=lambda group: order[group.name])
+    @classmethod
+    def common(cls, states: Iterable[list[dict[str, Any]]]) -> Topology:
+        """The groups that processes saw, of whose :meth:`state` these are, the same on all; of two that disagree the
+        first one is right. Not frozen."""
+        found = cls()
+        for topology in map(cls.from_state, states):
+            for group in topology.groups:
+                if group.name not in topology.unseen:
+                    found.enter(group)
+        return found
 
     def freeze(self, layers: list[str]) -> None:
         """End the search: layers that were never called get a group of their own, empty until they are."""
         for name in layers:
             if name not in self.of_layer:
-                self.add(name, (), OPEN)
+                self.enter(Group([name], (), OPEN))
                 self.unseen.add(name)
         self.frozen = True
 

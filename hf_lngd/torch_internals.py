@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 _WRAPPED = "_orig_mod"  # what torch.compile calls the module that it wraps
+_RECOMPUTES = "_checkpoint_hook.__init__.<locals>.unpack_hook"
 
 
 def plain_name(name: str) -> str:
@@ -109,9 +110,18 @@ def _callers() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def in_reentrant_checkpoint() -> bool:
-    """True within the first forward of a reentrant checkpoint, which switches gradients off."""
-    return any(frame.f_code is CheckpointFunction.forward.__code__ for frame in _callers())
+def reentrant_segment() -> Any:
+    """What torch's reentrant checkpoint keeps of the segment whose forward or recomputation is on the stack, the same
+    object in both; None: there is none."""
+    codes = (CheckpointFunction.forward.__code__, CheckpointFunction.backward.__code__)
+    frame = next((frame for frame in _callers() if frame.f_code in codes), None)
+    return None if frame is None else frame.f_locals["ctx"]
+
+
+def in_discarded_recomputation() -> bool:
+    """True where torch's checkpoint that is not reentrant recomputes a segment: for the tensors that are saved on the
+    way, no backward pass goes through what comes out."""
+    return in_backward() and any(frame.f_code.co_qualname == _RECOMPUTES for frame in _callers())
 
 
 def calls_under_way(model: nn.Module) -> int:
@@ -146,13 +156,13 @@ def accumulator(parameter: Tensor) -> Any:
     return None if function is None else function.next_functions[0][0]
 
 
-def accumulates(node: Any, if_asked_for: bool) -> bool:
-    """Whether the backward pass that runs goes to such a node and leaves a gradient there; `if_asked_for`: the answer
-    where `torch.autograd.grad` asks for this very parameter, which it returns."""
+def _accumulates(node: Any) -> bool:
+    """Whether the backward pass that runs goes to such a node, to leave a gradient there or, where
+    `torch.autograd.grad` asks for this very parameter, to return it."""
     try:
-        return node is not None and bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:
-        return if_asked_for
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # the latter
+        return True
 
 
 # FSDP2 hands each module that it wraps an alias of its input, behind a node of this kind in the graph.
@@ -179,47 +189,6 @@ def _edge(tensor: Tensor) -> tuple[Any, int]:
     return node, place
 
 
-class Gradients:
-    """Whether gradients of `weights` have come in this step, and are gone: set to None by anyone, or to zero by
-    ``zero_grad``.
-
-    A loop that drops gradients in place of making a step drops the statistics of their forward passes with them.
-    Nothing waits for the device, so zeros that somebody else writes are not told from gradients. Nor are gradients that
-    somebody puts aside told from dropped ones: micro-batches before are not counted then."""
-
-    def __init__(self, weights: Callable[[], Iterable[Tensor]]) -> None:
-        self._weights = weights
-        self.reset()
-
-    def reset(self) -> None:
-        """A step begins."""
-        self._came = self._dropped = False
-
-    def follow(self, output: Tensor, weight: Tensor) -> None:
-        """Learn when the backward pass through a layer's output brings its weight a gradient."""
-        if not output.requires_grad:
-            return
-        node = accumulator(weight)
-
-        def arrive(_: Tensor) -> None:
-            if accumulates(node, if_asked_for=False):
-                self._came, self._dropped = True, False
-
-        origin(output).register_hook(arrive)
-
-    def drop(self) -> None:
-        """`zero_grad` is called."""
-        if self._came and any(weight.grad is not None for weight in self._weights()):
-            self._dropped = True
-
-    @property
-    def gone(self) -> bool:
-        """True where a forward pass that begins now is of a new step. FSDP2 keeps gradients of micro-batches elsewhere,
-        so there only `zero_grad` tells."""
-        gone = self._came and all(weight.grad is None and not is_sharded(weight) for weight in self._weights())
-        return self._dropped or gone
-
-
 # Compiled code passes over hooks that came later, and hooks that are there when a model is compiled are traced, layer
 # by layer. So while statistics are collected the code runs as it was written; what was compiled waits, unchanged.
 _EAGER = "force_eager"
@@ -242,16 +211,52 @@ def run_eagerly(collector: object, wanted: bool) -> None:
 
 
 class Collector:
-    """What gathers statistics of forward passes between two steps, by hooks.
+    """What gathers something of forward passes between two steps, by hooks: of those whose backward pass brings one of
+    `weights` a gradient which the step then uses.
+
+    A loop that drops gradients in place of making a step (sets them to None by whatever means, or calls `zero_grad`)
+    drops with them what was gathered. Nothing waits for the device, so zeros that somebody else writes are not told
+    from gradients. Nor are gradients that somebody puts aside told from dropped ones: micro-batches before are not
+    counted then. FSDP2 keeps gradients of micro-batches elsewhere, so there only `zero_grad` tells.
 
     Attributes:
-        doubtful: they are of a step that may be left out; the next forward pass then begins anew.
-        gradients: of the same step, and whether they were dropped; so does it then."""
+        doubtful: what was gathered is of a step that may be left out; the next backward pass then begins anew."""
 
     def __init__(self, weights: Callable[[], Iterable[Tensor]]) -> None:
-        self.enabled, self.closed, self.doubtful = True, False, False
-        self.gradients = Gradients(weights)
+        self.enabled, self.closed = True, False
+        self._weights = weights
         self._handles: list[RemovableHandle] = []
+        self._task = -1
+        self.forget()
+
+    def follow(self, output: Tensor, weight: Tensor, take: Callable[[Tensor], None]) -> None:
+        """Give the gradient of a layer's output to `take` in each backward pass that brings the weight its own. `take`
+        must not hold the output, or neither would ever be freed."""
+        node = accumulator(weight) if output.requires_grad else None
+
+        def arrive(gradient: Tensor | None) -> None:
+            if gradient is None or not _accumulates(node):
+                return
+            task = torch._C._current_graph_task_id()
+            if task != self._task:  # the first gradient of a backward pass
+                self._task = task
+                self.begin_anew_if_dropped()
+            self._came = True
+            take(gradient)
+
+        if node is not None:
+            origin(output).register_hook(arrive)
+
+    def begin_anew_if_dropped(self) -> None:
+        """Forget what was gathered if its gradients are gone."""
+        gone = self._came and all(w.grad is None and not is_sharded(w) for w in self._weights())
+        if gone or self._dropped or self.doubtful:
+            self.forget()
+
+    def drop(self) -> None:
+        """`zero_grad` is called."""
+        if self._came and any(weight.grad is not None for weight in self._weights()):
+            self._dropped = True
 
     def collect(self, enabled: bool) -> None:
         """Collect statistics of forward passes, or stop collecting: then compiled models may run compiled."""
@@ -260,6 +265,7 @@ class Collector:
 
     def forget(self) -> None:
         """Forget what was gathered for the current step."""
+        self._came = self._dropped = self.doubtful = False
 
     def disarm(self) -> None:
         """Remove every hook."""

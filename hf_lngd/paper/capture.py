@@ -7,7 +7,7 @@ forward pass only. ``empirical`` and ``true`` use gradients of a loss and keep e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from ..capture import Call, Capture
+from ..capture import Call, Capture, Expected
 from ..config import GRADIENT_FISHERS, LNGDConfig, other_fishers
 from ..layers import Layer
 from ..linalg import state_dtype
 from ..statistics import Statistics
 from ..topology import Group
-from ..torch_internals import Hook, accumulates, accumulator, call_input, origin
+from ..torch_internals import Hook, call_input, in_backward, origin
 from .chains import Chain, ChainWatch, is_elementwise
 from .families import new_statistics
 from .rate import RowSamples, unscaled
@@ -32,7 +32,6 @@ from .rate import RowSamples, unscaled
 class Observation:
     """One call of a layer, as far as it is summed: input, mask, which samples of the batch."""
 
-    statistics: Any
     layer: Layer
     a: Tensor
     mask: Tensor | None
@@ -41,22 +40,32 @@ class Observation:
     def _mask(self, where: slice) -> Tensor | None:
         return None if self.mask is None else self.mask[where]
 
-    def add(self, g2: Tensor | None) -> None:
+    def add(self, statistics: Any, g2: Tensor | None) -> None:
         """Add the call with g² [units, N, m], or None where it is 1."""
         for a, where in self.layer.inputs(self.a):
-            self.statistics.add(a, None if g2 is None else g2[:, where], self._mask(where))
+            statistics.add(a, None if g2 is None else g2[:, where], self._mask(where))
 
     @torch.no_grad()
-    def add_gradient(self, g: Tensor) -> None:
+    def add_gradient(self, statistics: Any, g: Tensor) -> None:
         """Add the call with the gradients of a loss, in the shape of the output."""
         g = at_least_float(self.chosen(g.detach()))
         samples = self.a.shape[0] if self.a.dim() > 1 else 1
         for a, where in self.layer.inputs(self.a):
-            self.statistics.add_gradient(a, g[:, where], self._mask(where), max(1, g.shape[1] // max(1, samples)))
+            per_sample = max(1, g.shape[1] // max(1, samples))
+            statistics.add_gradient(a, g[:, where], self._mask(where), per_sample)
 
     def chosen(self, output: Tensor) -> Tensor:
         """[units, N, m]: a tensor of the output's shape, the samples that count."""
         return self.layer.outputs(self.layer.batched(output)[self.samples])
+
+
+@dataclass
+class Note:
+    """What is kept of a call until its gradient comes: what will be summed with it; its input, for the adaptive
+    rate."""
+
+    seen: Observation | None = None
+    rows: Tensor | None = None
 
 
 class PaperCapture(Capture):
@@ -71,8 +80,7 @@ class PaperCapture(Capture):
         self.shares = self.kind == "expected"
         self._keeps_rows = config.rate == "adaptive"
         self._watch = ChainWatch()
-        self._watching = self.in_fisher_pass = False
-        self._forwards = 0
+        self._watching = False
         self._generators: dict[torch.device, torch.Generator] = {}
         super().__init__(model, layers, config)
 
@@ -87,8 +95,7 @@ class PaperCapture(Capture):
     def forget(self) -> None:
         super().forget()
         self.samples: dict[str, RowSamples] = {}
-        self._without_graph: set[str] = set()  # layers whose outputs had no graph, as in a reentrant checkpoint
-        self._waiting: list[tuple[Observation, GradientEdge, torch.Size]] = []
+        self._waiting: list[tuple[Expected, GradientEdge, torch.Size]] = []
         self._drawn: Tensor | int = 0
         self._unfinished: set[Chain] = set()
         self._generators = {}
@@ -112,7 +119,6 @@ class PaperCapture(Capture):
         super().disarm()
 
     def forward_begins(self) -> None:
-        self._forwards += 1
         if self.armed and not self.uses_gradients:
             self._watching = True
             self._watch.__enter__()
@@ -132,12 +138,17 @@ class PaperCapture(Capture):
 
     def layer_called(self, call: Call) -> None:
         """As of `Capture`; rows are kept, and what follows a layer is waited for."""
-        if self._keeps_rows:
-            self._keep_rows(call)
-        group = self.topology.of_layer.get(call.layer.name)
+        call.expected.note = Note(rows=call.layer.batched(call.a.detach()).clone() if self._keeps_rows else None)
+        if self.kind == "true" and call.output.requires_grad:  # of the output as it is now
+            call.note = get_gradient_edge(origin(call.output)), call.output.shape
+        if not self.uses_gradients and in_backward() and not self._inside:
+            return  # recomputed by somebody's own checkpoint function: what follows cannot be seen
+        name = call.layer.name
+        group = self.topology.of_layer.get(name)
         if not self.armed or self.uses_gradients or group is None or not group.follows:
             super().layer_called(call)
             return
+        call.group = group
 
         def done(chain: Chain) -> None:
             self._unfinished.discard(chain)
@@ -145,17 +156,15 @@ class PaperCapture(Capture):
             self.observe(call)
 
         if not self._inside:  # parts of the model called by themselves: hold no more than one call of each
-            for chain in [chain for chain in self._unfinished if chain.owner == call.layer.name]:
+            for chain in [chain for chain in self._unfinished if chain.owner == name]:
                 chain.finish()
                 self._watch.drop(chain)
-        chain = Chain(group.follows, done, call.layer.name)
+        chain = Chain(group.follows, done, name)
         self._unfinished.add(chain)
         self._watch.follow(call.output, chain)
 
     def held(self, call: Call) -> None:
-        if self.uses_gradients:  # of the output as it is now, whatever works on it in place
-            self.flush()
-        else:
+        if not self.uses_gradients:
             call.note = Chain(None)
             self._watch.follow(call.output, call.note)
 
@@ -166,22 +175,24 @@ class PaperCapture(Capture):
         super().flush()
 
     def follows(self, call: Call) -> tuple[str, ...]:
-        return () if call.note is None else call.note.names()
+        return call.note.names() if isinstance(call.note, Chain) else ()
 
     def observe(self, call: Call) -> None:
         found = self.select(call)
         if found is None:
             return
         statistics, a, mask, samples = found
-        seen, output = Observation(statistics, call.layer, a, mask, samples), call.output
+        seen, output = Observation(call.layer, a, mask, samples), call.output
         if self.uses_gradients:
-            return self._await_gradient(seen, output)
-        follows = self.topology.of_layer[call.layer.name].follows
-        slope = None
+            call.expected.note.seen = seen
+            if call.note is not None:
+                self._waiting.append((call.expected, *call.note))
+            return
+        follows, slope = call.group.follows, None  # type: ignore[union-attr]
         if follows:
             chain = call.note
             # a call that was held may be another of the layer's, without these links behind it
-            counts = chain is not None and (chain.expected is not None or chain.names() == follows)
+            counts = isinstance(chain, Chain) and (chain.expected is not None or chain.names() == follows)
             slope = chain.slope() if counts else None
             slope = torch.ones_like(output) if slope is None else slope
         with torch.no_grad():
@@ -192,44 +203,21 @@ class PaperCapture(Capture):
                     *seen.chosen(output).shape, dtype=dtype, device=output.device, generator=draw
                 ).square_()
                 g2 = noise if g2 is None else g2 * noise
-            seen.add(g2)
+            seen.add(statistics, g2)
 
-    def _await_gradient(self, seen: Observation, output: Tensor) -> None:
-        if output.requires_grad and self.kind == "true":
-            self._waiting.append((seen, get_gradient_edge(origin(output)), output.shape))
-        else:
-            self._on_gradient(seen.layer, output, seen.add_gradient)
-
-    def _on_gradient(self, layer: Layer, output: Tensor, take: Callable[[Tensor], None]) -> None:
-        """Give the gradient of a layer's output to `take` in the backward pass that brings the weight its own."""
-        if not output.requires_grad:
-            self._without_graph.add(layer.name)
-            return
-        weight, shape = accumulator(self.live_weight(layer)), output.shape
-
-        def receive(g: Tensor | None) -> None:
-            if g is not None and accumulates(weight, if_asked_for=True):
-                take(g.view(shape))
-
-        origin(output).register_hook(receive)
+    def taken(self, expected: Expected, gradient: Tensor) -> None:
+        super().taken(expected, gradient)
+        note = expected.note
+        if self.kind == "empirical" and note.seen is not None:
+            note.seen.add_gradient(self.total(expected.sums.group), gradient)  # type: ignore[union-attr]
+        if note.rows is not None:
+            own = self.samples.setdefault(expected.layer.name, RowSamples())
+            own.add(expected.forward, note.rows, expected.layer.batched(gradient.detach()).clone())
 
     def new_statistics(self, group: Group) -> Statistics:
         bank = self.coming.bank_of.get(group.name)
         basis = None if bank is None else bank.basis_of(group.name)
         return new_statistics(self.layers[group.name], group, self.config, basis)
-
-    def _keep_rows(self, call: Call) -> None:
-        layer, forward = call.layer, self._forwards
-        if call.output.requires_grad:
-            kept = layer.batched(call.a.detach()).clone()
-            own = self.samples.setdefault(layer.name, RowSamples())
-            own.seen += kept.shape[0]
-
-        def take(g: Tensor) -> None:
-            if not self.in_fisher_pass:
-                own.add(forward, kept, layer.batched(g.detach()).clone())
-
-        self._on_gradient(layer, call.output, take)
 
     def fisher_backward(self, logits: Tensor, mask: Tensor | None) -> None:
         """``true``: draw a label a row from softmax(logits) [..., classes], with the graph of the forward pass that was
@@ -242,6 +230,7 @@ class PaperCapture(Capture):
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
+        self.begin_anew_if_dropped()
         flat = logits.reshape(-1, logits.shape[-1]).float()
         with torch.no_grad():
             p = flat.softmax(-1)
@@ -251,15 +240,11 @@ class PaperCapture(Capture):
         if mask is not None:
             losses = losses * mask.reshape(-1).to(losses.dtype)
         self._drawn = self._drawn + (labels.shape[0] if mask is None else (mask != 0).sum())
-        self.in_fisher_pass = True
-        try:
-            edges = [edge for _, edge, _ in waiting]
-            gradients = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True)
-        finally:
-            self.in_fisher_pass = False
-        for (seen, _, shape), g in zip(waiting, gradients, strict=True):
+        edges = [edge for _, edge, _ in waiting]
+        gradients = torch.autograd.grad(losses.sum(), edges, retain_graph=True, allow_unused=True)
+        for (expected, _, shape), g in zip(waiting, gradients, strict=True):
             if g is not None:
-                seen.add_gradient(g.view(shape))
+                expected.note.seen.add_gradient(self.total(expected.sums.group), g.view(shape))  # type: ignore[union-attr]
 
     def scalars(self) -> list[Tensor | int]:
         return [self.terms, self._drawn]
@@ -286,38 +271,27 @@ class PaperCapture(Capture):
 
     def check_gradients(self) -> None:
         """The adaptive rate: Eq. 12-13 without curvature is a rate of about 1/μ."""
-        if not self._keeps_rows:
+        if not self._keeps_rows or (self.samples_seen and self.coming.size > 1):  # another rank may have called a layer
             return
         names = [name for name, layer in self.layers.items() if layer.weight.grad is not None]
-        if self.samples_seen and self.coming.size > 1:  # another rank may have called a layer that this did not
-            names = [name for name in names if name in self._without_graph]
         known = self.samples_seen > 0  # or the batch is empty, and so is what its layers saw
         own = self.samples
-        unseen = [n for n in names if n not in own or not own[n].calls or not (known or own[n].seen == 0)]
+        unseen = [n for n in names if n not in own or not (known or own[n].seen == 0)]
         if unseen and not self.only_zeros():
             raise RuntimeError(
                 f"rate: 'adaptive' saw no gradients of {', '.join(unseen[:3])} in this step. Call the model that was "
-                "given to LNGD itself, on tensors, in each step, without optimizer.eval(); checkpoint activations with "
-                "use_reentrant=False; or accepted: rms, none"
+                "given to LNGD itself, on tensors, in each step, without optimizer.eval(); or accepted: rms, none"
             )
 
-    def check(self, started: bool) -> None:
-        """As of `Capture`, and for the gradients that ``fisher`` needs."""
+    def check(self) -> None:
+        """As of `Capture`, and for what ``fisher`` needs."""
         others = other_fishers(self.config)
         if self.kind == "true" and self._waiting:
             raise RuntimeError(
                 "fisher: 'true' needs optimizer.fisher_backward(logits) after each forward of a factor step "
                 f"(optimizer.needs_fisher_pass is True in one), or accepted: {others}"
             )
-        unseen = [name for name in self._without_graph if self.layers[name].weight.grad is not None]
-        if self.uses_gradients and unseen:
-            own = [kind for kind in others.split(", ") if kind not in GRADIENT_FISHERS]
-            raise RuntimeError(
-                f"fisher: '{self.kind}' saw no gradients of {', '.join(sorted(unseen)[:3])} in this step. Checkpoint "
-                "with use_reentrant=False, call layers within the model's forward"
-                + (f"; or accepted: {', '.join(own)}" if own else "")
-            )
-        super().check(started)
+        super().check()
         if self.kind == "empirical" and self.statistics and isinstance(self.terms, int) and self.terms == 0:
             raise RuntimeError(
                 "fisher: 'empirical' needs the size of the batch, and the model's arguments hold no tensor; name "

@@ -6,6 +6,7 @@ respect to a rank's activation is 1/W of the one that this rank's hooks see."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,13 +25,16 @@ class RowSamples:
     """Inputs and output gradients of the rows of the batch, of one layer.
 
     Attributes:
-        calls: forward pass → list of (a [n, ...], g [n, ...]), one entry a call of the layer.
-        seen: rows of its calls."""
+        calls: forward pass → list of (a [n, ...], g [n, ...]), one entry a call of the layer."""
 
-    calls: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    seen: int = 0
+    calls: dict[Hashable, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
-    def add(self, forward: int, a: Tensor, g: Tensor) -> None:
+    @property
+    def seen(self) -> int:
+        """Rows of its calls."""
+        return sum(len(a) for calls in self.calls.values() for a, _ in calls)
+
+    def add(self, forward: Hashable, a: Tensor, g: Tensor) -> None:
         """Keep the rows of one call."""
         self.calls.setdefault(forward, []).append((a, g))
 
@@ -85,12 +89,11 @@ def rates(core: Any, jobs: list[Job], directions: list[Any], gradients: list[Any
 
 def _over_ranks(squares: Tensor, rows: list[RowSamples], terms: Any, layout: Any) -> tuple[Tensor, Tensor]:
     """T Σ q² over all processes [n], and where [n] any of them kept a row and its gradient."""
-    counts = torch.tensor([float(x) for own in rows for x in (own.seen, bool(own.calls))], dtype=squares.dtype)
+    seen = torch.tensor([float(own.seen) for own in rows], dtype=squares.dtype)
     total = torch.as_tensor(terms).to(squares.device, squares.dtype, non_blocking=True)
-    parts = [squares, counts.to(squares.device, non_blocking=True), total]
-    squares, counts, total = layout.everyone.all_reduce(parts)
-    seen, heard = counts.view(-1, 2).unbind(1)
-    return squares * (total / layout.size**2), (seen > 0) & (heard > 0)
+    parts = [squares, seen.to(squares.device, non_blocking=True), total]
+    squares, seen, total = layout.everyone.all_reduce(parts)
+    return squares * (total / layout.size**2), seen > 0
 
 
 def unscaled(factor: Any, loss_scale: Tensor | None) -> Any:

@@ -178,13 +178,6 @@ def test_of_a_momentum_the_slope_is_that_of_the_momentum() -> None:
 
 
 def test_without_rows_there_is_no_rate() -> None:
-    model = tiny_marian()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    model.enable_input_require_grads()
-    optimizer = LNGD(model, lr=1e-3, **FIELDS)
-    backward(model, optimizer, marian_batch())
-    with pytest.raises(RuntimeError, match="saw no gradients of model.encoder.*use_reentrant=False"):
-        optimizer.step()
     part = seeded(Twice)
     optimizer, before = LNGD(part, lr=1e-3, **FIELDS), values(part)
     part.a(torch.randn(3, 5, 4)).sum().backward()  # a part of it: how many rows there are is not known

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_lngd import LNGD
 from hf_lngd.masks import OPEN
-from hf_lngd.topology import Topology
+from hf_lngd.topology import Group, Topology
 from tests.helpers import marian_batch, tiny_marian, train_step
 from tests.hf_helpers import hf_seq2seq_model, hf_tokenizer
 from tests.reference import factors
@@ -27,8 +27,8 @@ def groups(optimizer: LNGD) -> Found:
 
 def sample() -> Topology:
     topology = Topology()
-    topology.join("k", topology.add("q", (), "inputs"))
-    topology.add("fc", ("ReLU",), None)
+    topology.enter(Group(["q", "k"], (), "inputs"))
+    topology.enter(Group(["fc"], ("ReLU",)))
     return topology
 
 
@@ -43,15 +43,16 @@ def test_there_and_back_through_json() -> None:
     assert again.of_layer["never"].source == OPEN
 
 
-def test_what_other_ranks_saw_is_learned_in_one_order() -> None:
+def test_what_processes_saw_becomes_one_order() -> None:
     mine, theirs = sample(), Topology()
-    theirs.add("late", (), "targets")
-    theirs.join("k", theirs.add("q", (), "inputs"))
-    everyone = [mine.state(), theirs.state()]
-    for own in (mine, theirs):
-        own.learn(everyone)
-    assert mine.state() == theirs.state() and [g.name for g in mine.groups] == ["q", "fc", "late"]
-    assert mine.of_layer["k"].name == "q"
+    theirs.enter(Group(["late"], (), "targets"))
+    theirs.enter(Group(["q", "k", "v"], (), "inputs"))
+    found = Topology.common([mine.state(), theirs.state()])
+    assert [g.members for g in found.groups] == [["q", "k", "v"], ["fc"], ["late"]] and not found.frozen
+    found.freeze(["q", "k", "v", "fc", "late", "never"])
+    again = Topology.common([found.state(), mine.state()])  # what was never called tells nothing
+    assert "never" not in again.of_layer
+    assert found.without(["never", "q"]) == again and found.unseen == {"never"}
 
 
 def test_unshared_is_each_layer_by_itself() -> None:
@@ -178,7 +179,7 @@ def test_calls_twice_late_and_never(direction: str, caplog: pytest.LogCaptureFix
     for _ in range(2):
         model(x).square().mean().backward()
         optimizer.step()
-    assert [message.split("'")[1] for message in caplog.messages] == ["late"]  # told once
+    assert optimizer.core.capture.topology.unseen == {"never"} and not caplog.messages
     assert torch.equal(model.never.weight, before)
     assert optimizer.factors("late")["phi"].trace() > 0
     assert torch.equal(optimizer.factors("never")["phi"], 3 * torch.eye(3).double())  # not seen: the identity, times m
