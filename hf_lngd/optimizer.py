@@ -121,7 +121,8 @@ class LNGD(torch.optim.Optimizer):
         """One step. Parameters without a gradient rest.
 
         Raises:
-            RuntimeError: the optimizer is closed; ``fisher="true"`` saw no `fisher_backward`; ``rate="adaptive"`` did not see a layer's gradients.
+            RuntimeError: the optimizer is closed; ``fisher="true"`` saw no `fisher_backward`, ``rate="adaptive"`` no
+                gradients of a layer.
             ValueError: a parameter is in two groups."""
         core = self.core
         if core.capture.closed:

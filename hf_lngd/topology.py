@@ -61,13 +61,20 @@ class Topology:
 
     @classmethod
     def common(cls, states: Iterable[list[dict[str, Any]]]) -> Topology:
-        """The groups that processes saw, of whose :meth:`state` these are, the same on all; of two that disagree the
-        first one is right. Not frozen."""
-        found = cls()
-        for topology in map(cls.from_state, states):
+        """The groups that processes saw, of whose :meth:`state` these are, the same on all: of two that group layers
+        otherwise the first is right. Not frozen. RuntimeError: they saw something else behind a layer."""
+        found, seen_by = cls(), dict[str, int]()
+        for rank, topology in enumerate(map(cls.from_state, states)):
             for group in topology.groups:
-                if group.name not in topology.unseen:
-                    found.enter(group)
+                if group.name in topology.unseen:
+                    continue
+                known = found.enter(group)
+                first = seen_by.setdefault(known.name, rank)
+                if known.follows != group.follows:
+                    raise RuntimeError(
+                        f"LNGD: the ranks disagree about what follows the layers: {known.name}: rank {first} has "
+                        f"{list(known.follows)}, rank {rank} has {list(group.follows)}. Accepted: the same on all"
+                    )
         return found
 
     def freeze(self, layers: list[str]) -> None:

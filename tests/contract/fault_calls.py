@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tests.contract.fault_table import ALL, DIRECTIONS, Scene, fault
 from tests.helpers import Words, seeded

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.contract.fault_table import ALL, DIRECTIONS, FAMILIES, Scene, fault, net
+from tests.contract.fault_table import ALL, DIRECTIONS, FAMILIES, Scene, fault
 
 GRADIENTS, ACTIVATIONS, FACTORS = "Gradients and losses", "Activations", "Factors and their inverses"
 ZERO = "the layer's gradient counts as zero in this step: momentum goes on, factors are taken as ever"

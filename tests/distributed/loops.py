@@ -170,7 +170,9 @@ def train(
             if spoil == step and i == 0:  # FSDP2: all ranks take part in a forward pass
                 odd = torch.inf if rank == ranks - 1 else 1.0
                 bare = model if layout != "rows" else wrapped
-                bare(**{k: v * odd if v.is_floating_point() else v for k, v in part.items()})
+                bare(**{k: v * odd if v.is_floating_point() else v for k, v in part.items()}).sum().backward()
+                for parameter in model.parameters():
+                    parameter.grad.zero_()  # type: ignore[union-attr]
             with sync(wrapped, i == len(mine) - 1):
                 backward(wrapped, optimizer, part, terms)
         if clip is not None:
@@ -240,6 +242,19 @@ class Skipping(nn.Module):
         return self.last(h if how == "skip" else h + torch.tanh(self.middle(h)))
 
 
+class Dropping(nn.Module):
+    """A call may leave out two layers in the middle that read the same tensor, as layerdrop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.query, self.key = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, how: str) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h if how == "skip" else h + torch.tanh(self.query(h) * self.key(h)))
+
+
 class Experts(nn.Module):
     """A call takes one of two experts, which reads rows of its own."""
 
@@ -268,7 +283,7 @@ class TwoHeads(nn.Module):
 
 
 ODD: dict[str, Callable[[], nn.Module]] = {
-    "branches": Branches, "skipping": Skipping, "experts": Experts, "heads": TwoHeads,
+    "branches": Branches, "skipping": Skipping, "dropping": Dropping, "experts": Experts, "heads": TwoHeads,
 }  # fmt: skip
 
 
@@ -319,21 +334,19 @@ def train_uneven(fields: dict[str, Any], mesh: tuple[int, ...] = (), steps: int 
 
 
 class Unheard(nn.Module):
-    """Its middle layer is recomputed by a reentrant checkpoint, or called for a look only, and its weight used bare."""
+    """Its middle layer is called for a look only, and its weight used bare."""
 
     def __init__(self) -> None:
         super().__init__()
         self.before, self.layer, self.head = nn.Linear(4, 6), nn.Linear(6, 6, bias=False), nn.Linear(6, 3)
 
-    def forward(self, x: Tensor, how: str) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.before(x)
-        if how == "reentrant":
-            return self.head(torch.tanh(torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=True)))
         self.seen = self.layer(x).detach().norm()
         return self.head(torch.tanh(F.linear(x, self.layer.weight)))
 
 
-def train_unheard(how: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def train_unheard() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights before and after two steps at adaptive rates."""
     model = seeded(Unheard).double()
     fields = {"rate": "adaptive", "weight_decay": 0.0, "factor_interval": 1}
@@ -342,7 +355,7 @@ def train_unheard(how: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for step in range(2):
         draw = torch.Generator().manual_seed(2 * step + dist.get_rank())
         x = torch.randn(ROWS, 4, generator=draw, dtype=torch.float64)
-        F.cross_entropy(wrapped(x, how), torch.randint(0, 3, (ROWS,), generator=draw)).backward()
+        F.cross_entropy(wrapped(x), torch.randint(0, 3, (ROWS,), generator=draw)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return start, {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from hf_lngd import LNGD
 from hf_lngd.masks import OPEN
 from hf_lngd.topology import Group, Topology
-from tests.helpers import marian_batch, tiny_marian, train_step
+from tests.helpers import factors_of, marian_batch, seeded, tiny_marian, train_step
 from tests.hf_helpers import hf_seq2seq_model, hf_tokenizer
 from tests.reference import factors
 
@@ -183,3 +184,32 @@ def test_calls_twice_late_and_never(direction: str, caplog: pytest.LogCaptureFix
     assert torch.equal(model.never.weight, before)
     assert optimizer.factors("late")["phi"].trace() > 0
     assert torch.equal(optimizer.factors("never")["phi"], 3 * torch.eye(3).double())  # not seen: the identity, times m
+
+
+class Dropped(nn.Module):
+    """Queries and keys read one tensor; layerdrop may leave both out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out, self.drops = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x if self.drops else torch.relu(self.q(x)) * self.k(x))
+
+
+@pytest.mark.parametrize("fields", [{}, {"preset": "paper", "fisher": "expected", "rate": "rms"}], ids=str)
+def test_layers_that_the_first_step_left_out_are_placed_later(
+    fields: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = []
+    for first in (True, False):
+        model = seeded(Dropped).double()
+        optimizer = LNGD(model, lr=0.0, **{**fields, "factor_interval": 1, "ema_decay": 0.0})
+        for model.drops in (first, False):
+            model(torch.ones(3, 4, dtype=torch.float64)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(({g: sorted(m[0]) for g, m in groups(optimizer).items()}, factors_of(optimizer)))
+        assert not caplog.messages
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
