@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,20 @@ def rest_of(weight: Tensor, lost: Tensor) -> Tensor:
     return torch.where(nearest == weight, lost, 0)
 
 
+def state_of(
+    parameter: Tensor, states: States, new_state: Callable[[], dict[str, Tensor]], main: str
+) -> ParameterState:
+    """A parameter's state, made at its first step; as its entry `main`, which has the parameter's shape, it follows the
+    parameter to another device, dtype or memory format."""
+    state = states[parameter]
+    if main not in state:
+        state.update(new_state())
+    here, dtype = state[main], state_dtype(parameter.dtype)
+    if (here.device, here.dtype, here.stride()) != (parameter.device, dtype, parameter.stride()):
+        state.update({name: value.copy_(state[name]) for name, value in new_state().items()})
+    return state
+
+
 class AdamW:
     """AdamW for parameters in no layer; torch's own function does the arithmetic, fused where they allow it. `skipped`:
     steps of a group that were passed over."""
@@ -73,31 +88,27 @@ class AdamW:
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         return {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
-    def _state_of(self, parameter: Tensor, states: States) -> ParameterState:
-        """Its state, made at its first step; it follows the parameter to another device or dtype."""
-        state, dtype, device = states[parameter], state_dtype(parameter.dtype), parameter.device
-        if "exp_avg" not in state:
-            state.update(self.new_state(parameter))
-        if state["exp_avg"].dtype != dtype or state["exp_avg"].device != device:
-            state["step"] = state["step"].to(device)
-            state.update({name: state[name].to(device, dtype) for name in ("exp_avg", "exp_avg_sq")})
-        return state
-
     @torch.no_grad()
     def step(self, parameters: Sequence[nn.Parameter], options: Options, states: States, layout: Any) -> None:
         """One step of the parameters of a group that have a gradient. They all rest where the norm of a gradient is no
         number or overflows: AdamW would never recover."""
         if not parameters:
             return
-        own = [self._state_of(p, states) for p in parameters]
+        own = [state_of(p, states, partial(self.new_state, p), "exp_avg") for p in parameters]
         first, second = ([local(state[name]) for state in own] for name in ("exp_avg", "exp_avg_sq"))
         gradients = [local(p.grad) for p in parameters]  # type: ignore[arg-type]
         (squares,) = layout.complete([_squares(gradients)])
         bad = (~torch.isfinite(squares)).any().long()
         self.skipped = self.skipped + bad
         with Rounding(states).full(parameters) as whole:
-            fused = all(w.is_floating_point() and w.device.type in ("cpu", "cuda") for w in whole)
-            gradients = [g.to(w.dtype) for g, w in zip(gradients, whole, strict=True)]
+            gradients = [
+                g.to(w.dtype) if g.stride() == w.stride() else torch.empty_like(w).copy_(g)
+                for g, w in zip(gradients, whole, strict=True)
+            ]
+            fused = all(  # which reads memory as it lies
+                w.is_floating_point() and w.device.type in ("cpu", "cuda") and w.stride() == g.stride() == m.stride()
+                for w, g, m in zip(whole, gradients, first, strict=True)
+            )
             if not fused:  # which does not know `found_inf`: a gradient of zero comes closest
                 gradients = [torch.where(bad > 0, torch.zeros_like(g), g) for g in gradients]
             how: dict[str, Any] = {"fused": True, "found_inf": bad.float()} if fused else {"foreach": True}
@@ -174,14 +185,12 @@ class EmbeddingTable(Collector):
         ids = args[0].reshape(-1)
 
         def take(g: Tensor) -> None:
-            self._count(ids, g.reshape(len(ids), -1) if len(ids) else g.reshape(0, 1))
+            if len(ids):
+                if self._counts is None:
+                    self._counts = torch.zeros(self.modules[0].num_embeddings, device=ids.device)
+                self._counts.index_add_(0, ids, g.reshape(len(ids), -1).ne(0).any(-1).to(self._counts.dtype))
 
         self.follow(output, module.weight, take)  # type: ignore[arg-type]
-
-    def _count(self, ids: Tensor, g: Tensor) -> None:
-        if self._counts is None:
-            self._counts = torch.zeros(self.modules[0].num_embeddings, device=ids.device)
-        self._counts.index_add_(0, ids, g.ne(0).any(-1).to(self._counts.dtype))
 
     def new_state(self) -> dict[str, Tensor]:
         """``momentum`` [V, d], ``frequency`` [V] and its ``frequency_weight`` before the first step."""
@@ -211,19 +220,14 @@ class EmbeddingTable(Collector):
         if self.weight.grad is None:
             self._counts = None
             return
-        state, c = states[self.weight], self.config
-        dtype, device = state_dtype(self.weight.dtype), self.weight.device
-        if "momentum" not in state:
-            state.update(self.new_state())
-        if state["momentum"].dtype != dtype or state["momentum"].device != device:
-            state.update({key: state[key].to(device, dtype) for key in self.new_state()})
+        state, c = state_of(self.weight, states, self.new_state, "momentum"), self.config
         if self._counting:
             self._update(state, layout)
         frequency, weight = state["frequency"], state["frequency_weight"]
         uniform = torch.full_like(frequency, 1.0 / self.modules[0].num_embeddings)
         frequency = torch.where(weight > 0, frequency / weight.clamp_min(1e-30), uniform)
         lam = damping(frequency.mean(), c.damping, c.damping_rho, c.damping_bounds)
-        momentum, grad = local(state["momentum"]), local(self.weight.grad).to(dtype, copy=True)
+        momentum, grad = local(state["momentum"]), local(self.weight.grad).to(frequency.dtype, copy=True)
         (square,) = layout.complete([torch.linalg.vector_norm(grad).square()])
         bad = ~torch.isfinite(square)
         self.skipped = self.skipped + bad

@@ -23,7 +23,6 @@ class LayerBatch:
     Attributes:
         members: the layers of all processes; `layers`: those that this one computes.
         bank: holds the factors of the latter (None: there are none), `rows` [L · units] are those of their matrices.
-        momentum: in the layout's form, see `parallel.layout`.
         state: the direction's: name → [L · units, …], of `layers`.
         rate: [L], α_l of the last step."""
 
@@ -31,41 +30,37 @@ class LayerBatch:
     layers: list[Layer]
     bank: Bank | None
     rows: Tensor
-    momentum: list[Tensor] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
     rate: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def __post_init__(self) -> None:
+        self.place = {layer: i for i, layer in enumerate(self.layers)}
 
     @property
     def units(self) -> int:
         """Matrices a layer."""
         return self.members[0].units
 
-    def index(self, layers: Sequence[int], units: int | None = None) -> slice | Tensor:
+    def index(self, layers: Sequence[Layer], units: int | None = None) -> slice | Tensor:
         """The rows of these of `layers`' matrices (or of tensors with `units` rows a layer); a slice where it is
         all."""
         if len(layers) == len(self.layers):
             return slice(None)
         units = self.units if units is None else units
-        return index_tensor(tuple(i * units + j for i in layers for j in range(units)), self.rows.device)
+        rows = tuple(self.place[layer] * units + j for layer in layers for j in range(units))
+        return index_tensor(rows, self.rows.device)
 
 
 @dataclass
 class Job:
-    """A batch in one step: the places of the layers that have a gradient in `members`, and in `layers`."""
+    """A batch in one step: the `members` that have a gradient, of all processes; `layers`: those of them that this one
+    computes."""
 
     batch: LayerBatch
-    present: list[int]
-    own: list[int]
+    members: list[Layer]
 
-    @property
-    def layers(self) -> list[Layer]:
-        """Those that this process computes."""
-        return [self.batch.layers[i] for i in self.own]
-
-    @property
-    def members(self) -> list[Layer]:
-        """Those that are present, of all processes."""
-        return [self.batch.members[i] for i in self.present]
+    def __post_init__(self) -> None:
+        self.layers = [layer for layer in self.members if layer in self.batch.place]
 
 
 def layer_batches(

@@ -73,18 +73,9 @@ _BETAS = _pair("two numbers in [0, 1), written 0.9:0.999 in optim_args", lambda 
 _BOUNDS = _pair("two numbers, 0 < ν1 ≤ ν2, written 1e-5:1e-2 in optim_args", lambda a, b: 0 < a <= b)
 
 
-def _numbers(text: str) -> Any:
-    return tuple(float(part) for part in text.split(":"))
-
-
-def _word_or_integer(text: str) -> Any:
-    return text.lower() if text.lower() == "auto" else int(text)
-
-
-def _option(default: Any, check: Check, help: str, parse: Callable[[str], Any] | None = None) -> Any:
-    """An option: the default of the preset ``fast``, what is accepted, what it means, how its text is read."""
-    metadata = {"default": default, "check": check, "help": help, "parse": parse or type(default)}
-    return field(default=_FROM_PRESET, metadata=metadata)
+def _option(default: Any, check: Check, help: str) -> Any:
+    """An option: the default of the preset ``fast``, what is accepted, what it means."""
+    return field(default=_FROM_PRESET, metadata={"default": default, "check": check, "help": help})
 
 
 # Presets: what differs from the defaults below, which are those of ``fast``.
@@ -137,7 +128,7 @@ class LNGDConfig:
     damping: str = _option("relative", _choice("relative", "paper"),
         "relative: λ = ρ · tr/dim; paper: λ = clamp(tr/dim, ν1, ν2).")
     damping_rho: float = _option(1.0, _POSITIVE, "ρ of relative damping.")
-    damping_bounds: tuple[float, float] = _option((1e-5, 1e-2), _BOUNDS, "(ν1, ν2) of the paper's damping.", _numbers)
+    damping_bounds: tuple[float, float] = _option((1e-5, 1e-2), _BOUNDS, "(ν1, ν2) of the paper's damping.")
     momentum: float = _option(0.8, _FRACTION, "τ. A parameter group's betas[0] starts with it.")
     momentum_on: str = _option("gradient", _choice("gradient", "update"),
         "gradient averages G before it is preconditioned, and looks one step ahead (Nesterov); update averages α_l D "
@@ -153,7 +144,7 @@ class LNGDConfig:
         "factor: a last column of the layer's factor; fallback: AdamW.")
     max_factor_dim: int | str = _option("auto", _AUTO,
         "a wider Φ is cut into equal diagonal blocks no wider than this; auto: min(fan-in, fan-out) of the layer, but "
-        "64 at the least.", _word_or_integer)
+        "64 at the least.")
     embedding: str = _option("exact", _choice("exact", "fallback"),
         "exact: Φ of one-hot inputs, that is token frequency; fallback: AdamW. Both at the rate of all other "
         "parameters.")
@@ -162,7 +153,7 @@ class LNGDConfig:
     fallback_lr_scale: float = _option(3.0, _POSITIVE,
         "all parameters that are not in LNGD's layers have this multiple of lr. Embeddings, norms and biases learn "
         "best at about three times the matrices' rate, with AdamW, too.")
-    betas: tuple[float, float] = _option((0.9, 0.999), _BETAS, "AdamW's, of all other parameters.", _numbers)
+    betas: tuple[float, float] = _option((0.9, 0.999), _BETAS, "AdamW's, of all other parameters.")
     eps: float = _option(1e-8, _POSITIVE, "AdamW's, of all other parameters.")
     seed: int = _option(0, _integer(0, 2**63 - 1), "of the draws of sampled and true; the user's random state is kept.")
     # fmt: on
@@ -283,11 +274,20 @@ def _parse_items(text: str) -> dict[str, Any]:
         if name in fields:
             raise ValueError(f"optim_args: got '{name}' twice, accepted: each name once")
         _check_names([name], "optim_args")
-        try:
-            fields[name] = OPTIONS[name]["parse"](value) if name in OPTIONS else value
-        except ValueError:
-            fields[name] = value  # the option's check says what is accepted
+        fields[name] = _value_of(value, OPTIONS[name]["default"]) if name in OPTIONS else value
     return fields
+
+
+def _value_of(text: str, default: Any) -> Any:
+    """The value of an option with this default; text that is none is left to the option's check."""
+    try:
+        if isinstance(default, tuple):
+            return tuple(float(part) for part in text.split(":"))
+        if default == "auto":
+            return text.lower() if text.lower() == "auto" else int(text)
+        return type(default)(text)
+    except ValueError:
+        return text
 
 
 def _text_of(value: Any) -> str:

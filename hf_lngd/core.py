@@ -67,25 +67,16 @@ class Built:
     Attributes:
         group_of: layer → the name of its group.
         bank_of: group → its bank, of those that this process keeps.
-        described: layer → (key, shape, dtype, shared) of what its owner keeps of it."""
+        momentum: of the parameters in layers, in their shape, of those that this process keeps; sharded as they are.
+        entries: every tensor of the layers' state, also those that other processes have; in the same order on all."""
 
     topology: Topology = field(default_factory=Topology)
     banks: list[Bank] = field(default_factory=list)
     batches: list[LayerBatch] = field(default_factory=list)
     group_of: dict[str, str] = field(default_factory=dict)
     bank_of: dict[str, Bank] = field(default_factory=dict)
-    described: dict[str, list[Any]] = field(default_factory=dict)
-
-    def owned(self, batch: LayerBatch, place: int) -> dict[str, tuple[Tensor, bool]]:
-        """Views of what the owner of a layer keeps of it, its row scales and curvature, of two dimensions, so that they
-        can be sharded by rows as parameters are; and whether they are its group's."""
-        layer = batch.layers[place]
-        units, group = layer.units, self.group_of[layer.name]
-        rows = self.bank_of[group].rows[group]
-        found = {key: (value[place * units : (place + 1) * units], False) for key, value in batch.state.items()}
-        curvature = self.bank_of[group].tensors()
-        found |= {key: (value[rows.start : rows.stop], True) for key, value in curvature.items()}
-        return {k: (v.view(-1, v.shape[-1] if v.dim() > 1 else 1), shared) for k, (v, shared) in found.items()}
+    momentum: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
 
 
 class Core:
@@ -96,6 +87,7 @@ class Core:
 
     Attributes:
         states: parameter → name → tensor; the optimizer's own mapping.
+        in_layers: the parameters of layers; `tables`: embeddings with a rule of their own, by parameter.
         started: there are factors, so that the next ones can wait for their interval; `inverted`: whiteners, too."""
 
     def __init__(self, model: nn.Module, config: LNGDConfig, routing: Routing, layout: Any, states: States) -> None:
@@ -111,6 +103,7 @@ class Core:
         self.skipped_gradients: Tensor | int = 0
         self.built = Built()
         self.started = self.inverted = False
+        self.read_parameters()
 
     @property
     def banks(self) -> list[Bank]:
@@ -120,10 +113,16 @@ class Core:
     def batches(self) -> list[LayerBatch]:
         return self.built.batches
 
-    @property
-    def tables(self) -> dict[Any, EmbeddingTable]:
-        """The embeddings with a rule of their own, by parameter."""
-        return {table.weight: table for table in self.embeddings}
+    def read_parameters(self) -> None:
+        """Take the routing's parameters: they have changed."""
+        parameters = self.routing.parameters
+        for layer in self.routing.layers:
+            layer.weight = parameters[layer.weight_name]
+            layer.bias = None if layer.bias_name is None else parameters[layer.bias_name]
+        for table in self.embeddings:
+            table.weight = parameters[table.name]
+        self.in_layers = {parameter for layer in self.routing.layers for parameter in layer.parameters}
+        self.tables: dict[Any, EmbeddingTable] = {table.weight: table for table in self.embeddings}
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter in no layer before its first step."""
@@ -149,16 +148,27 @@ class Core:
 
         batches = layer_batches(self.routing.layers, key_of, group_of, bank_of)
         self.built = built = Built(topology, banks, batches, group_of, bank_of)
-        own = {}
         for batch in batches:
-            batch.momentum = layout.new_momentum(batch)
+            for parameter in (p for layer in layout.with_momentum(batch) for p in layer.parameters):
+                built.momentum[parameter] = torch.zeros_like(parameter.detach(), dtype=state_dtype(parameter.dtype))
             fresh = [self.method.direction.new_state(layer) for layer in batch.layers]
             batch.state = {key: torch.cat([state[key] for state in fresh]) for key in fresh[0]} if fresh else {}
-            for i, layer in enumerate(batch.layers):
-                kept = built.owned(batch, i).items()
-                own[layer.name] = [(key, list(v.shape), str(v.dtype), shared) for key, (v, shared) in kept]
+        built.entries = list(self._entries(built))
+
+    def _entries(self, built: Built) -> Iterator[Entry]:
+        layout, described = self.layout, dict[str, list[Any]]()
+        kept = {y.name: list(_kept(y, batch, built.group_of[y.name])) for batch in built.batches for y in batch.layers}
+        own = {name: [(key, v.shape, v.dtype, shared) for key, v, shared in found] for name, found in kept.items()}
         for found in layout.ranks.all_gather_value(own) if layout.has_owners else [own]:
-            built.described.update(found)
+            described |= found
+        for layer in (layer for batch in built.batches for layer in batch.members):
+            name, owner = layer.name, built.group_of[layer.name]
+            for p in layer.parameters:
+                of = None if layout.shards_rows else owner
+                yield Entry(name, p, "momentum", built.momentum.get(p), of, False, p.shape, layer.like)
+            values = {key: value for key, value, _ in kept.get(name, ())}
+            for key, shape, dtype, shared in described[name]:
+                yield Entry(name, layer.weight, key, values.get(key), owner, shared, shape, layer.like.to(dtype))
 
     def _costs(self, topology: Topology) -> dict[str, float]:
         """Of each group the numbers that are kept, and roughly what a step costs: momenta, Φ and its inverse."""
@@ -169,25 +179,6 @@ class Core:
             momenta = sum(layer.units * layer.m * layer.columns for layer in members)
             costs[group.name] = float(momenta + members[0].units * k * b * b)
         return costs
-
-    def entries(self) -> Iterator[Entry]:
-        """Every tensor of the layers' state, also those that other processes have: in the same order on all."""
-        built = self.built
-        for batch in built.batches:
-            place = {layer: i for i, layer in enumerate(batch.layers)}
-            held = {layer: i for i, layer in enumerate(self.layout.with_momentum(batch))}
-            for layer in batch.members:
-                name, owner = layer.name, built.group_of[layer.name]
-                momentum = self.layout.momentum_of(batch, held[layer]) if layer in held else (None, None)
-                of = None if self.layout.shards_rows else owner
-                for parameter, value in zip((layer.weight, layer.bias), momentum, strict=True):
-                    if parameter is not None:
-                        yield Entry(name, parameter, "momentum", value, of, False, parameter.shape, layer.like)
-                own = built.owned(batch, place[layer]) if layer in place else {}
-                for key, shape, dtype, shared in built.described[name]:
-                    like = layer.like.to(getattr(torch, dtype.removeprefix("torch.")))
-                    value = own[key][0] if own else None
-                    yield Entry(name, layer.weight, key, value, owner, shared, torch.Size(shape), like)
 
     @property
     def steps(self) -> int:
@@ -202,7 +193,7 @@ class Core:
 
     def bind(self) -> None:
         """Put this process's tensors of the layers into `states`, as views."""
-        for entry in self.entries():
+        for entry in self.built.entries:
             if entry.value is not None:
                 self.states[entry.parameter].update({"step": self.count, entry.key: entry.value})
 
@@ -216,10 +207,10 @@ class Core:
         float16."""
         moved = False
         for batch in self.batches:
-            momentum = batch.momentum[0]
             for layer in batch.members:
                 check_precision(layer.weight_name, layer.weight)
-                moved |= layer.weight.device != momentum.device or state_dtype(layer.weight.dtype) != momentum.dtype
+                here = layer.weight.device, state_dtype(layer.weight.dtype)
+                moved |= here != (batch.rate.device, batch.rate.dtype)
         return moved
 
     def update_factors(self, own: dict[str, Statistics], loss_scale: Tensor | None) -> None:
@@ -252,19 +243,17 @@ class Core:
     def factors(self, name: str) -> dict[str, Tensor]:
         """The factors of a layer, see `LNGD.factors`. A collective where layers have owners."""
         group, layer = self.built.group_of[name], self.capture.layers[name]
-        found = None
+        found: dict[str, Tensor] = {}
         if group in self.built.bank_of:
             bank = self.built.bank_of[group]
             rows = torch.tensor(bank.rows_of([group]), device=layer.weight.device)
             found = self.method.direction.factors(layer, bank, rows)
             found = {key: value if layer.units > 1 else value[0].clone() for key, value in found.items()}
         owner = self.layout.owner(group)
-        if owner is None:
-            assert found is not None
-            return found
-        cpu = None if found is None else {key: value.cpu() for key, value in found.items()}
-        shared = self.layout.ranks.broadcast_value(cpu, owner)
-        return {key: value.to(layer.weight.device) for key, value in shared.items()}
+        if owner is not None:
+            cpu = {key: value.cpu() for key, value in found.items()}
+            found = self.layout.ranks.broadcast_value(cpu, owner)
+        return {key: value.to(layer.weight.device) for key, value in found.items()}
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers for a log, of all processes' layers, see `LNGD.diagnostics`; waits for the device once."""
@@ -290,3 +279,15 @@ class Core:
             "skipped_factors": skipped,
             "skipped_gradients": gradients + others,
         }
+
+
+def _kept(layer: Layer, batch: LayerBatch, group: str) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name and view of what the owner of a layer keeps of it, its row scales and curvature, of two dimensions, so that
+    they can be sharded by rows as parameters are; and whether it is its group's."""
+    assert batch.bank is not None
+    first = batch.place[layer] * layer.units
+    own, shared = range(first, first + layer.units), batch.bank.rows[group]
+    for rows, tensors, of_group in ((own, batch.state, False), (shared, batch.bank.tensors(), True)):
+        for key, value in tensors.items():
+            view = value[rows.start : rows.stop]
+            yield key, view.view(-1, view.shape[-1] if view.dim() > 1 else 1), of_group

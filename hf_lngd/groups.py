@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,30 +28,16 @@ def check_lr(lr: Any) -> None:
         raise ValueError(f"lr: got {lr!r}, accepted: a number (or a tensor of one), at least 0")
 
 
-def defaults_of(config: LNGDConfig, lr: Rate) -> dict[str, Any]:
-    """What a group of other parameters has, where it does not say so itself."""
-    return {"lr": lr, "lr_scale": 1.0, "weight_decay": 0.0, "betas": config.betas, "eps": config.eps}
-
-
-def _options_of(kind: str, config: LNGDConfig, lr: Rate, weight_decay: float) -> dict[str, Any]:
-    """The keys of a group of this kind."""
+def options_of(kind: str, config: LNGDConfig, lr: Rate, weight_decay: float | None = None) -> dict[str, Any]:
+    """What a group has of its parameters' kind, where it does not say so itself. Another kind than `KINDS`: parameters
+    that are no part of the model as it was, which do not decay. `weight_decay`: None: the config's."""
     of_layers, betas = kind in ("lngd", "lngd_bias"), config.betas
     if of_layers or kind == "embedding":
         betas = (config.momentum, ROW_DECAY if of_layers else betas[1])
-    decays = kind in ("lngd", "embedding", "fallback")
-    return {
-        "lr": own_rate(lr),
-        "lr_scale": 1.0 if of_layers else config.fallback_lr_scale,
-        "weight_decay": weight_decay * (config.weight_decay_scale if kind == "lngd" else 1.0) if decays else 0.0,
-        "betas": betas,
-        "eps": config.eps,
-    }
-
-
-def kind_options(kind: str, config: LNGDConfig, lr: Rate) -> dict[str, Any]:
-    """What a group that is added has of its parameters' kind (another one: parameters that are no part of the model
-    as it was), where it does not say so itself."""
-    return _options_of(kind, config, lr, config.weight_decay) if kind in KINDS else {}
+    decay = config.weight_decay if weight_decay is None else weight_decay
+    scale = {"lngd": config.weight_decay_scale, "embedding": 1.0, "fallback": 1.0}.get(kind, 0.0)
+    lr_scale = 1.0 if of_layers or kind not in KINDS else config.fallback_lr_scale
+    return {"lr": lr, "lr_scale": lr_scale, "weight_decay": decay * scale, "betas": betas, "eps": config.eps}
 
 
 def make_groups(
@@ -79,27 +65,13 @@ def make_groups(
     groups: dict[tuple[int, str], dict[str, Any]] = {}
     for r in routing.routes:
         if r.kind is not None:
-            key = (entry_of.get(r.parameter, -1), r.kind)
-            if key not in groups:
-                groups[key] = {"params": [], **_described(*key, config, lr, entries)}
-            groups[key]["params"].append(trained[r.parameter])
-    first = "lngd" if any(kind == "lngd" for _, kind in groups) else ""
-    return [groups[key] for key in sorted(groups, key=lambda key: (key[1] != first, key[0] >= 0))]
-
-
-def _described(
-    number: int, kind: str, config: LNGDConfig, lr: Rate, entries: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """Name and options of a group: of one of a user's `entries`, or (-1) of a default one."""
-    entry: dict[str, Any] = {} if number < 0 else entries[number]
-    options = _options_of(kind, config, entry.get("lr", lr), entry.get("weight_decay", config.weight_decay))
-    given = {key: value for key, value in entry.items() if key not in ("params", "name", "lr", "weight_decay")}
-    return {"name": kind if number < 0 else f"{entry.get('name', number)}.{kind}", **options, **given}
-
-
-def own_rate(lr: Rate) -> Rate:
-    """A rate that is a tensor is each group's own: what changes rates in place does so group by group."""
-    return lr.clone() if isinstance(lr, Tensor) else lr
+            number = entry_of.get(r.parameter, -1)
+            entry = {"name": number, **entries[number]} if number >= 0 else {}
+            name = f"{entry['name']}.{r.kind}" if entry else r.kind
+            options = options_of(r.kind, config, entry.pop("lr", lr), entry.pop("weight_decay", None))
+            group = groups.setdefault((number, r.kind), {**options, **entry, "name": name, "params": []})
+            group["params"].append(trained[r.parameter])
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[1] != "lngd", key[0] >= 0))]
 
 
 def _names_in(entry: dict[str, Any], number: int, routing: Routing) -> list[str]:
@@ -156,8 +128,33 @@ class Options:
 class StepOptions:
     """What the groups say in one step: of a parameter ``options[parameter]``, of each group `groups`."""
 
-    def __init__(self, groups: Sequence[dict[str, Any]], index: Mapping[Any, int]) -> None:
-        self.groups, self._index = [Options.of(group) for group in groups], index
+    def __init__(self) -> None:
+        self.groups: list[Options] = []
+        self._seen: tuple[int, ...] = ()
+        self._index: dict[nn.Parameter, int] = {}
+
+    def read(self, groups: Sequence[dict[str, Any]]) -> None:
+        """A step begins. Which group has a parameter is kept until the groups change.
+
+        Raises:
+            ValueError: a parameter is in two groups."""
+        self.groups = [Options.of(group) for group in groups]
+        seen = tuple(x for group in groups for x in (id(group), id(group["params"]), len(group["params"])))
+        if seen == self._seen:
+            return
+        index: dict[nn.Parameter, int] = {}
+        for number, group in enumerate(groups):
+            for parameter in group["params"]:
+                if parameter in index:
+                    raise ValueError(
+                        f"param_groups: a parameter {list(parameter.shape)} is in groups {index[parameter]} and "
+                        f"{number}, accepted: in one"
+                    )
+                index[parameter] = number
+        self._index, self._seen = index, seen
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self._index)
 
     def __contains__(self, parameter: Any) -> bool:
         return parameter in self._index
@@ -168,33 +165,6 @@ class StepOptions:
     def of(self, layers: Sequence[Layer], name: str) -> Any:
         """An option of these layers: a number, or [n] where they differ."""
         return alike((getattr(self[layer.weight], name) for layer in layers), layers[0].like)
-
-
-class Assignment:
-    """Which group has a parameter, kept until the groups change.
-
-    Raises:
-        ValueError: a parameter is in two groups."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[int, ...] = ()
-        self._index: dict[nn.Parameter, int] = {}
-
-    def update(self, groups: Sequence[dict[str, Any]]) -> dict[nn.Parameter, int]:
-        """Parameter → number of its group."""
-        seen = tuple(x for group in groups for x in (id(group), id(group["params"]), len(group["params"])))
-        if seen != self._seen:
-            index: dict[nn.Parameter, int] = {}
-            for number, group in enumerate(groups):
-                for parameter in group["params"]:
-                    if parameter in index:
-                        raise ValueError(
-                            f"param_groups: a parameter {list(parameter.shape)} is in groups {index[parameter]} and "
-                            f"{number}, accepted: in one"
-                        )
-                    index[parameter] = number
-            self._index, self._seen = index, seen
-        return self._index
 
 
 def alike(values: Iterable[Rate], like: Tensor) -> Rate:

@@ -5,7 +5,7 @@ A layer is one weight: a matrix, or for a grouped convolution one matrix a group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -205,24 +205,27 @@ class Layer:
         return self.modules[0][1]
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weight, and the bias if it is in the factor."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @property
     def like(self) -> Tensor:
         """An empty tensor with the device and dtype of the layer's state."""
         return torch.empty(0, device=self.weight.device, dtype=state_dtype(self.weight.dtype))
 
-    def matrices(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Something in the shape of the weight, and of the bias if it is in the factor, as [units, m, columns]."""
+    def matrices(self, values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Something in the shapes of `parameters` as [units, m, columns]."""
+        weight, *bias = values
         transposed = self.geometry.kind == "transposed"
         matrices = (weight.T.unsqueeze(0) if transposed else weight.reshape(self.units, self.m, self.d)).to(dtype)
-        return matrices if bias is None else torch.cat((matrices, bias.to(dtype).view(self.units, -1, 1)), -1)
+        return torch.cat((matrices, bias[0].to(dtype).view(self.units, -1, 1)), -1) if bias else matrices
 
-    def like_weight(self, matrices: Tensor) -> Tensor:
-        """[units, m, columns] → the shape of the weight, without the bias's column: a view where that is possible."""
-        matrices = matrices[..., : self.d]
-        return matrices[0].T if self.geometry.kind == "transposed" else matrices.reshape(self.weight.shape)
-
-    def like_bias(self, matrices: Tensor) -> Tensor:
-        """[units, m, d + 1] → the bias's column, [units · m]."""
-        return matrices[..., self.d].flatten()
+    def like_parameters(self, matrices: Tensor) -> list[Tensor]:
+        """[units, m, columns] → the shapes of `parameters`: views where that is possible."""
+        weight = matrices[..., : self.d]
+        weight = weight[0].T if self.geometry.kind == "transposed" else weight.reshape(self.weight.shape)
+        return [weight] if self.bias is None else [weight, matrices[..., self.d].flatten()]
 
     def batched(self, x: Tensor) -> Tensor:
         """A convolution's input or output with its batch dimension, which torch lets a caller leave out."""
@@ -255,11 +258,10 @@ class Layer:
 
     def apply(self, a: Tensor, matrices: Tensor) -> Tensor:
         """The layer's output for input a with other weights: [units, m, columns] → the shape of the output."""
-        bias = None if self.bias is None else self.like_bias(matrices)
-        a = self.batched(a)
+        a, (weight, *bias) = self.batched(a), self.like_parameters(matrices)
         if self.is_convolution:
-            return self.module._conv_forward(a, self.like_weight(matrices), bias)
-        return torch.nn.functional.linear(a, matrices[0, :, : self.d], bias)
+            return self.module._conv_forward(a, weight, bias[0] if bias else None)
+        return torch.nn.functional.linear(a, matrices[0, :, : self.d], bias[0] if bias else None)
 
 
 def factor_blocks(layer: Layer, max_factor_dim: int | str) -> tuple[int, int]:

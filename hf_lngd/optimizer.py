@@ -20,13 +20,13 @@ from .batches import Job
 from .config import LNGDConfig, settings_of
 from .core import Core
 from .directions import Inputs, of_units
-from .groups import Assignment, StepOptions, check_lr, defaults_of, kind_options, make_groups, own_rate
+from .groups import StepOptions, check_lr, make_groups, options_of
 from .linalg import along
 from .parallel.adopt import adopt_shards
 from .parallel.layout import make_layout
-from .routing import LNGD_OWNER, Route, format_rates, format_routes, route
+from .routing import LNGD_OWNER, Route, format_rates, format_routes, route, unwrapped
 from .topology import Topology
-from .torch_internals import check_not_flat, stepping_scaler, uncompiled
+from .torch_internals import check_not_flat, local, stepping_scaler
 
 
 class LNGD(torch.optim.Optimizer):
@@ -81,15 +81,14 @@ class LNGD(torch.optim.Optimizer):
         check_lr(lr)
         self.config = config = settings_of(config, fields)
         check_not_flat(model)
-        model = uncompiled(model)
+        model = unwrapped(model)
         routing = route(model, config)
-        super().__init__(make_groups(routing, config, lr, param_groups), defaults_of(config, lr))
+        super().__init__(make_groups(routing, config, lr, param_groups), options_of("added", config, lr))
         shares = make_layout(layout, config, routing.layers, process_group)
         self.core = Core(model, config, routing, shares, self.state)
         for collector in self.core.collectors:  # an optimizer that is dropped takes its hooks along
             weakref.finalize(self, collector.close).atexit = False
-        self._group, self._assignment = process_group, Assignment()
-        self._kind_of: dict[Any, str] = {routing.parameters[r.parameter]: r.kind for r in routing.routes if r.kind}
+        self._group, self._options = process_group, StepOptions()
         self._loss_scale: Tensor | None = None
         self._seconds, self._ranks_agree = 0.0, False  # the latter is asked in the next step
         self.adopt()
@@ -101,7 +100,6 @@ class LNGD(torch.optim.Optimizer):
         replaced = adopt_shards(self.core, self._group)
         for group in self.param_groups if replaced else ():
             group["params"] = [replaced.get(p, p) for p in group["params"]]
-        self._kind_of.update({new: self._kind_of[old] for old, new in replaced.items() if old in self._kind_of})
         return bool(replaced)
 
     def _check_ranks(self) -> None:
@@ -137,24 +135,25 @@ class LNGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         core.states = self.state  # which a user may have put another in the place of
-        assigned = self._assignment.update(self.param_groups)
-        options = StepOptions(self.param_groups, assigned)
+        self._options.read(self.param_groups)
+        if core.capture.armed or all(parameter.grad is None for parameter in self._options):
+            core.capture.warn_of_untrained(self._options)
         if any(layer.weight.grad is not None for layer in core.routing.layers):
             start, in_hooks = time.perf_counter(), core.capture.seconds
             try:
-                self._update_factors(assigned)
+                self._update_factors()
             except BaseException:
                 self._arm()  # a step that raised is over: the next one begins anew
                 raise
             self._seconds += time.perf_counter() - start + in_hooks
             core.capture.seconds = 0.0
-            self._step_layers(options)
-        self._step_others(options)
+            self._step_layers()
+        self._step_others()
         core.count += 1
         self._arm()
         return loss
 
-    def _update_factors(self, assigned: Mapping[Any, int]) -> None:
+    def _update_factors(self) -> None:
         core, capture = self.core, self.core.capture
         if core.batches and core.lost_state():
             state.clear(core)
@@ -162,7 +161,6 @@ class LNGD(torch.optim.Optimizer):
             state.rebuild(core, core.built.topology)
         capture.check_gradients()
         if capture.armed:
-            capture.warn_of_untrained(assigned)
             statistics = capture.finish(core.layout.everyone.all_gather_value)
             capture.check()
             if capture.topology.frozen and core.built.topology is not capture.topology:
@@ -175,43 +173,41 @@ class LNGD(torch.optim.Optimizer):
         if core.started and (core.steps % self.config.inverse_interval == 0 or not core.inverted):
             core.invert()
 
-    def _step_layers(self, options: StepOptions) -> None:
+    def _step_layers(self) -> None:
         """Momentum, direction and update of the layers that have a gradient and are in a group."""
         jobs = []
         for batch in self.core.batches:
-            members = batch.members
-            present = [i for i, y in enumerate(members) if y.weight.grad is not None and y.weight in options]
-            place = {layer: i for i, layer in enumerate(batch.layers)}
+            present = [y for y in batch.members if y.weight.grad is not None and y.weight in self._options]
             if present:
-                jobs.append(Job(batch, present, [place[members[i]] for i in present if members[i] in place]))
+                jobs.append(Job(batch, present))
         for together in self.core.layout.rounds(jobs):
-            self._step_jobs(together, options)
+            self._step_jobs(together)
 
-    def _step_jobs(self, jobs: list[Job], options: StepOptions) -> None:
+    def _step_jobs(self, jobs: list[Job]) -> None:
         core, layout, rate_of = self.core, self.core.layout, self.core.method.rate
         on_gradient = self.config.momentum_on == "gradient"
-        parts = [layout.gradients(job) for job in jobs]
+        parts = [layout.stack(layout.with_momentum(job), _gradient) for job in jobs]
         self._mask_unusable(parts)
         for job, own in zip(jobs, parts, strict=True) if on_gradient else ():
-            self._average(job, own, options)
+            self._average(job, own)
         gradients = layout.to_owners(jobs, parts)
         updates: list[Tensor | None] = [None] * len(jobs)
         rates: list[Tensor | None] = [None] * len(jobs)
         for i, gradient in enumerate(gradients):
             if gradient is not None:
-                updates[i], rates[i] = self._direction(jobs[i], gradient, options)
+                updates[i], rates[i] = self._direction(jobs[i], gradient)
         if rate_of is not None:
             rates = rate_of(core, jobs, updates, gradients, self._loss_scale)
         for job, update, rate in zip(jobs, updates, rates, strict=True):
             if update is None or rate is None:
                 continue
             if rate_of is not None:
-                update.mul_(along(of_units(rate * options.of(job.layers, "lr"), job.batch.units), update))
-            job.batch.rate[job.batch.index(job.own, 1)] = rate
+                update.mul_(along(of_units(rate * self._options.of(job.layers, "lr"), job.batch.units), update))
+            job.batch.rate[job.batch.index(job.layers, 1)] = rate
         for job, own in zip(jobs, layout.from_owners(jobs, updates), strict=True):
             if not on_gradient:
-                self._average(job, own, options)
-            self._subtract(job, own, options)
+                self._average(job, own)
+            self._subtract(job, own)
 
     def _mask_unusable(self, parts: list[list[Tensor]]) -> None:
         """Zero gradients that are not finite, or whose squares overflow: they would stay in the momentum for good."""
@@ -224,42 +220,43 @@ class LNGD(torch.optim.Optimizer):
                 part.masked_fill_(along(bad, part), 0.0)
             self.core.skipped_gradients = self.core.skipped_gradients + bad.sum()
 
-    def _average(self, job: Job, parts: list[Tensor], options: StepOptions) -> None:
+    def _average(self, job: Job, parts: list[Tensor]) -> None:
         """Of gradients: M ← τ M + (1 − τ) G; parts become τ M + (1 − τ) G once more (Nesterov). Of updates: M ← τ M +
         lr α_l D (Algorithm 1); parts become M."""
         if not parts:
             return
-        layers, index = self.core.layout.layers_of(job), self.core.layout.index(job)
-        tau = options.of(layers, "momentum")
-        for i, (part, momentum) in enumerate(zip(parts, job.batch.momentum, strict=True)):
+        layout, momentum = self.core.layout, self.core.built.momentum
+        layers = layout.with_momentum(job)
+        tau = self._options.of(layers, "momentum")
+        averages = layout.stack(layers, lambda parameter: local(momentum[parameter]))
+        for i, (part, average) in enumerate(zip(parts, averages, strict=True)):
             weight = along(of_units(tau, len(part) // len(layers)), part) if isinstance(tau, Tensor) else tau
-            average = momentum[index]  # a view, where it is a slice
             if self.config.momentum_on == "gradient":
                 part.lerp_(average.lerp_(part, 1 - weight), weight)
             else:
                 parts[i] = average.mul_(weight).add_(part)
-            if not isinstance(index, slice):
-                momentum[index] = average
+        kept = [local(momentum[parameter]) for layer in layers for parameter in layer.parameters]
+        torch._foreach_copy_(kept, [value for _, values in layout.unstack(layers, averages) for value in values])
 
-    def _direction(self, job: Job, gradient: Tensor, options: StepOptions) -> tuple[Tensor, Tensor | None]:
-        batch, layers, index = job.batch, job.layers, job.batch.index(job.own)
+    def _direction(self, job: Job, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        batch, layers, index = job.batch, job.layers, job.batch.index(job.layers)
         own = {key: value[index] for key, value in batch.state.items()}  # views, where it is a slice
         assert batch.bank is not None
-        lr, beta2 = options.of(layers, "lr"), options.of(layers, "beta2")
+        lr, beta2 = self._options.of(layers, "lr"), self._options.of(layers, "beta2")
         found = self.core.method.direction(Inputs(gradient, layers, batch.bank, batch.rows[index], own, lr, beta2))
         for key, value in own.items() if not isinstance(index, slice) else ():
             batch.state[key][index] = value
         return found
 
-    def _subtract(self, job: Job, parts: list[Tensor], options: StepOptions) -> None:
+    def _subtract(self, job: Job, parts: list[Tensor]) -> None:
         """W ← W − lr · decay · W − update; a bias takes its part at the rate of its own group."""
-        weights, biases = [], []
-        for layer, change, bias_change in self.core.layout.changes(job, parts):
+        options, weights, biases = self._options, [], []
+        for layer, (change, *bias_change) in self.core.layout.unstack(job.members, parts):
             own = options[layer.weight]
             weights.append((layer.weight, change, own))
             if layer.bias is not None and layer.bias in options:
                 other = options[layer.bias]
-                biases.append((layer.bias, bias_change * _share(own.lr, other.lr), other))
+                biases.append((layer.bias, bias_change[0] * _share(own.lr, other.lr), other))
         for changes in (weights, biases) if biases else (weights,):
             with Rounding(self.core.states).full([parameter for parameter, _, _ in changes]) as values:
                 decayed = [(value, own) for value, (_, _, own) in zip(values, changes, strict=True) if own.weight_decay]
@@ -269,14 +266,14 @@ class LNGD(torch.optim.Optimizer):
                     torch._foreach_mul_([value for value, _ in decayed], kept[0] if same else kept)
                 torch._foreach_sub_(values, [change for _, change, _ in changes])
 
-    def _step_others(self, options: StepOptions) -> None:
+    def _step_others(self) -> None:
         """AdamW, and embeddings by token frequency."""
-        core, tables, in_layers = self.core, self.core.tables, self.core.routing.in_layers()
-        for group, own in zip(self.param_groups, options.groups, strict=True):
+        core, tables = self.core, self.core.tables
+        for group, own in zip(self.param_groups, self._options.groups, strict=True):
             for parameter in group["params"]:
                 if parameter in tables:
                     tables[parameter].step(own, core.states, core.layout)
-            others = [p for p in group["params"] if p not in tables and p not in in_layers and p.grad is not None]
+            others = [p for p in group["params"] if p not in tables and p not in core.in_layers and p.grad is not None]
             core.adamw.step(others, own, core.states, core.layout)
 
     def _is_factor_step(self) -> bool:
@@ -440,7 +437,7 @@ class LNGD(torch.optim.Optimizer):
     def after_loading(self) -> None:
         """Go on from a state that was loaded."""
         for group in self.param_groups:
-            group["lr"] = own_rate(group["lr"])
+            group["lr"] = _own_rate(group["lr"])
         self._ranks_agree = False
         self._arm()
 
@@ -457,22 +454,40 @@ class LNGD(torch.optim.Optimizer):
 
         Raises:
             ValueError: parameters of several kinds in one group, without ``lr_scale`` and ``betas``."""
-        if isinstance(param_group, dict) and hasattr(self, "core"):  # else torch says what it takes
-            params = param_group.get("params", [])
+        if isinstance(param_group, dict) and "params" in param_group:  # else torch says what it takes
+            params = param_group["params"]
             params = [params] if isinstance(params, Tensor) else list(params)
-            param_group = {**param_group, "params": params}
-            kinds = sorted({self._kind_of.get(p, "added") for p in params if isinstance(p, Tensor)})
-            if len(kinds) > 1 and not {"lr_scale", "betas"} <= set(param_group):
-                raise ValueError(
-                    f"param_groups: got parameters of the kinds {', '.join(kinds)} in one group, accepted: one kind a "
-                    "group, or lr_scale and betas given"
-                )
-            kind = kinds[0] if len(kinds) == 1 else "added"
-            for key, value in kind_options(kind, self.config, self.defaults["lr"]).items():
-                param_group.setdefault(key, value)
-            param_group.setdefault("name", kind)
-            param_group["lr"] = own_rate(param_group.get("lr", self.defaults["lr"]))
+            param_group = {"lr": self.defaults["lr"], **param_group, "params": params}
+            if hasattr(self, "core"):
+                self._complete(param_group)
+            param_group["lr"] = _own_rate(param_group["lr"])
         super().add_param_group(param_group)
+
+    def _complete(self, group: dict[str, Any]) -> None:
+        """Give an added group what it does not say itself."""
+        routing = self.core.routing
+        kind_of: dict[Any, str] = {
+            routing.parameters[r.parameter]: r.kind for r in routing.routes if r.kind is not None
+        }
+        kinds = sorted({kind_of.get(p, "added") for p in group["params"] if isinstance(p, Tensor)})
+        if len(kinds) > 1 and not {"lr_scale", "betas"} <= set(group):
+            raise ValueError(
+                f"param_groups: got parameters of the kinds {', '.join(kinds)} in one group, accepted: one kind a "
+                "group, or lr_scale and betas given"
+            )
+        kind = kinds[0] if len(kinds) == 1 else "added"
+        for key, value in {"name": kind, **options_of(kind, self.config, group["lr"])}.items():
+            group.setdefault(key, value)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """What this process has of a gradient; zeros where there is none."""
+    return torch.zeros_like(local(parameter)) if parameter.grad is None else local(parameter.grad)
+
+
+def _own_rate(lr: float | Tensor) -> float | Tensor:
+    """A rate that is a tensor is each group's own: what changes rates in place does so group by group."""
+    return lr.clone() if isinstance(lr, Tensor) else lr
 
 
 def _share(lr: float | Tensor, own: float | Tensor) -> float | Tensor:

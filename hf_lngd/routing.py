@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from .config import LNGDConfig
 from .layers import Geometry, Layer, geometry_of
-from .torch_internals import plain_name
+from .torch_internals import plain_name, uncompiled
 
 LNGD_OWNER, FALLBACK_OWNER, FROZEN_OWNER = "lngd", "fallback", "frozen"
 EXACT_EMBEDDING = "embedding, exact"
@@ -68,9 +70,15 @@ class Routing:
         """The parameters that are not frozen, by name."""
         return {r.parameter: self.parameters[r.parameter] for r in self.routes if r.kind is not None}
 
-    def in_layers(self) -> set[nn.Parameter]:
-        """The parameters in layers of LNGD."""
-        return {p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None}
+    def current(self) -> dict[str, Any]:
+        """What stands in the model now, by name: wrappers put others in the parameters' places, or take them away."""
+        return {name: module._parameters.get(attribute) for name, (module, attribute) in self.homes.items()}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module within torch.compile's and DDP's: names are those that it gives its parameters."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else uncompiled(model)
+    return model if inner is model else unwrapped(inner)
 
 
 # Every place of a parameter: (module name, module, attribute).
@@ -253,26 +261,24 @@ def _reason_of_lora(module: nn.Module, adapter: str, geometry: object, merging: 
 
 
 def format_routes(routes: list[Route]) -> str:
-    """The routing as a table, one line a kind of owner and reason, shares of all parameters, names abbreviated.
-
-    After the first step a second table tells what was found to follow LNGD's layers, where any does."""
+    """The routing as a table, one line a kind of owner and reason (after the first step also what was found to follow
+    LNGD's layers), shares of all parameters, names abbreviated."""
     total = sum(r.numel for r in routes) or 1
     kinds: dict[tuple[str, str], list[Route]] = {}
-    followed: dict[str, list[Route]] = {}
     for r in routes:
-        kinds.setdefault((r.owner, r.reason), []).append(r)
-        if r.follows and r.decays:  # each layer once: by its weight
-            followed.setdefault(r.follows, []).append(r)
+        followed = r.decays and r.follows not in ("", "identity")  # told of a layer once: with its weight
+        reason = f"{r.reason}, followed by {r.follows}" if followed else r.reason
+        kinds.setdefault((r.owner, reason), []).append(r)
     rows = [("owner", "reason", "tensors", "parameters", "share", "for example")]
     for (owner, reason), own in sorted(kinds.items(), key=lambda item: (item[0][0] != LNGD_OWNER, item[0])):
         count = sum(r.numel for r in own)
         rows += [(owner, reason, str(len(own)), f"{count:,}", f"{100 * count / total:.1f} %", own[0].parameter)]
-    text = _align(rows, right={2, 3, 4})
-    if set(followed) - {"identity"}:
-        lines = [("followed by", "layers", "for example")]
-        lines += [(name, str(len(own)), own[0].layer) for name, own in sorted(followed.items())]
-        text += "\n\n" + _align(lines, right={1})
-    return text
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(widths[i]) if i in (2, 3, 4) else cell.ljust(widths[i]) for i, cell in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def format_rates(config: LNGDConfig) -> str:
@@ -282,12 +288,3 @@ def format_rates(config: LNGDConfig) -> str:
         f"Rate of LNGD's layers: lr, weight decay {own:g}. Of all other parameters: {config.fallback_lr_scale:g} × lr, "
         f"weight decay {config.weight_decay:g}; none on norms and biases."
     )
-
-
-def _align(rows: Sequence[tuple[str, ...]], right: set[int]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

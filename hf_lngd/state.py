@@ -28,7 +28,7 @@ def save(core: Core) -> ByParameter:
         return core.states  # type: ignore[return-value]
     found = {parameter: dict(state) for parameter, state in core.states.items()}
     shared: dict[tuple[str, str], Any] = {}
-    for entry in core.entries():
+    for entry in core.built.entries:
         if entry.group is None:
             continue
         key = (entry.group, entry.key)
@@ -99,14 +99,14 @@ def _check_tensor(name: str, found: Any, shape: torch.Size) -> None:
         raise ValueError(f"state_dict: {name}: got NaN or infinity, accepted: finite numbers")
 
 
-def _check_others(core: Core, states: ByParameter, in_layers: set[nn.Parameter]) -> None:
+def _check_others(core: Core, states: ByParameter) -> None:
     """What is kept of parameters in no layer, and what bfloat16 weights lack."""
     names = {parameter: name for name, parameter in core.routing.parameters.items()}
     for parameter, state in states.items():
         name = names.get(parameter, f"an added parameter {list(parameter.shape)}")
         if "lost" in state:
             _check_tensor(f"{name}.lost", state["lost"], parameter.shape)
-        if parameter not in in_layers and set(state) - {"lost"}:
+        if parameter not in core.in_layers and set(state) - {"lost"}:
             for key, like in core.new_state(parameter).items():
                 _check_tensor(f"{name}.{key}", state.get(key), like.shape)
 
@@ -121,32 +121,41 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
     Raises:
         ValueError: a tensor is missing, has another shape, or is not finite; names it."""
     before = core.built
-    in_layers = core.routing.in_layers()
     known = [layer.name for layer in core.routing.layers]
     try:
         topology = Topology.from_state(described["topology"]) if described and described["topology"] else None
-        has_layers = _any(core, any("momentum" in states.get(parameter, ()) for parameter in in_layers))
+        has_layers = _any(core, any("momentum" in states.get(parameter, ()) for parameter in core.in_layers))
         if known and described is None and not has_layers:
             raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote")
-        _check_others(core, states, in_layers)
+        _check_others(core, states)
+        core.built = Built()
         if has_layers:
-            empty(core, topology or Topology.unshared(known))
-            here = [e for e in core.entries() if e.value is not None or core.layout.shards_rows]
+            whole = topology or Topology.unshared(known)
+            if unknown := sorted(set(whole.of_layer) ^ set(known)):
+                raise ValueError(f"state_dict: the layers differ: {', '.join(unknown[:5])}")
+            core.build(whole)
+            here = [e for e in core.built.entries if e.value is not None or core.layout.shards_rows]
             for entry in here:
                 value = states.get(entry.parameter, {}).get(entry.key)
                 _check_tensor(f"{entry.layer}.{entry.key}", value, entry.shape)
             for entry in here:
                 _copy(core, entry, states[entry.parameter][entry.key])
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         core.restore(before)
+        if isinstance(error, ValueError):
+            raise
         raise ValueError(f"state_dict: got a damaged state ({type(error).__name__}: {error})") from error
-    except ValueError:
-        core.restore(before)
-        raise
-    if not has_layers:
-        empty(core, None)
-    others = {p: _own_share(core, p, state, p in in_layers) for p, state in states.items()}
-    attach(core, topology, others, int(described["steps"]) if described else _steps_in(states))
+    core.capture.topology = topology or Topology()  # to be found
+    others = {p: _of_others(core, p, state) for p, state in states.items()}
+    core.states.clear()
+    for parameter, state in others.items():
+        core.states[parameter].update(state)
+    steps = [state["step"] for state in states.values() if "step" in state]
+    core.count.fill_(float(described["steps"] if described else max(steps, default=0)))
+    core.started = core.inverted = _any(core, any(bool((bank.weight > 0).any()) for bank in core.banks))
+    for bank in core.banks:
+        bank.inverted = core.inverted
+    core.bind()
 
 
 def _any(core: Core, own: bool) -> bool:
@@ -154,39 +163,12 @@ def _any(core: Core, own: bool) -> bool:
     return any(core.layout.everyone.all_gather_value(own)) if core.layout.has_owners else own
 
 
-def empty(core: Core, topology: Topology | None) -> None:
-    """New banks and batches for the topology of a state; None: there are none yet. ValueError: it is of other layers
-    than the model's."""
-    if topology is None:
-        core.built = Built()
-        return
-    unknown = sorted(set(topology.of_layer) ^ {layer.name for layer in core.routing.layers})
-    if unknown:
-        raise ValueError(f"state_dict: the layers differ: {', '.join(unknown[:5])}")
-    core.build(topology)
-
-
-def attach(core: Core, topology: Topology | None, others: ByParameter, steps: int) -> None:
-    """Go on, after so many steps, from banks and batches that were filled. `topology`: who shares a factor; None: it is
-    to be found. `others`: what is kept of parameters besides their layers' tensors."""
-    core.capture.topology = topology or Topology()
-    core.states.clear()
-    for parameter, state in others.items():
-        core.states[parameter].update(state)
-    core.count.fill_(float(steps))
-    has_factors = any(bool((bank.weight > 0).any()) for bank in core.banks)
-    core.started = core.inverted = _any(core, has_factors)
-    for bank in core.banks:
-        bank.inverted = core.inverted
-    core.bind()
-
-
 def rebuild(core: Core, topology: Topology) -> None:
     """Banks and batches for another topology, or for layers that were moved, with the state of those before. A
     collective under layouts with owners."""
     carried = save(core) if core.batches else {}
     core.build(topology)
-    for entry in core.entries():
+    for entry in core.built.entries:
         value = carried.get(entry.parameter, {}).get(entry.key)
         if value is not None:
             _copy(core, entry, value)
@@ -197,61 +179,52 @@ def rebuild(core: Core, topology: Topology) -> None:
 
 def clear(core: Core) -> None:
     """Start anew, as before the first step; who shares an input is the model's, and stays known."""
-    empty(core, None)
+    core.built = Built()
     core.started = core.inverted = False
     core.count.zero_()
 
 
+def _share(core: Core, value: Any, sharded: bool) -> Tensor:
+    """What belongs to this process of a tensor that is whole or sharded: its rows of what is `sharded` here, or all."""
+    if is_sharded(value):
+        return local(value) if sharded else value.full_tensor()
+    return value[core.layout.rows(len(value))] if sharded else value
+
+
 def _copy(core: Core, entry: Entry, value: Tensor) -> None:
-    """Take what belongs to this process of a tensor that is whole or sharded."""
-    rows_here = entry.group is None and core.layout.shards_rows
-    if is_sharded(value) and not rows_here:
-        value = value.full_tensor()  # type: ignore[attr-defined]
-    if entry.value is None:
-        return
-    if rows_here:
-        value = local(value) if is_sharded(value) else value[core.layout.rows(value.shape[0])]
-    local(entry.value).copy_(value)
+    share = _share(core, value, entry.group is None and core.layout.shards_rows)
+    if entry.value is not None:
+        local(entry.value).copy_(share)
 
 
-def _own_share(core: Core, parameter: nn.Parameter, state: Mapping[str, Any], in_layer: bool) -> dict[str, Any]:
+def _of_others(core: Core, parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of what is kept of a parameter besides its layer's tensors, on its device, sharded as it is."""
-    sharded, found = is_sharded(parameter), {}
+    found = {}
     for key, value in state.items():
-        if in_layer and key != "lost":
+        if parameter in core.in_layers and key != "lost":
             continue
         if isinstance(value, Tensor):
-            here = value.detach()
-            if sharded and not is_sharded(value) and value.shape == parameter.shape:
-                found[key] = core.layout.shard(here.to(parameter.device))
-            elif is_sharded(value) and not sharded:
-                found[key] = here.full_tensor().to(parameter.device)  # type: ignore[attr-defined]
-            else:
-                found[key] = here.clone().to(parameter.device)
-        else:
-            found[key] = value
+            sharded = is_sharded(parameter) and value.shape == parameter.shape
+            own = _share(core, value.detach(), sharded).to(parameter.device, copy=True)
+            value = core.layout.as_sharded(own, parameter.shape) if sharded else own
+        found[key] = value
     return found
-
-
-def _steps_in(states: ByParameter) -> int:
-    return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
 
 
 def memory_usage(core: Core) -> dict[str, int]:
     """Bytes of this process by kind, as `LNGD.memory_usage` promises."""
     usage = {"momentum": 0, "factors": 0, "inverses": 0, "embeddings": 0, "fallback": 0, "rounding": 0}
+    usage["momentum"] = sum(map(_bytes, core.built.momentum.values()))
     for batch in core.batches:
-        usage["momentum"] += sum(map(_bytes, batch.momentum))
         usage["factors"] += sum(map(_bytes, batch.state.values()))
     for bank in core.banks:
         for key, tensor in bank.tensors().items():
             derived = key.startswith(("whitener", "inverse", "basis"))
             usage["inverses" if derived else "factors"] += _bytes(tensor)
-    tables, in_layers = core.tables, core.routing.in_layers()
     for parameter, state in core.states.items():
-        kind = "embeddings" if parameter in tables else "fallback"
+        kind = "embeddings" if parameter in core.tables else "fallback"
         for key, tensor in state.items():
-            if key == "lost" or parameter not in in_layers:
+            if key == "lost" or parameter not in core.in_layers:
                 usage["rounding" if key == "lost" else kind] += _bytes(tensor)
     usage["total"] = sum(usage.values())
     return usage

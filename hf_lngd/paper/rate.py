@@ -78,7 +78,7 @@ def rates(core: Any, jobs: list[Job], directions: list[Any], gradients: list[Any
         if own is None:
             found.append(None)
             continue
-        mine = {job.batch.layers[i] for i in job.own}
+        mine = set(job.layers)
         # numbers, not a mask: a mask waits for the device, and the meta device cannot
         chosen = torch.tensor([i for i, layer in enumerate(layers) if layer in mine], device=squares.device)
         slope = (own * gradient).sum((-2, -1)).view(-1, u).sum(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .. import state
 from ..core import Core
@@ -27,50 +27,38 @@ def adopt_shards(core: Core, group: Any) -> dict[nn.Parameter, nn.Parameter]:
     model, routing = core.capture.model, core.routing
     if core.layout.shards_rows or not is_distributed() or model is None:
         return {}
-    trained = routing.trained()
-    current = {name: routing.homes[name][0]._parameters.get(routing.homes[name][1]) for name in trained}
-    sharded = {name for name, parameter in current.items() if parameter is not None and is_sharded(parameter)}
-    for name, parameter in current.items():
-        if parameter is not trained[name] and name not in sharded:
+    old, current = routing.trained(), routing.current()
+    for name, parameter in old.items():
+        if current[name] is not parameter and not is_sharded(current[name]):
             check_not_flat(model)
             if is_fully_sharded(model):
                 raise RuntimeError(
                     f"LNGD.step(): parameter '{name}' is not the sharded one, but what FSDP2 gathered of it, accepted: "
                     "a step after a backward pass that reshards (set_reshard_after_backward(True), the default)"
                 )
-    return _adopt(core, model, group) if sharded else {}
-
-
-def _adopt(core: Core, model: nn.Module, group: Any) -> dict[nn.Parameter, nn.Parameter]:
-    routing, old = core.routing, core.routing.trained()
+    if not any(is_sharded(current[name]) for name in old):
+        return {}
     if core.config.family == "ekfac":
         raise RuntimeError(
             "LNGD: family: 'ekfac' needs each layer's eigenvectors on every rank, got parameters sharded by FSDP2, "
             "accepted: lngd, kfac, tkfac, ng+, or DDP"
         )
-    if not all(is_sharded(routing.homes[name][0]._parameters[routing.homes[name][1]]) for name in old):  # type: ignore[arg-type]
+    if not all(is_sharded(current[name]) for name in old):
         reshard(model)  # a forward pass before LNGD was made leaves the outermost ones gathered
-    places = {name: module._parameters[attribute] for name, (module, attribute) in routing.homes.items()}
-    parameters: dict[str, nn.Parameter] = {name: p for name, p in places.items() if p is not None}
-    layout = Rows(model, {name: parameters[name] for name in old}, group)
-    carried = dict(state.save(core))
+        current = routing.current()
+    layout = Rows(model, {name: current[name] for name in old}, group)
+    replaced = {parameter: current[name] for name, parameter in old.items()}
+    carried = {replaced.get(p, p): dict(own) for p, own in state.save(core).items()}
     steps, described = core.steps, state.describe(core)
-    routing.parameters = parameters
-    for layer in routing.layers:
-        layer.weight = parameters[layer.weight_name]
-        if layer.bias_name is not None:
-            layer.bias = parameters[layer.bias_name]
-    for table in core.embeddings:
-        table.weight = parameters[table.name]
+    routing.parameters = {name: parameter for name, parameter in current.items() if parameter is not None}
     core.layout = layout
-    replaced = {old[name]: parameters[name] for name in old}
+    core.read_parameters()
     for before, now in replaced.items():  # zeros of torch.distributed.checkpoint, which makes a step to make the state
         if before.grad is not None and now.grad is None:
             now.grad = layout.shard(before.grad)
     core.states.clear()
     if steps:
-        moved: dict[Any, dict[str, Tensor]] = {replaced.get(p, p): dict(own) for p, own in carried.items()}
-        state.load(core, moved, described)
+        state.load(core, carried, described)
     else:
         state.clear(core)
     return replaced

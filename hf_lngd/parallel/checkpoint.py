@@ -1,6 +1,6 @@
-"""A checkpoint to which every rank writes its own share, in safetensors, by `torch.distributed.checkpoint`: nothing is
-gathered, and nothing in it can be run. What FSDP2 has sharded is written, and read, in the shards of whoever does so;
-what one rank owns is written by this rank. So it fits any number of ranks, DDP and one process."""
+"""A checkpoint to which every rank writes its own share, in safetensors, by `torch.distributed.checkpoint`: nothing in
+it can be run. What FSDP2 has sharded is written, and read, in the shards of whoever does so; of what several ranks have
+each tensor is written by one. So it fits any number of ranks, DDP and one process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import state
-from ..core import Core
-from ..topology import Topology
-from ..torch_internals import local
+from ..torch_internals import is_sharded, local
 from .ranks import is_distributed
 
 # What of the optimizer is no tensor; written last.
@@ -25,35 +23,29 @@ PLAIN = "lngd.json"
 PARTIAL, WHOLE = ".partial", "lngd"
 
 
-def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> None:
+def save_checkpoint(folder: str | Path, model: Any, optimizer: Any) -> None:
     """Write a model's weights and LNGD's state. Every rank has to call it, with a folder that all of them see.
 
     What was saved there before stays until the new one is whole, whenever a process dies."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    folder, core = Path(folder), optimizer.core
-    ranks = core.layout.everyone
+    folder, ranks = Path(folder), optimizer.core.layout.everyone
     if ranks.rank == 0:
         _take_over(folder)
         shutil.rmtree(folder / PARTIAL, ignore_errors=True)
         (folder / PARTIAL).mkdir(parents=True)
-    core.states = optimizer.state
-    names = _names(core, optimizer.param_groups)
-    tensors = {f"model.{name}": value for name, value in untied(get_model_state_dict(model)).items()}
-    in_layers = core.routing.in_layers()
-    for parameter, own in core.states.items():
-        others = {key: value for key, value in own.items() if parameter not in in_layers or key == "lost"}
-        tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in others.items() if parameter in names}
-    tensors |= _of_layers(core, names)
+    own, parameters = optimizer.state_dict(), _parameters(optimizer)
+    tensors = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
+    for number, name in enumerate(parameters):
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in own["state"].get(number, {}).items()}
+    first_of = ranks.broadcast_value(_first_names(tensors), 0)  # a rank without rows cannot tell
     ranks.barrier()  # what was left there is gone
-    write_tensors(folder / PARTIAL, tensors, ranks.group)
-    kept = sorted({name for own in ranks.all_gather_value(sorted(tensors)) for name in own})
+    write_tensors(folder / PARTIAL, {name: tensors[name] for name in first_of.values()}, ranks.group)
     if ranks.rank == 0:
-        groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        members = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-        text = json.dumps({"lngd": state.describe(core), "groups": groups, "members": members, "tensors": kept})
+        groups = [{key: _plain(value) for key, value in group.items()} for group in own["param_groups"]]
+        plain = {"lngd": own["lngd"], "groups": groups, "parameters": list(parameters), "tensors": first_of}
         unfinished = folder / PARTIAL / f"{PLAIN}.tmp"
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(json.dumps(plain), encoding="utf-8")
         unfinished.replace(folder / PARTIAL / PLAIN)  # from here on the folder is whole
         _take_over(folder)
     ranks.barrier()
@@ -67,21 +59,27 @@ def _take_over(folder: Path) -> None:
         (folder / PARTIAL).replace(folder / WHOLE)
 
 
-def untied(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a model's state dict, each once: of names that are tied the first one."""
-    found: dict[Any, tuple[str, Tensor]] = {}
-    for name, value in weights.items():
+def _first_names(tensors: Mapping[str, Any]) -> dict[str, str]:
+    """The name of each tensor → the first name of the same memory: tied weights, factors that layers share."""
+    first: dict[Any, str] = {}
+    found = {}
+    for name, value in tensors.items():
         if isinstance(value, Tensor):
             here = local(value)
             key = (here.data_ptr(), here.shape, here.stride()) if here.numel() else name
-            found.setdefault(key, (name, value))
-    return dict(found.values())
+            found[name] = first.setdefault(key, name)
+    return found
 
 
-def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> None:
+def untied(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a model's state dict, each once: of names that are tied the first one."""
+    return {name: weights[name] for name, first in _first_names(weights).items() if name == first}
+
+
+def load_checkpoint(folder: str | Path, model: Any, optimizer: Any) -> None:
     """Read what :func:`save_checkpoint` wrote, on any number of ranks. Every rank has to call it.
 
-    Weights and state pass through a copy of this rank's share: nothing is changed before all is read.
+    Weights and state pass through a copy: nothing is changed before all is read.
 
     Raises:
         ValueError: a folder that is no checkpoint, or not a whole one, or another model's or optimizer's; says what is
@@ -95,55 +93,35 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Any) -> Non
     ranks.barrier()
     optimizer.adopt()
     plain = _read_plain(folder)
-    described = state.check_origin(core.config, plain["lngd"])
-    state.check_parameters(state.parameters_of(core), described)
-    before = core.built
-    topology = Topology.from_state(described["topology"]) if described["topology"] else None
-    try:
-        state.empty(core, topology)
-        weights, others = _read(folder, plain, model, core, _names(core, optimizer.param_groups))
-    except BaseException:
-        core.restore(before)
-        raise
-    set_model_state_dict(model, {**get_model_state_dict(model), **weights})
-    core.states = optimizer.state
-    state.attach(core, topology, others, described["steps"])
-    by_members = {tuple(sorted(own)): group for own, group in zip(plain["members"], plain["groups"], strict=True)}
-    names = _names(core, optimizer.param_groups)
-    for group in optimizer.param_groups:
-        saved = by_members.get(tuple(sorted(names[p] for p in group["params"])), {})
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    optimizer.after_loading()
+    state.check_parameters(state.parameters_of(core), state.check_origin(core.config, plain["lngd"]))
+    parameters, weights = _parameters(optimizer), get_model_state_dict(model)
+    if plain["parameters"] != list(parameters):
+        raise _damaged(folder, "got other parameter groups, accepted: those of this optimizer")
+    stored, first_of = _stored(folder / WHOLE, folder), plain["tensors"]
+    own = {name: first_of.get(f"model.{name}", f"model.{name}") for name in untied(weights)}
+    wanted = {own[name]: torch.empty_like(value) for name, value in untied(weights).items()}
+    numbers = {name: number for number, name in enumerate(parameters)}
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, first in first_of.items():
+        owner, _, key = name.removeprefix("optimizer.").rpartition(".")
+        if name.startswith("optimizer."):
+            if first not in stored:
+                raise _damaged(folder, f"{first}: got none, accepted: a tensor")
+            if first not in wanted:
+                wanted[first] = _place_for(stored[first], parameters[owner], core.layout)
+            states.setdefault(numbers[owner], {})[key] = wanted[first]
+    read_tensors(folder / WHOLE, wanted, ranks.group, folder)
+    groups = [{k: tuple(v) if isinstance(v, list) else v for k, v in group.items()} for group in plain["groups"]]
+    optimizer.load_state_dict({"state": states, "param_groups": groups, "lngd": plain["lngd"]})
+    set_model_state_dict(model, {**weights, **{name: wanted[first] for name, first in own.items()}})
 
 
-def _read(
-    folder: Path, plain: Mapping[str, Any], model: nn.Module, core: Core, names: Mapping[Any, str]
-) -> tuple[dict[str, Any], dict[Any, dict[str, Tensor]]]:
-    """This rank's share of the layers' tensors, into these; of weights and of the other states."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    weights = {name: torch.empty_like(value) for name, value in untied(get_model_state_dict(model)).items()}
-    states: dict[Any, dict[str, Tensor]] = {}
-    kept, in_layers = set(plain["tensors"]), core.routing.in_layers()
-    for parameter, name in names.items():
-        new = {} if parameter in in_layers else core.new_state(parameter)
-        new["lost"] = torch.zeros_like(parameter.detach())
-        own = {key: value for key, value in new.items() if f"optimizer.{name}.{key}" in kept}
-        if own:
-            states[parameter] = own
-    wanted = {f"model.{name}": value for name, value in weights.items()}
-    wanted |= {f"optimizer.{names[p]}.{key}": value for p, own in states.items() for key, value in own.items()}
-    read_tensors(folder / WHOLE, wanted | _of_layers(core, names), core.layout.everyone.group, folder)
-    return weights, states
-
-
-def _of_layers(core: Core, names: Mapping[Any, str]) -> dict[str, Tensor]:
-    """This rank's tensors of layers by name; what a group shares once, by the name of its first member."""
-    return {
-        f"optimizer.{names[e.parameter]}.{e.key}": e.value
-        for e in core.entries()
-        if e.value is not None and (not e.shared or e.layer == e.group)
-    }
+def _place_for(stored: Any, parameter: Tensor, layout: Any) -> Tensor:
+    """Memory for a tensor of a parameter's state as it is stored: this rank's rows where the parameter is sharded."""
+    size = stored.size
+    if is_sharded(parameter) and (len(size) > 1 or size == parameter.shape):
+        return layout.empty(size, stored.properties.dtype, parameter.device)
+    return torch.empty(size, dtype=stored.properties.dtype)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Any], group: Any) -> None:
@@ -165,14 +143,11 @@ def read_tensors(
     Raises:
         RuntimeError: there is something else.
         ValueError: a file that cannot be read, a tensor that is missing or has another shape."""
-    shown = shown or folder  # in errors: the folder that a user knows
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.api import CheckpointException
 
-    try:
-        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except Exception as error:  # a header in which anything can be wrong
-        raise _damaged(shown, f"its files cannot be read ({type(error).__name__}: {error})") from error
+    shown = shown or folder  # in errors: the folder that a user knows
+    found = _stored(folder, shown)
     foreign = sorted(set(found) - set(wanted)) if all_of else []
     if foreign:
         raise RuntimeError(f"checkpoint {shown}: weights of another model: {', '.join(foreign[:5])}")
@@ -189,6 +164,16 @@ def read_tensors(
         raise _damaged(shown, f"its files cannot be read ({causes})") from error
 
 
+def _stored(folder: Path, shown: Path) -> dict[str, Any]:
+    """The tensors in a folder: name → their metadata."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    try:
+        return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:  # a header in which anything can be wrong
+        raise _damaged(shown, f"its files cannot be read ({type(error).__name__}: {error})") from error
+
+
 def _read_plain(folder: Path) -> dict[str, Any]:
     file = folder / WHOLE / PLAIN
     if not file.is_file():
@@ -197,7 +182,7 @@ def _read_plain(folder: Path) -> dict[str, Any]:
         plain = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _damaged(folder, f"got a damaged {PLAIN} ({error})") from error
-    if not isinstance(plain, dict) or not {"lngd", "groups", "members", "tensors"} <= set(plain):
+    if not isinstance(plain, dict) or not {"lngd", "groups", "parameters", "tensors"} <= set(plain):
         raise _damaged(folder, f"got a damaged {PLAIN}")
     return plain
 
@@ -206,12 +191,13 @@ def _damaged(folder: Path, what: str) -> ValueError:
     return ValueError(f"checkpoint {folder}: {what}")
 
 
-def _names(core: Core, groups: list[dict[str, Any]]) -> dict[Any, str]:
-    """The names of the model's parameters, and of those added later by group and place."""
-    names = {p: name for name, p in core.routing.parameters.items()}
-    for number, group in enumerate(groups):
-        names.update({p: f"param_groups.{number}.{i}" for i, p in enumerate(group["params"]) if p not in names})
-    return names
+def _parameters(optimizer: Any) -> dict[str, Tensor]:
+    """The optimizer's parameters in its state dict's order, by name; those added later by group and place."""
+    names = {p: name for name, p in optimizer.core.routing.parameters.items()}
+    found = {}
+    for number, group in enumerate(optimizer.param_groups):
+        found.update({names.get(p, f"param_groups.{number}.{i}"): p for i, p in enumerate(group["params"])})
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -6,26 +6,33 @@ by rows; gradients go whole to the process that owns a layer, updates come back 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batches import Job, LayerBatch
 from ..config import LNGDConfig
 from ..layers import Layer
-from ..torch_internals import is_fully_sharded, is_sharded, local
+from ..torch_internals import is_fully_sharded, is_sharded
 from .ranks import Ranks, balanced, by_dtype
 
-Change = tuple[Layer, Tensor, Tensor | None]
 Sums = tuple[list[Tensor | None], list[Tensor]]
 
 
+class Piece(NamedTuple):
+    """A tensor that travels between its rows and its owner; `like`: an empty one of its dtype and device."""
+
+    shape: torch.Size
+    owner: int
+    like: Tensor
+
+
 class Whole:
-    """Every process computes and keeps all. Momentum of a batch: [L · units, m, columns], of the layers that this
-    process computes.
+    """Every process computes and keeps all. Momentum is averaged in stacks [n · units, m, columns] of the layers that
+    this process computes.
 
     Attributes:
         everyone: all processes that train the model.
@@ -73,59 +80,41 @@ class Whole:
         """Which of `count` rows of a parameter a process has."""
         return slice(0, count)
 
-    def with_momentum(self, batch: LayerBatch) -> list[Layer]:
-        """The layers whose momentum this process has, whole or in part."""
-        return batch.layers
-
     def rounds(self, jobs: list[Job]) -> Iterator[list[Job]]:
         """The jobs of a step that are done together: one by one, so that one batch's updates are there at a time."""
-        yield from ([job] for job in jobs if job.own)
+        yield from ([job] for job in jobs if job.layers)
 
-    def layers_of(self, job: Job) -> list[Layer]:
-        """The layers of a job in the momentum's form."""
-        return job.layers
+    def with_momentum(self, of: LayerBatch | Job) -> list[Layer]:
+        """The layers whose momentum this process has, whole or in part."""
+        return of.layers
 
-    def new_momentum(self, batch: LayerBatch) -> list[Tensor]:
-        """The momentum of a batch before the first step."""
-        first = batch.members[0]
-        return [first.like.new_zeros(len(batch.layers) * first.units, first.m, first.columns)]
+    def stack(self, layers: list[Layer], get: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
+        """What `get` gives for the parameters of layers of one shape, in their shapes, as copies in one tensor, or none
+        for no layers; under *rows* one of weights and one of biases in the factor."""
+        if not layers:
+            return []
+        parameters = [[get(p) for p in layer.parameters] for layer in layers]
+        dtype = layers[0].like.dtype
+        return [torch.cat([y.matrices(own, dtype) for y, own in zip(layers, parameters, strict=True)])]
 
-    def momentum_of(self, batch: LayerBatch, i: int) -> tuple[Tensor, Tensor | None]:
-        """Views of the momentum of a batch in the shape of the weight, and of the bias if it is in the factor, of the
-        i-th of those that :meth:`with_momentum` tells."""
-        layer = batch.layers[i]
-        own = batch.momentum[0][i * layer.units : (i + 1) * layer.units]
-        bias = None if layer.bias is None else own[..., layer.d].view(-1)
-        return layer.like_weight(own), bias
-
-    def gradients(self, job: Job) -> list[Tensor]:
-        """Gradients of the layers of a job in the momentum's form, copies."""
-        dtype = job.batch.momentum[0].dtype
-        return [torch.cat([_matrices(layer, dtype) for layer in job.layers])] if job.own else []
-
-    def index(self, job: Job) -> slice | Tensor:
-        """The rows of a job in the first dimension of each part of the momentum."""
-        return job.batch.index(job.own)
+    def unstack(self, layers: list[Layer], parts: list[Tensor]) -> Iterator[tuple[Layer, list[Tensor]]]:
+        """Each layer with what :meth:`stack` was made of, views where that is possible."""
+        for layer, own in zip(layers, parts[0].unflatten(0, (-1, layers[0].units)).unbind(0), strict=True):
+            yield layer, layer.like_parameters(own)
 
     def to_owners(self, jobs: list[Job], parts: list[list[Tensor]]) -> list[Tensor | None]:
-        """What is in the momentum's form → [n · units, m, columns] of the layers that this process computes; None: none
-        of a job."""
+        """Stacks → [n · units, m, columns] of the layers that this process computes; None: none of a job."""
         return [own[0] if own else None for own in parts]
 
     def from_owners(self, jobs: list[Job], updates: list[Tensor | None]) -> list[list[Tensor]]:
         """The inverse of :meth:`to_owners`, of all present layers."""
-        return [[update] for update in updates if update is not None]
+        return [[whole] for whole in self.all_matrices(jobs, updates)]
 
     def all_matrices(self, jobs: list[Job], own: list[Tensor | None]) -> list[Tensor]:
         """Matrices of the layers that this process computes → of all present ones: all that there are."""
         return [matrices for matrices in own if matrices is not None]
 
-    def changes(self, job: Job, parts: list[Tensor]) -> Iterator[Change]:
-        """Each present layer with what is subtracted from its weight and its bias."""
-        for layer, own in zip(job.members, parts[0].unflatten(0, (-1, job.batch.units)).unbind(0), strict=True):
-            yield layer, layer.like_weight(own), None if layer.bias is None else layer.like_bias(own)
-
-    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor) -> Any:
+    def export(self, value: Tensor | None, group: str, shape: torch.Size, like: Tensor) -> Any:
         """What only a group's owner has, as a checkpoint has it; `shape`, `like`: its shape, and a tensor with its
         dtype and device. A collective where groups have owners."""
         return value
@@ -149,9 +138,6 @@ class Owned(Whole):
         if jobs:
             yield jobs
 
-    def from_owners(self, jobs: list[Job], updates: list[Tensor | None]) -> list[list[Tensor]]:
-        return [[own] for own in self.all_matrices(jobs, updates)]
-
     def all_matrices(self, jobs: list[Job], own: list[Tensor | None]) -> list[Tensor]:
         """Matrices [n · units, m, columns] of the layers that each process computes → of all present ones, everywhere:
         one collective for each dtype."""
@@ -164,7 +150,7 @@ class Owned(Whole):
             everyone = self.ranks.all_gather(torch.cat(flat) if flat else found[places[0]], most)
             starts = [0] * self.ranks.size
             for i in places:
-                count, (units, *shape) = len(jobs[i].present), shapes[i]
+                count, (units, *shape) = len(jobs[i].members), shapes[i]
                 whole = everyone.new_empty(count, sizes[i])
                 for rank, share in enumerate(shares[i]):
                     end = starts[rank] + len(share) * sizes[i]
@@ -181,9 +167,9 @@ class Owned(Whole):
     def _owner_of(self, layer: Layer) -> int:
         return self._owner[self._group_of[layer.name]]
 
-    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor) -> Any:
+    def export(self, value: Tensor | None, group: str, shape: torch.Size, like: Tensor) -> Any:
         """Sent to all."""
-        buffer = like.new_empty(tuple(shape)) if value is None else value.detach().clone()
+        buffer = like.new_empty(shape) if value is None else value.detach().clone()
         dist.broadcast(buffer, group=self.ranks.group, group_src=self._owner[group])
         return buffer
 
@@ -191,8 +177,8 @@ class Owned(Whole):
 class Rows(Owned):
     """FSDP2: parameters are sharded by rows over a mesh, or (HSDP) over its second dimension and alike over the first.
 
-    Momentum of a batch: a weight's rows [L, rows, …] and, where biases are in the factor, those of the bias [L, rows],
-    of all members. `replicas`: the processes that hold the same rows (HSDP), else none.
+    Momentum is averaged in stacks of the weights' rows [n, rows, …] and, where biases are in the factor, of the biases'
+    [n, rows], of all layers. `replicas`: the processes that hold the same rows (HSDP), else none.
 
     Args:
         model: some of its modules `fully_shard` was called on.
@@ -241,139 +227,105 @@ class Rows(Owned):
         first = min(count, each * (self.ranks.rank if rank is None else rank))
         return slice(first, min(count, first + each))
 
-    def with_momentum(self, batch: LayerBatch) -> list[Layer]:
+    def with_momentum(self, of: LayerBatch | Job) -> list[Layer]:
         """All: some rows of each."""
-        return batch.members
+        return of.members
 
-    def new_momentum(self, batch: LayerBatch) -> list[Tensor]:
-        first = batch.members[0]
-        parameters = [first.weight] if first.bias is None else [first.weight, first.bias]
-        return [first.like.new_zeros(len(batch.members), *local(p).shape) for p in parameters]
+    def stack(self, layers: list[Layer], get: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
+        kinds = zip(*(layer.parameters for layer in layers), strict=True)
+        return [torch.stack([get(p) for p in kind]).to(layers[0].like.dtype) for kind in kinds]
 
-    def momentum_of(self, batch: LayerBatch, i: int) -> tuple[Tensor, Tensor | None]:
-        layer, parts = batch.members[i], batch.momentum
-        bias = None if layer.bias is None else self.as_sharded(parts[1][i], layer.bias)
-        return self.as_sharded(parts[0][i], layer.weight), bias
+    def unstack(self, layers: list[Layer], parts: list[Tensor]) -> Iterator[tuple[Layer, list[Tensor]]]:
+        yield from ((layer, [part[place] for part in parts]) for place, layer in enumerate(layers))
 
-    def layers_of(self, job: Job) -> list[Layer]:
-        return job.members
-
-    def gradients(self, job: Job) -> list[Tensor]:
-        """Stacked rows of the gradients."""
-        kinds: list[Any] = [[y.weight for y in job.members], [y.bias for y in job.members]]
-        dtype, kinds = job.batch.momentum[0].dtype, kinds[: len(job.batch.momentum)]
-        return [torch.stack([_local_gradient(p) for p in kind]).to(dtype) for kind in kinds]
-
-    def index(self, job: Job) -> slice | Tensor:
-        whole = len(job.present) == len(job.batch.members)
-        return slice(None) if whole else torch.tensor(job.present, device=job.batch.rows.device)
-
-    def _travellers(self, jobs: list[Job]) -> list[tuple[int, int, int, torch.Size, int]]:
-        """Each weight and bias of the present layers: number of its job, place in it, 0 or 1 (bias), shape, owner."""
-        return [
-            (number, place, kind, parameter.shape, self._owner_of(layer))  # type: ignore[union-attr]
-            for number, job in enumerate(jobs)
-            for place, layer in enumerate(job.members)
-            for kind, parameter in enumerate((layer.weight, layer.bias)[: len(job.batch.momentum)])
-        ]
+    def _pieces(self, jobs: list[Job]) -> list[Piece]:
+        """Of every parameter of the jobs' layers what travels."""
+        layers = [layer for job in jobs for layer in job.members]
+        return [Piece(p.shape, self._owner_of(layer), layer.like) for layer in layers for p in layer.parameters]
 
     def to_owners(self, jobs: list[Job], parts: list[list[Tensor]]) -> list[Tensor | None]:
         """Rows to whole matrices at each layer's owner."""
-        pieces = self._travellers(jobs)
-        rows = [parts[number][kind][place] for number, place, kind, _, _ in pieces]
-        whole = iter(self._collect(rows, [p[3] for p in pieces], [p[4] for p in pieces]))
-        found: list[Tensor | None] = []
+        rows = [row for own in parts for layer in zip(*own, strict=True) for row in layer]
+        whole, found = iter(self._collect(rows, self._pieces(jobs))), list[Tensor | None]()
         for job, own in zip(jobs, parts, strict=True):
             matrices = []
             for layer in job.members:
-                weight, *bias = [next(whole) for _ in own]
-                if weight is not None:
-                    matrices.append(layer.matrices(weight, bias[0] if bias else None, own[0].dtype))
+                values = [next(whole) for _ in own]
+                if self._owner_of(layer) == self.ranks.rank:
+                    matrices.append(layer.matrices(values, own[0].dtype))  # type: ignore[arg-type]
             found.append(torch.cat(matrices) if matrices else None)
         return found
 
     def from_owners(self, jobs: list[Job], updates: list[Tensor | None]) -> list[list[Tensor]]:
         """Whole matrices to rows."""
-        pieces, members = self._travellers(jobs), [job.members for job in jobs]
-        own = [
-            iter([] if u is None else u.unflatten(0, (-1, y[0].units)).unbind(0))
-            for u, y in zip(updates, members, strict=True)
-        ]
-        whole: list[Tensor | None] = []
-        likes, matrices = [], None
-        for number, place, kind, _, owner in pieces:
-            if kind == 0:
-                matrices = next(own[number]) if owner == self.ranks.rank else None
-            layer, job = members[number][place], jobs[number]
-            cut = layer.like_bias if kind else layer.like_weight
-            whole.append(None if matrices is None else cut(matrices))
-            likes.append(job.batch.momentum[kind][job.present[place]])
-        rows = iter(self._spread(whole, likes, [p[3] for p in pieces], [p[4] for p in pieces]))
-        found = []
+        whole = list[Tensor | None]()
+        for job, update in zip(jobs, updates, strict=True):
+            own = iter([] if update is None else update.unflatten(0, (-1, job.batch.units)).unbind(0))
+            for layer in job.members:
+                mine = self._owner_of(layer) == self.ranks.rank
+                whole += layer.like_parameters(next(own)) if mine else [None] * len(layer.parameters)
+        rows, found = iter(self._spread(whole, self._pieces(jobs))), list[list[Tensor]]()
         for job in jobs:
-            every = [[next(rows) for _ in job.batch.momentum] for _ in job.present]
+            every = [[next(rows) for _ in layer.parameters] for layer in job.members]
             found.append([torch.stack(kind) for kind in zip(*every, strict=True)])
         return found
 
-    def changes(self, job: Job, parts: list[Tensor]) -> Iterator[Change]:
-        """Each present layer with the rows that are subtracted."""
-        for place, layer in enumerate(job.members):
-            yield layer, parts[0][place], parts[1][place] if len(parts) > 1 else None
-
-    def _collect(self, rows: list[Tensor], shapes: list[torch.Size], owners: list[int]) -> list[Tensor | None]:
+    def _collect(self, rows: list[Tensor], pieces: list[Piece]) -> list[Tensor | None]:
         """Sharded tensors, each whole on its owner (None elsewhere): one collective for each dtype."""
         found: list[Tensor | None] = [None] * len(rows)
         ranks = range(self.ranks.size)
         for places in by_dtype(rows):
-            order = sorted(places, key=lambda i: owners[i])
-            mine = [i for i in order if owners[i] == self.ranks.rank]
-            sent = [sum(rows[i].numel() for i in order if owners[i] == rank) for rank in ranks]
-            sizes = [[self._numel(shapes[i], rank) for i in mine] for rank in ranks]
+            order = sorted(places, key=lambda i: pieces[i].owner)
+            mine = [i for i in order if pieces[i].owner == self.ranks.rank]
+            sent = [sum(rows[i].numel() for i in order if pieces[i].owner == rank) for rank in ranks]
+            sizes = [[self._numel(pieces[i].shape, rank) for i in mine] for rank in ranks]
             flat = torch.cat([rows[i].reshape(-1) for i in order])
             flat = self.ranks.all_to_all(flat, sent, [sum(own) for own in sizes])
-            pieces = flat.split([size for own in sizes for size in own])
+            parts = flat.split([size for own in sizes for size in own])
             for place, i in enumerate(mine):
-                found[i] = torch.cat(pieces[place :: len(mine)]).view(shapes[i])
+                found[i] = torch.cat(parts[place :: len(mine)]).view(pieces[i].shape)
         return found
 
-    def _spread(
-        self, whole: list[Tensor | None], likes: list[Tensor], shapes: list[torch.Size], owners: list[int]
-    ) -> list[Tensor]:
-        """The inverse of `_collect`: this process's rows of each tensor, in the shape of `likes`."""
-        found, ranks = list(likes), range(self.ranks.size)
-        for places in by_dtype(likes):
-            order = sorted(places, key=lambda i: owners[i])
-            own = [(tensor, shapes[i][0]) for i in order if (tensor := whole[i]) is not None]
-            parts = [[tensor[self.rows(count, rank)].reshape(-1) for tensor, count in own] for rank in ranks]
-            got = [sum(likes[i].numel() for i in order if owners[i] == rank) for rank in ranks]
-            flat = torch.cat([part for to in parts for part in to]) if own else likes[order[0]].new_empty(0)
+    def _spread(self, whole: list[Tensor | None], pieces: list[Piece]) -> list[Tensor]:
+        """The inverse of `_collect`: this process's rows of each tensor."""
+        found, ranks = [piece.like for piece in pieces], range(self.ranks.size)
+        for places in by_dtype(found):
+            order = sorted(places, key=lambda i: pieces[i].owner)
+            own = [tensor for i in order if (tensor := whole[i]) is not None]
+            parts = [[tensor[self.rows(len(tensor), rank)].reshape(-1) for tensor in own] for rank in ranks]
+            sizes = [self._numel(pieces[i].shape, self.ranks.rank) for i in order]
+            got = [sum(size for i, size in zip(order, sizes, strict=True) if pieces[i].owner == rank) for rank in ranks]
+            flat = torch.cat([part for to in parts for part in to]) if own else found[order[0]]
             flat = self.ranks.all_to_all(flat, [sum(part.numel() for part in to) for to in parts], got)
-            for i, piece in zip(order, flat.split([likes[i].numel() for i in order]), strict=True):
-                found[i] = piece.view(likes[i].shape)
+            for i, piece in zip(order, flat.split(sizes), strict=True):
+                rows = self.rows(pieces[i].shape[0])
+                found[i] = piece.view(rows.stop - rows.start, *pieces[i].shape[1:])
         return found
 
     def _numel(self, shape: torch.Size, rank: int) -> int:
         rows = self.rows(shape[0], rank)
         return (rows.stop - rows.start) * math.prod(shape[1:])
 
-    def as_sharded(self, rows: Tensor, like: Tensor) -> Any:
-        """This process's rows of something in the shape of `like`, as a DTensor of their memory."""
+    def as_sharded(self, rows: Tensor, shape: torch.Size) -> Any:
+        """This process's rows of something in this shape, as a DTensor of their memory."""
         from torch.distributed.tensor import DTensor
 
-        size, stride = like.shape, torch.empty(like.shape, device="meta").stride()
-        return DTensor.from_local(rows, self.mesh, self._placements, run_check=False, shape=size, stride=stride)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(rows, self.mesh, self._placements, run_check=False, shape=shape, stride=stride)
 
     def shard(self, whole: Tensor) -> Any:
         """This process's rows of a tensor that is there whole, as a DTensor; a copy."""
-        return self.as_sharded(whole[self.rows(whole.shape[0])].clone(), whole)
+        return self.as_sharded(whole[self.rows(len(whole))].clone(), whole.shape)
 
-    def export(self, value: Tensor | None, group: str, shape: Sequence[int], like: Tensor) -> Any:
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+        """A tensor of this shape, sharded by rows."""
+        rows = self.rows(shape[0])
+        return self.as_sharded(torch.empty(rows.stop - rows.start, *shape[1:], dtype=dtype, device=device), shape)
+
+    def export(self, value: Tensor | None, group: str, shape: torch.Size, like: Tensor) -> Any:
         """Sharded by rows, as parameters are."""
-        whole, size = None if value is None else value.contiguous(), torch.Size(shape)
-        rows = self.rows(size[0])
-        empty = like.new_empty(rows.stop - rows.start, *size[1:])
-        (own,) = self._spread([whole], [empty], [size], [self._owner[group]])
-        return self.as_sharded(own.clone(), torch.empty(size, device="meta"))
+        (own,) = self._spread([value], [Piece(shape, self._owner[group], like)])
+        return self.as_sharded(own.clone(), shape)
 
 
 # Roughly, of a device: operations a second of batched matmuls, and numbers a second that a process receives: they
@@ -422,13 +374,3 @@ def _check_sharding(name: str, parameter: Tensor, first_name: str, mesh: Any) ->
             f"LNGD: parameter '{name}': got {kinds} over {here.device_mesh}, accepted: Shard(0) over one mesh for "
             "all, or Replicate and Shard(0) over a mesh of two dimensions (HSDP)"
         )
-
-
-def _local_gradient(parameter: Any) -> Tensor:
-    return torch.zeros_like(local(parameter)) if parameter.grad is None else local(parameter.grad)
-
-
-def _matrices(layer: Layer, dtype: torch.dtype) -> Tensor:
-    """A layer's gradient as [units, m, columns]; zeros where there is none."""
-    bias = None if layer.bias is None else _local_gradient(layer.bias)
-    return layer.matrices(_local_gradient(layer.weight), bias, dtype)

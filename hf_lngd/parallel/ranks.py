@@ -106,10 +106,10 @@ class Ranks:
         if self.size == 1:
             return
         text = json.dumps(own, sort_keys=True, default=str)
-        digests = self._all_gather_text(hashlib.sha256(text.encode()).hexdigest())
+        digests = self.all_gather_value(hashlib.sha256(text.encode()).hexdigest())
         if len(set(digests)) == 1:
             return
-        everyone = [json.loads(other) for other in self._all_gather_text(text)]
+        everyone = self.all_gather_value(json.loads(text))
         other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
         first, second = everyone[0], everyone[other]
         shown = {n: (_shown(first, n), _shown(second, n)) for n in first | second}
@@ -122,7 +122,11 @@ class Ranks:
 
     def all_gather_value(self, value: Any) -> list[Any]:
         """A plain value of every rank, in their order."""
-        return [value] if self.size == 1 else [json.loads(own) for own in self._all_gather_text(json.dumps(value))]
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
 
     def broadcast_value(self, value: Any, rank: int) -> Any:
         """What one rank has, on every rank: anything that can be pickled, its tensors on the CPU."""
@@ -137,11 +141,6 @@ class Ranks:
         if self.size > 1:
             dist.barrier(group=self.group)
 
-    def _all_gather_text(self, value: str) -> list[str]:
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, value, group=self.group)
-        return everyone
-
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
     return repr(values[name]) if name in values else "none"
@@ -149,14 +148,7 @@ def _shown(values: Mapping[str, Any], name: str) -> str:
 
 def balanced(costs: Sequence[float], ranks: int) -> list[int]:
     """The rank of each task: longest processing time first, each to the rank that has least. Depends on nothing but the
-    arguments. The most loaded rank has at most 4/3 of what it would have in the best assignment (Graham 1969).
-
-    Raises:
-        ValueError: fewer than one rank, or a negative cost."""
-    if ranks < 1:
-        raise ValueError(f"ranks: got {ranks}, accepted: an integer, at least 1")
-    if any(not cost >= 0 for cost in costs):
-        raise ValueError(f"costs: got {min(costs)}, accepted: numbers, at least 0")
+    arguments. The most loaded rank has at most 4/3 of what it would have in the best assignment (Graham 1969)."""
     owners, loads = [0] * len(costs), [0.0] * ranks
     for task in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owners[task] = min(range(ranks), key=lambda rank: (loads[rank], rank))

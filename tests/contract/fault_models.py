@@ -95,6 +95,36 @@ def added(scene: Scene) -> None:
     model.spoil = None
 
 
+@fault(PARAMETERS, "all parameters of the optimizer are frozen, others are thawed", "nothing is trained",
+       log=NOT_TRAINED, variants=PAPER)  # fmt: skip
+def others_thawed(scene: Scene) -> None:
+    model = net()
+    model.up.requires_grad_(False)
+    scene.make(model)
+    before = scene.weights()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("up."))
+    scene.step()
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@fault(
+    PARAMETERS,
+    "a layer's gradients are masked (sparse fine-tuning)",
+    "zeros fill up: a direction mixes the entries of a matrix; with `exclude` AdamW has the layer, and they stay zero",
+)
+def masked_gradients(scene: Scene) -> None:
+    for fields, stays in (({}, False), ({"exclude": "up.weight"}, True)):
+        model, _ = scene.make(steps=0, weight_decay=0.0, **fields)
+        before, off = scene.weights(), torch.arange(48).view(8, 6) % 3 > 0
+        hook = model.up.weight.register_hook(lambda gradient, off=off: gradient.masked_fill(off, 0.0))
+        scene.step()
+        scene.step()
+        hook.remove()
+        assert torch.equal(before["up.weight"][off], model.up.weight[off]) is stays
+        assert not torch.equal(before["up.weight"], model.up.weight)
+
+
 @fault(PARAMETERS, "a parameter that is given to the optimizer twice", "nothing is changed", error="some parameters …")
 def given_twice(scene: Scene) -> None:
     model, optimizer = scene.make()
@@ -109,6 +139,17 @@ def overwritten(scene: Scene) -> None:
     model, _ = scene.make()
     model.load_state_dict(net().state_dict())
     scene.step()
+
+
+@fault(MODULES, "a layer without inputs or outputs", "AdamW has its parameters", variants=ALL)
+def empty_layers(scene: Scene) -> None:
+    model = net()
+    model.up.extra = nn.ModuleList([nn.Linear(6, 0), nn.Linear(0, 6)])
+    model.spoil = lambda h: h + model.up.extra[0](h).sum() + model.up.extra[1](h[..., :0])
+    before = model.up.extra[1].bias.detach().clone()
+    scene.make(model)
+    assert not torch.equal(before, model.up.extra[1].bias)
+    model.spoil = None
 
 
 @fault(MODULES, "a layer that is replaced in mid-training", "the new one is not trained, the old one's state is kept",

@@ -156,6 +156,24 @@ def test_a_parameter_in_two_groups_is_refused_and_one_in_none_rests(caplog: pyte
     assert [n for n, value in after.items() if torch.equal(value, before[n])] == ["norm.bias", "head.weight"]
 
 
+def test_a_warning_names_what_is_trained_by_nobody_where_all_that_was_is_frozen(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    model[0].requires_grad_(False)
+    optimizer = LNGD(model)
+    for step in range(8):
+        if step == 3:
+            model[0].requires_grad_(True)
+            model[2].requires_grad_(False)
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not caplog.messages or step >= 3
+    told = [message.split("'")[1] for message in caplog.messages if "not trained" in message]
+    assert sorted(told) == ["0.bias", "0.weight"]
+
+
 @pytest.mark.parametrize("key", ["betas", "momentum"])
 def test_momentum_of_a_group_is_read_in_every_step(case: Case, key: str) -> None:
     plain, other = case.make(momentum=0.5), case.make(momentum=0.9)
@@ -219,6 +237,45 @@ def test_all_other_parameters_take_torchs_adamw() -> None:
         case.train(model, optimizer, range(step, step + 1))
         case.train(other, adamw, range(step, step + 1))
     assert equal(model, other)
+
+
+class Mixed(nn.Module):
+    """Parameters whose memory is not in the order of their dimensions: all but the first go to AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.turned, self.cut = nn.Parameter(torch.randn(4, 5).T), nn.Parameter(torch.randn(5, 8)[:, ::2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x).mean((2, 3)) @ (self.turned * self.cut).T).square().mean()
+
+
+@pytest.mark.parametrize("change", ["memory_format", "gradient", "dtype"])
+def test_adamw_goes_on_as_torchs_where_memory_is_laid_out_anew(change: str) -> None:
+    """In mid-training, by `module.to`, or by whoever writes gradients."""
+    models = [seeded(Mixed), seeded(Mixed)]
+    optimizers: list[Any] = [
+        LNGD(models[0], lr=1e-2, exclude=".", fallback_lr_scale=1.0, weight_decay=0.0),
+        torch.optim.AdamW(models[1].parameters(), lr=1e-2, weight_decay=0.0),
+    ]
+    for step in range(6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            if step == 3 and change == "memory_format":
+                model.to(memory_format=torch.channels_last)
+            elif step == 3 and change == "dtype":
+                model.double()
+                for state in optimizer.state.values():  # torch's own does not follow
+                    state.update({k: v.double() for k, v in state.items() if k != "step"})
+            x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step)).to(model.conv.weight)
+            model(x).backward()
+            if change == "gradient":
+                gradient = model.conv.weight.grad
+                model.conv.weight.grad = gradient.contiguous(memory_format=torch.channels_last)
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_parameters_of_no_layer_may_be_added_late() -> None:

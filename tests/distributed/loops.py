@@ -124,10 +124,11 @@ def wrap(model: nn.Module, layout: str, how: str = "blocks", **ddp: Any) -> Any:
 def prepare(
     model: nn.Module, layout: str, fields: dict[str, Any], first: str = "optimizer", how: str = "blocks", **more: Any
 ) -> tuple[Any, LNGD]:
-    """The wrapped model and its optimizer. first: what comes first, the ``optimizer`` or the ``shards``."""
+    """The wrapped model and its optimizer. first: what comes first, the ``optimizer`` or what is wrapped around the
+    model (``shards``), which LNGD is then given."""
     wrapped = wrap(model, layout, how) if first == "shards" else model
     several = {} if layout == "rows" or world()[1] == 1 else {"layout": layout}
-    optimizer = LNGD(model, **{"lr": LR, **fields}, **several, **more)
+    optimizer = LNGD(wrapped, **{"lr": LR, **fields}, **several, **more)
     return (wrap(model, layout, how) if first == "optimizer" else wrapped), optimizer
 
 

@@ -48,6 +48,12 @@ def test_a_state_dict_goes_on_anywhere_under_ddp(before: Place, kind: str, pools
             check_resumed(run(pools, after, loops.train, resume=half, **case), whole, before == after)
 
 
+def test_the_state_of_a_model_that_ddp_wraps_is_that_of_the_model(pools: Pools) -> None:
+    case: dict[str, Any] = {"kind": "images", "fields": FIELDS, "trim": False}
+    half = pools[2].run(loops.train, layout="owned", first="shards", stop=3, **case)[0]
+    check_resumed([loops.train(resume=half, **case)], [loops.train(**case)], False)
+
+
 PLACES: list[Place] = [ONE, ("whole", 2), ("owned", 2), ("rows", 2)]
 
 

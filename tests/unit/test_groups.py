@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_lngd import LNGDConfig
-from hf_lngd.groups import KINDS, Assignment, Options, alike, check_lr, defaults_of, kind_options, make_groups
+from hf_lngd.groups import KINDS, Options, StepOptions, alike, check_lr, make_groups, options_of
 from hf_lngd.routing import Routing, route
 
 
@@ -29,9 +29,9 @@ def test_there_is_a_group_for_each_kind() -> None:
         decay = {"lngd": 1.5, "embedding": 0.1, "fallback": 0.1}.get(name, 0.0)
         assert group["weight_decay"] == pytest.approx(decay)
         assert group["betas"] == ((0.7, 0.95) if layers else (0.7 if name == "embedding" else 0.9, 0.999))
-        assert {k: v for k, v in group.items() if k not in ("params", "name")} == kind_options(name, config, 0.5)
-    assert kind_options("added", config, 0.5) == {}
-    assert set(defaults_of(config, 0.5)) == {"lr", "lr_scale", "weight_decay", "betas", "eps"}
+        assert {k: v for k, v in group.items() if k not in ("params", "name")} == options_of(name, config, 0.5)
+    others = {"lr": 0.5, "lr_scale": 1.0, "weight_decay": 0.0, "betas": config.betas, "eps": config.eps}
+    assert options_of("added", config, 0.5) == others
     assert "lngd_bias" not in {group["name"] for group in make_groups(*routed(bias="fallback"), 0.5)}
 
 
@@ -72,13 +72,6 @@ def test_entries_that_do_not_fit_are_refused(entries: list[dict[str, Any]], told
     assert told in str(error.value)
 
 
-def test_a_rate_in_a_tensor_is_each_groups_own() -> None:
-    lr = torch.tensor(0.5)
-    rates = [group["lr"] for group in make_groups(*routed(), lr)]
-    assert all(torch.equal(rate, lr) for rate in rates)
-    assert len({rate.data_ptr() for rate in (lr, *rates)}) == len(rates) + 1
-
-
 @pytest.mark.parametrize("lr", [-1, float("nan"), float("inf"), "1", None, torch.ones(2)], ids=str)
 def test_a_rate_that_is_none(lr: Any) -> None:
     with pytest.raises(ValueError, match="lr: got .*, accepted: a number .* at least 0"):
@@ -93,15 +86,18 @@ def test_what_a_group_says() -> None:
 
 def test_which_group_has_a_parameter() -> None:
     a, b, c = (nn.Parameter(torch.zeros(2)) for _ in range(3))
-    groups: list[dict[str, Any]] = [{"params": [a]}, {"params": [b, c]}]
-    assignment = Assignment()
-    found = assignment.update(groups)
-    assert found == {a: 0, b: 1, c: 1} and assignment.update(groups) is found
+    groups: list[dict[str, Any]] = [{"params": own, "lr": 1.0, "lr_scale": 1.0} for own in ([a], [b, c])]
+    for group in groups:
+        group |= {"weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-8}
+    options = StepOptions()
+    options.read(groups)
+    assert list(options) == [a, b, c] and options[c] is options.groups[1]
     groups[1]["params"] = [b]
-    assert assignment.update(groups) == {a: 0, b: 1}
-    groups.append({"params": [a]})
+    options.read(groups)
+    assert list(options) == [a, b] and c not in options
+    groups.append({**groups[0]})
     with pytest.raises(ValueError, match=r"a parameter \[2\] is in groups 0 and 2, accepted: in one"):
-        assignment.update(groups)
+        options.read(groups)
 
 
 def test_values_of_layers_are_one_number_where_they_are_the_same() -> None:

@@ -233,10 +233,11 @@ MODULES = {
 def test_weights_inputs_and_outputs_of_a_layer_fit_together(case: str, bias: bool) -> None:
     module, x = MODULES[case]()
     layer = layer_of(module, bias)
-    matrices = layer.matrices(layer.weight, layer.bias, torch.float64)
+    matrices = layer.matrices(layer.parameters, torch.float64)
     assert matrices.shape == (layer.units, layer.m, layer.columns) and layer.columns == layer.d + bias
-    assert torch.equal(layer.like_weight(matrices), module.weight.double())
-    assert not bias or torch.equal(layer.like_bias(matrices), module.bias.double())
+    weight, *found = layer.like_parameters(matrices)
+    assert torch.equal(weight, module.weight.double()) and len(found) == bias
+    assert not bias or torch.equal(found[0], module.bias.double())
     ((a, where),) = layer.inputs(x)
     if not bias:
         module.bias.data.zero_()

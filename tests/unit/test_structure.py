@@ -46,7 +46,6 @@ FOREIGN = {
     "hf_lngd.integrations.stock": "_member_map_ _member_names_ _name_ _sort_order_ _value2member_map_ _value_",
     "hf_lngd.layers": "_conv_forward _parameters",
     "hf_lngd.paper.chains": "_get_current_function_mode _pop_mode _push_mode",
-    "hf_lngd.parallel.adopt": "_parameters",
     "hf_lngd.routing": "_parameters",
     "benchmarks.cost.calibration": "_foreach_mul_ _foreach_sub_",
     "benchmarks.cost.report": "_from_config",
