@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -240,9 +242,28 @@ def every_sample() -> Iterator[None]:
         yield
 
 
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+
+
+def cpu_with(*names: str) -> Any:
+    """A CPU that has these instructions for bfloat16 alone."""
+    capabilities = {"avx512_f": True, "architecture": "x86_64"} | {name: name in names for name in BF16_INSTRUCTIONS}
+    return patch.object(torch.cpu, "get_capabilities", lambda: capabilities)
+
+
 def hooks_of(model: nn.Module) -> int:
     """How many forward hooks there are in a model."""
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
 
 
 @contextmanager

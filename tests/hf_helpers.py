@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,54 +89,29 @@ SIZES = {
 }
 
 
-def _marian(tokenizer: Any, **changes: Any) -> MarianMTModel:
-    return MarianMTModel(MarianConfig(**_seq2seq(tokenizer, 0, **changes)))
-
-
-def _bart(tokenizer: Any, **changes: Any) -> BartForConditionalGeneration:
-    return BartForConditionalGeneration(BartConfig(**_seq2seq(tokenizer, 1, **changes)))
-
-
-def _m2m100(tokenizer: Any, **changes: Any) -> M2M100ForConditionalGeneration:
-    return M2M100ForConditionalGeneration(M2M100Config(**_seq2seq(tokenizer, 1, **changes)))
-
-
-def _mbart(tokenizer: Any, **changes: Any) -> MBartForConditionalGeneration:
-    return MBartForConditionalGeneration(MBartConfig(**_seq2seq(tokenizer, None, **changes)))
-
-
-def _t5(tokenizer: Any, **changes: Any) -> T5ForConditionalGeneration:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
-    tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-    return T5ForConditionalGeneration(T5Config(**{**sizes, **tokens, "dropout_rate": 0.0, **changes}))
-
-
-def _seq2seq(tokenizer: Any, start: int | None, **changes: Any) -> dict[str, Any]:
-    tokens = {
-        "vocab_size": len(tokenizer),
-        "decoder_vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-        "forced_eos_token_id": None,
-        "decoder_start_token_id": start,
-    }
-    return {**SIZES, **tokens, "attention_dropout": 0.0, "activation_dropout": 0.0, **changes}
-
-
-HF_FAMILIES: dict[str, Callable[..., Any]] = {
-    "marian": _marian,
-    "t5": _t5,
-    "bart": _bart,
-    "mbart": _mbart,
-    "m2m100": _m2m100,
+T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+# Configuration, model, the token that a target begins with.
+HF_FAMILIES: dict[str, tuple[Any, Any, int | None]] = {
+    "marian": (MarianConfig, MarianMTModel, 0),
+    "t5": (T5Config, T5ForConditionalGeneration, 0),
+    "bart": (BartConfig, BartForConditionalGeneration, 1),
+    "mbart": (MBartConfig, MBartForConditionalGeneration, None),
+    "m2m100": (M2M100Config, M2M100ForConditionalGeneration, 1),
 }
 
 
 def hf_seq2seq_model(family: str, tokenizer: Any, seed: int = 0, **changes: Any) -> Any:
-    """A model of one of `HF_FAMILIES` with some thousand parameters."""
+    """A model of one of `HF_FAMILIES` with some thousand parameters, without dropout."""
+    config, model, start = HF_FAMILIES[family]
+    fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "decoder_start_token_id": start}
+    fields |= {"eos_token_id": tokenizer.eos_token_id}
+    if family == "t5":
+        fields |= {**T5_SIZES, "dropout_rate": 0.0}
+    else:
+        fields |= {**SIZES, "decoder_vocab_size": len(tokenizer), "bos_token_id": None, "forced_eos_token_id": None}
+        fields |= {"attention_dropout": 0.0, "activation_dropout": 0.0}
     torch.manual_seed(seed)
-    return HF_FAMILIES[family](tokenizer, **changes)
+    return model(config(**{**fields, **changes}))
 
 
 def hf_vit(seed: int = 0, **changes: Any) -> ViTForImageClassification:

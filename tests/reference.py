@@ -8,14 +8,6 @@ import torch
 from torch import Tensor
 
 
-def dense_fisher(a: Tensor, g2: Tensor) -> Tensor:
-    """E[(a aᵀ) ⊗ diag(g²)] over positions: a [N, d], g2 [N, m] → [d·m, d·m], index (input, output)."""
-    total = torch.zeros(a.shape[1] * g2.shape[1], a.shape[1] * g2.shape[1], dtype=torch.float64)
-    for row, square in zip(a.double(), g2.double(), strict=True):
-        total += torch.kron(torch.outer(row, row), torch.diag(square))
-    return total / len(a)
-
-
 def factors(a: Tensor, g2: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 4 and 5 by explicit sums: Φ [d, d], Ψ [m]."""
     a, g2 = a.double(), g2.double()

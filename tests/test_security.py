@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import os
 import pickle
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from torch import nn
 
 from hf_lngd import LNGD, load_checkpoint, save_checkpoint
 from scripts import run_image_classification, run_translation
+from tests.helpers import Bomb
 
 ROOT = Path(__file__).parent.parent
 FILES = [
@@ -60,16 +59,6 @@ def test_the_scan_finds_what_it_looks_for(tmp_path: Path) -> None:
             test_nothing_is_run_that_was_read(tmp_path / "bad.py")
 
 
-class Bomb:
-    """Calls a function when it is unpickled."""
-
-    def __init__(self, call: Any, *given: Any) -> None:
-        self.call, self.given = call, given
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.call, self.given
-
-
 def test_a_sharded_checkpoint_holds_nothing_that_runs(tmp_path: Path) -> None:
     """Safetensors and JSON alone; a pickle in the place of any of its files is not opened as one."""
     folder, model = tmp_path / "checkpoint", nn.Linear(4, 3)
@@ -79,7 +68,7 @@ def test_a_sharded_checkpoint_holds_nothing_that_runs(tmp_path: Path) -> None:
     save_checkpoint(folder, model, optimizer)
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
-    bomb = pickle.dumps(Bomb(os.mkdir, str(tmp_path / "ran")))
+    bomb = pickle.dumps(Bomb(tmp_path / "ran"))
     for path in files:
         whole = path.read_bytes()
         path.write_bytes(bomb)

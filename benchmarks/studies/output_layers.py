@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -55,8 +56,7 @@ def make_llama(size: int, seed: int) -> nn.Module:
 
 def make_untied_marian(seed: int) -> nn.Module:
     """The Marian of the task with an output layer of its own, begun as its embedding is."""
-    tied = translation.make_model(seed)
-    config = tied.config
+    config: Any = translation.make_model(seed).config
     config.tie_word_embeddings = False
     torch.manual_seed(seed)
     model = MarianMTModel(config)

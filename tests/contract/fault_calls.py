@@ -80,16 +80,10 @@ def late_mask(scene: Scene) -> None:
     torch.testing.assert_close(scene.phi("up"), (a * slope.square().sum(-1, keepdim=True)).T @ a / len(a))
 
 
-@fault(BATCHES, "a batch of one position", "a step as ever", variants=ALL)
-def one_position(scene: Scene) -> None:
-    scene.make()
-    scene.step(scene.batch(1, 1))
-
-
-@fault(BATCHES, "batches of other sizes and lengths", "a step as ever", variants=ALL)
+@fault(BATCHES, "batches of other sizes and lengths, of one position", "a step as ever", variants=ALL)
 def other_sizes(scene: Scene) -> None:
     scene.make()
-    for rows, length in ((1, 7), (9, 1), (3, 12)):
+    for rows, length in ((1, 7), (9, 1), (3, 12), (1, 1)):
         scene.step(scene.batch(rows, length))
 
 
@@ -185,14 +179,11 @@ def unwatched(scene: Scene, call: object) -> None:
     torch.testing.assert_close(*found)
 
 
-@fault(CALLS, "forward passes under `no_grad` within a step", "they do not count", variants=PAPER)
-def no_grad(scene: Scene) -> None:
-    unwatched(scene, torch.no_grad()(lambda model, ids: model(ids)))
+for _name, _mode in (("no_grad", torch.no_grad), ("inference_mode", torch.inference_mode)):
 
-
-@fault(CALLS, "forward passes under `inference_mode` within a step", "they do not count", variants=PAPER)
-def inference(scene: Scene) -> None:
-    unwatched(scene, torch.inference_mode()(lambda model, ids: model(ids)))
+    @fault(CALLS, f"forward passes under `{_name}` within a step", "they do not count", variants=PAPER)
+    def no_grad(scene: Scene, mode: Any = _mode) -> None:
+        unwatched(scene, mode()(lambda model, ids: model(ids)))
 
 
 @fault(CALLS, "torch.func: grad, vmap and jvp of the model within a step", "they do not count", variants=PAPER)
@@ -219,35 +210,25 @@ def evaluation(scene: Scene) -> None:
     unwatched(scene, call)
 
 
-@fault(CALLS, "a forward pass that raises half way, then is tried again", "the first try does not count")
-def raises(scene: Scene) -> None:
-    def call(model: Words, ids: Tensor) -> None:
-        def fail(h: Tensor) -> Tensor:
-            raise MemoryError
+for _text, _error, _outcome in (
+    ("a forward pass that raises half way, then is tried again", MemoryError, "the first try does not count"),
+    ("an interrupt (ctrl-C) in a forward pass", KeyboardInterrupt, "the pass does not count"),
+):
 
-        model.spoil = fail
-        try:
-            model(ids)
-        except MemoryError:
-            model.spoil = None
+    @fault(CALLS, _text, f"{_outcome}; no mode of torch stays entered")
+    def raises(scene: Scene, error: type[BaseException] = _error) -> None:
+        def call(model: Words, ids: Tensor) -> None:
+            def fail(h: Tensor) -> Tensor:
+                raise error
 
-    unwatched(scene, call)
+            model.spoil = fail
+            try:
+                model(ids)
+            except error:
+                model.spoil = None
 
-
-@fault(CALLS, "an interrupt (ctrl-C) in a forward pass", "the pass does not count; no mode of torch stays entered")
-def interrupt(scene: Scene) -> None:
-    def call(model: Words, ids: Tensor) -> None:
-        def stop(h: Tensor) -> Tensor:
-            raise KeyboardInterrupt
-
-        model.spoil = stop
-        try:
-            model(ids)
-        except KeyboardInterrupt:
-            model.spoil = None
-
-    unwatched(scene, call)
-    assert not torch.overrides._get_current_function_mode_stack()
+        unwatched(scene, call)
+        assert not torch.overrides._get_current_function_mode_stack()
 
 
 @fault(STEPS, "a step without any gradient", "nothing is changed", variants=ALL)

@@ -19,7 +19,7 @@ from hf_lngd import load_checkpoint, save_checkpoint
 from hf_lngd.integrations.checkpoints import last_checkpoint
 from tests.contract.fault_table import Scene, fault
 from tests.distributed.trainers import make_trainer
-from tests.helpers import keeping
+from tests.helpers import Bomb, keeping
 
 FILES = "Checkpoints (the Trainer)"
 SHARDED = "Sharded checkpoints (`load_checkpoint`)"
@@ -100,16 +100,6 @@ file_rows()
 @fault(FILES, "LNGD's checkpoint for a run with AdamW", BEFORE, error="optimizer.pt is LNGD's, accepted: that of the …")
 def for_adamw(scene: Scene) -> None:
     resume_refused(scene, lambda f: None, optim="adamw_torch", optim_args=None)
-
-
-class Bomb:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.file),)
 
 
 @fault(FILES, "an optimizer.pt with code in its pickle", f"the code does not run; {BEFORE}", error="cannot be read …")

@@ -16,7 +16,6 @@ from hf_lngd import LNGD
 from tests.helpers import CASES, EVERY_STEP, Case, equal, seeded, weights_of
 
 KINDS = ("lngd", "lngd_bias", "embedding", "fallback", "fallback_no_decay")
-KEYS = {"params", "name", "lr", "lr_scale", "weight_decay", "betas", "eps"}
 ONE_STEP = range(1)
 
 
@@ -24,30 +23,6 @@ def named(optimizer: LNGD, name: str) -> dict[str, Any]:
     """The group of this name."""
     (group,) = (group for group in optimizer.param_groups if group["name"] == name)
     return group
-
-
-def owners(optimizer: LNGD) -> dict[str, str]:
-    """Of each parameter what it is assigned to."""
-    return {route.parameter: route.owner for route in optimizer.routing()}
-
-
-def test_default_groups(case: Case) -> None:
-    model, optimizer = case.make()
-    names = [group["name"] for group in optimizer.param_groups]
-    assert names[0] == "lngd" and len(set(names)) == len(names) and set(names) <= set(KINDS)
-    members = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len({id(p) for p in members}) == len(members) and set(members) == {
-        p for p in model.parameters() if p.requires_grad
-    }
-    for group in optimizer.param_groups:
-        own = group["name"].startswith("lngd")
-        assert set(group) >= KEYS and group["lr"] == 1e-2
-        assert group["lr_scale"] == (1 if own else optimizer.config.fallback_lr_scale)
-        assert (group["weight_decay"] > 0) == (group["name"] in ("lngd", "embedding", "fallback"))
-        exact = group["name"] == "embedding" and optimizer.config.embedding == "exact"
-        momentum = optimizer.config.momentum if own or exact else optimizer.config.betas[0]
-        assert group["betas"][0] == momentum and (own or group["betas"][1] == optimizer.config.betas[1])
-    assert optimizer.defaults.keys() >= KEYS - {"params", "name"}
 
 
 def test_groups_may_be_split_merged_and_ordered_as_one_likes(case: Case) -> None:
@@ -119,26 +94,6 @@ def test_param_groups_in_one_group_each_are_the_plain_optimizer(case: Case) -> N
         assert names == {f"all.{group['name']}" for group in plain[1].param_groups}
         case.train(model, optimizer)
         assert equal(model, plain[0])
-
-
-@pytest.mark.parametrize(
-    ("groups", "told"),
-    [
-        ([{"params": "no such name"}], "no such name"),
-        ([{"params": ["up.weight", "nobody.weight"]}], "nobody.weight"),
-        ([{"params": "^up"}, {"params": "weight$"}], "up.weight"),
-        ([{"params": ["up.weight"]}, {"params": ["up.weight"]}], "up.weight"),
-        ([{"params": "^up", "lr": -1.0}], "lr"),
-        ([{"params": "^up", "weight_decay": -1.0}], "weight_decay"),
-        ([{"params": [nn.Parameter(torch.ones(2))]}], "no parameter of the model"),
-        ([{"lr": 1.0}], "params"),
-        ([{"params": "("}], "params"),
-    ],
-    ids=str,
-)
-def test_param_groups_that_do_not_fit_are_refused(groups: list[dict[str, Any]], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        LNGD(CASES["paper"].model(), param_groups=groups)
 
 
 def test_a_parameter_in_two_groups_is_refused_and_one_in_none_rests(caplog: pytest.LogCaptureFixture) -> None:
@@ -286,7 +241,7 @@ def test_parameters_of_no_layer_may_be_added_late() -> None:
     extra.grad = torch.ones(3)
     optimizer.step()
     assert torch.allclose(extra.detach(), torch.full((3,), 0.5))  # AdamW's first step
-    assert optimizer.param_groups[-1].keys() >= KEYS
+    assert optimizer.param_groups[-1].keys() >= {"params", "name", "lr", "lr_scale", "weight_decay", "betas", "eps"}
     for bad, error in (
         ([extra], TypeError),
         ({"params": [extra]}, ValueError),
@@ -296,8 +251,9 @@ def test_parameters_of_no_layer_may_be_added_late() -> None:
             optimizer.add_param_group(bad)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", [float, torch.tensor])
-@pytest.mark.parametrize("fields", [{"direction": "natural"}, {"momentum_on": "update"}], ids=str)
+@pytest.mark.parametrize(
+    ("fields", "kind"), [({"direction": "natural"}, float), ({"momentum_on": "update"}, torch.tensor)], ids=str
+)
 def test_biases_in_factors_have_a_rate_of_their_own(fields: dict[str, Any], kind: Any) -> None:
     case = CASES["bias"]
     moved = {}
@@ -322,17 +278,9 @@ def test_biases_in_factors_have_a_rate_of_their_own(fields: dict[str, Any], kind
 # Rates and schedulers
 
 
-def test_a_rate_is_one_number_at_least_zero() -> None:
-    for bad in (None, "x", torch.ones(2), float("inf"), float("nan"), -1.0, torch.tensor(-1.0)):
-        with pytest.raises(ValueError, match="lr"):
-            CASES["images"].make(lr=bad)
-    CASES["images"].make(lr=torch.ones(1))
-
-
-@pytest.mark.parametrize("direction", ["polar", "natural"])
-def test_a_rate_in_a_tensor_is_a_rate(direction: str) -> None:
+def test_a_rate_in_a_tensor_is_a_rate() -> None:
     case = CASES["images"]
-    plain, (model, optimizer) = case.make(direction=direction), case.make(direction=direction, lr=torch.tensor(1e-2))
+    plain, (model, optimizer) = case.make(), case.make(lr=torch.tensor(1e-2))
     for run in (plain, (model, optimizer)):
         case.train(*run)
     for one, two in zip(plain[0].parameters(), model.parameters(), strict=True):
@@ -341,7 +289,7 @@ def test_a_rate_in_a_tensor_is_a_rate(direction: str) -> None:
     before = model.head.weight.clone()
     case.train(model, optimizer, range(3, 4))
     assert torch.equal(before, model.head.weight)
-    _, resumed = case.make(direction=direction, lr=torch.tensor(0.5))
+    _, resumed = case.make(lr=torch.tensor(0.5))
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert isinstance(resumed.param_groups[0]["lr"], Tensor) and float(resumed.param_groups[0]["lr"]) == 0.0
 
@@ -358,11 +306,10 @@ SCHEDULERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("lr", [1e-2, "tensor"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_with_their_defaults_keep_the_ratio_of_the_groups(name: str, lr: Any) -> None:
+def test_schedulers_with_their_defaults_keep_the_ratio_of_the_groups(name: str) -> None:
     case = CASES["bias"]
-    model, optimizer = case.make(lr=torch.tensor(1e-2) if lr == "tensor" else lr)
+    model, optimizer = case.make(lr=torch.tensor(1e-2) if name in ("OneCycleLR", "SWALR", "LambdaLR") else 1e-2)
     scales = [group["lr_scale"] for group in optimizer.param_groups]
     scheduler, rates, momenta = SCHEDULERS[name](optimizer), [], []
     for step in range(5):
@@ -376,12 +323,11 @@ def test_schedulers_with_their_defaults_keep_the_ratio_of_the_groups(name: str, 
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("lr", [1e-2, "tensor", "loaded"])
-def test_plateau(lr: Any) -> None:
-    given = 1e-2 if lr == 1e-2 else torch.tensor(1e-2)
-    _, optimizer = CASES["images"].make(lr=given)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_plateau(loaded: bool) -> None:
+    _, optimizer = CASES["images"].make(lr=(given := torch.tensor(1e-2)))
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
-    if lr == "loaded":  # groups that share one tensor
+    if loaded:  # groups that share one tensor
         state = optimizer.state_dict()
         for group in state["param_groups"]:
             group["lr"] = given
@@ -392,18 +338,3 @@ def test_plateau(lr: Any) -> None:
     scheduler.step(2.0)
     assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([rate / 10 for rate in before])
     assert float(given) == pytest.approx(1e-2)  # the caller's own is left as it is
-
-
-@pytest.mark.parametrize("direction", ["natural", "polar"])
-@pytest.mark.parametrize(("fields", "scale"), [({}, 1.0), ({"rate_scale": 0.2}, 0.2)], ids=["default", "Muon's"])
-def test_size_of_the_update(direction: str, fields: dict[str, float], scale: float) -> None:
-    model = seeded(lambda: nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)))
-    optimizer = LNGD(model, lr=1e-2, direction=direction, weight_decay=0.0, **fields)
-    for _ in range(3):
-        before = weights_of(model)
-        model(torch.randn(12, 5)).square().mean().backward()
-        optimizer.step()
-        for name, old in before.items():
-            if old.dim() > 1:
-                rms = (model.get_parameter(name) - old).square().mean().sqrt()
-                torch.testing.assert_close(rms, torch.tensor(scale * 1e-2), rtol=2e-2, atol=0)

@@ -10,45 +10,25 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from hf_lngd import LNGD
-from tests.helpers import (
-    CASES,
-    Case,
-    assert_identical,
-    equal,
-    seeded,
-    tensors_of,
-    through_a_file,
-    tiny_marian,
-)
+from tests.helpers import CASES, Case, assert_identical, equal, tensors_of, through_a_file
 
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("marian", {"direction": "natural", "factor_interval": 3}),
     ("marian", {"embedding": "exact", "momentum_on": "update", "bias": "factor"}),
-    ("bfloat16", {"embedding": "exact", "bias": "factor"}),
-    ("bfloat16", {"family": "kfac"}),
-    ("marian", {"preset": "paper", "factor_interval": 2, "inverse_interval": 4}),
-    ("marian", {"preset": "lngd_sample"}),
+    ("bfloat16", {"family": "kfac", "bias": "factor"}),
     ("marian", {"preset": "lngd_lr", "factor_interval": 3}),
     ("marian", {"family": "ekfac", "inverse_interval": 3}),
     ("marian", {"family": "tkfac", "fisher": "true", "preset": "paper", "inverse_interval": 3}),
     ("marian", {"family": "ng+", "inverse_interval": 3, "bias": "factor", "max_factor_dim": 10}),
 ]
-GRID = [*((name, {}) for name in CASES), *MORE]
 
 
-@pytest.mark.parametrize("single", [False, True], ids=["own dtype", "float32"])
-@pytest.mark.parametrize(("name", "fields"), GRID, ids=str)
-def test_a_saved_state_goes_on_bit_for_bit(name: str, fields: dict[str, Any], single: bool) -> None:
+@pytest.mark.parametrize(("name", "fields"), [*((name, {}) for name in CASES), *MORE], ids=str)
+def test_a_saved_state_goes_on_bit_for_bit(name: str, fields: dict[str, Any]) -> None:
     case = CASES[name]
-    if single:
+    if "inverse_interval" in fields:
         case = Case(name, case.build, case.batch_of, case.fields, torch.float32)
     model, optimizer = case.make(**fields)
     case.train(model, optimizer, range(4))
@@ -114,6 +94,8 @@ def test_memory_is_what_the_state_takes(case: Case) -> None:
     layers = [r.parameter for r in optimizer.routing() if r.owner == "lngd" and "embedding" not in r.reason]
     wide = 4 if case.dtype == torch.bfloat16 else 8
     assert usage["momentum"] == wide * sum(model.get_parameter(name).numel() for name in layers)
+    if case.dtype == torch.bfloat16:
+        assert usage["rounding"] == 2 * sum(p.numel() for p in model.parameters())
 
 
 # Draws belong to the step that hooks were attached for, which a cleared state cannot take back.
@@ -136,57 +118,16 @@ def test_without_its_state_an_optimizer_begins_anew(case: Case, how: str) -> Non
     assert equal(model, twin)
 
 
-@pytest.mark.parametrize("embedding", ["exact", "fallback"])
-def test_a_fresh_state_makes_a_trained_optimizer_fresh(case: Case, embedding: str) -> None:
-    _, unused = case.make(embedding=embedding)
-    model, optimizer = case.make(embedding=embedding)
+def test_a_fresh_state_makes_a_trained_optimizer_fresh(case: Case) -> None:
+    _, unused = case.make()
+    model, optimizer = case.make()
     case.train(model, optimizer)
     optimizer.load_state_dict(through_a_file(unused.state_dict()))
     model.load_state_dict(case.model().state_dict())
-    plain = case.make(embedding=embedding)
-    for run in ((model, optimizer), plain):
-        case.train(*run)
-    assert equal(model, plain[0])
-
-
-def test_an_empty_state_goes_round(case: Case) -> None:
-    model, optimizer = case.make()
-    optimizer.load_state_dict(optimizer.state_dict())  # accelerate's wrapper does this
     plain = case.make()
     for run in ((model, optimizer), plain):
         case.train(*run)
     assert equal(model, plain[0])
-
-
-# What is refused; what damage within a state does is in docs/faults.md (`fault_states`).
-
-
-def refused(case: Case, state: dict[str, Any], told: str, **fields: Any) -> None:
-    """Loading raises, names what differs, and changes nothing."""
-    model, optimizer = case.make(**fields)
-    case.train(model, optimizer)
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=told):
-        optimizer.load_state_dict(state)
-    assert_identical(optimizer.state_dict(), before)
-
-
-def test_states_of_other_settings_models_optimizers_and_versions_are_refused_whole() -> None:
-    case = CASES["marian"]
-    model, optimizer = case.make()
-    case.train(model, optimizer)
-    refused(case, optimizer.state_dict(), "damping_rho: checkpoint 1.0, here 0.5", damping_rho=0.5)
-    for changes, told in (
-        ({"encoder_ffn_dim": 32}, r"fc1.weight: checkpoint \[32, 16\], here \[24, 16\]"),
-        ({"encoder_layers": 2}, "layers.1.*here none"),
-    ):
-        other = LNGD(tiny_marian(**changes), **{"factor_interval": 2, "inverse_interval": 2})
-        refused(case, other.state_dict(), told)
-    refused(case, torch.optim.AdamW(model.parameters()).state_dict(), "another optimizer")
-    for version in (5, 99):
-        state = copy.deepcopy(optimizer.state_dict())
-        state["lngd"]["version"] = version
-        refused(case, state, f"version.*{version}")
 
 
 # torch's and accelerate's tools
@@ -221,25 +162,3 @@ def test_accelerates_saved_states(case: Case, tmp_path: Path) -> None:
         case.train(model, optimizer, range(3, 6))
         found.append(accelerator.unwrap_model(model))
     assert equal(*found)
-
-
-def test_moments_of_parameters_that_were_added_are_kept() -> None:
-    def make() -> tuple[nn.Module, nn.Parameter, LNGD]:
-        model, extra = seeded(lambda: nn.Sequential(nn.Linear(3, 3))), nn.Parameter(torch.ones(3))
-        optimizer = LNGD(model, lr=1e-2)
-        optimizer.add_param_group({"params": [extra]})
-        return model, extra, optimizer
-
-    def step(model: nn.Module, extra: nn.Parameter, optimizer: LNGD, scale: float) -> None:
-        (model(torch.ones(2, 3)).square().mean() + (extra * scale).square().sum()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    one, two = make(), make()
-    step(*one, 1.0)
-    two[0].load_state_dict(one[0].state_dict())
-    two[1].data.copy_(one[1].data)
-    two[2].load_state_dict(through_a_file(one[2].state_dict()))
-    for run in (one, two):
-        step(*run, 3.0)
-    assert torch.equal(one[1], two[1]) and equal(one[0], two[0])

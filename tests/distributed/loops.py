@@ -218,18 +218,6 @@ class Uneven(nn.Module):
         return self.last(torch.tanh(self.second(torch.tanh(self.first(self.table(ids))))))
 
 
-class Branches(nn.Module):
-    """Two layers beside each other, of which a call may leave out the second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor, how: str) -> Tensor:
-        h = torch.tanh(self.first(x))
-        return self.last(h if how == "skip" else h + torch.tanh(self.second(x)))
-
-
 class Skipping(nn.Module):
     """A call may leave out the layer in the middle; `between` follows the first one."""
 
@@ -284,7 +272,7 @@ class TwoHeads(nn.Module):
 
 
 ODD: dict[str, Callable[[], nn.Module]] = {
-    "branches": Branches, "skipping": Skipping, "dropping": Dropping, "experts": Experts, "heads": TwoHeads,
+    "skipping": Skipping, "dropping": Dropping, "experts": Experts, "heads": TwoHeads,
 }  # fmt: skip
 
 
@@ -432,21 +420,6 @@ def alone() -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     return report(model, optimizer, start)
-
-
-def failing(matrix: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    """In place of `torch.linalg.cholesky_ex`: none of them is to be used."""
-    return matrix, torch.ones(matrix.shape[:-2], dtype=torch.int32)
-
-
-def with_failing_inverses(layout: str) -> float:
-    """How many inverses failed in a step in which all did."""
-    model, optimizer = prepare(make("images"), layout, {"direction": "natural"})
-    batch = batch_of("images", 0, 4)
-    F.cross_entropy(model(**batch), batch["labels"]).backward()
-    with patch("torch.linalg.cholesky_ex", failing):
-        optimizer.step()
-    return optimizer.diagnostics()["failed_inverses"]
 
 
 # Costs

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
-import shutil
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
@@ -58,52 +54,3 @@ def refused(what: str) -> None:
         scaler.step(optimizer)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def save_foreign(folder: Any) -> None:
-    """A checkpoint of something else in place of one."""
-    shutil.rmtree(folder)
-    dcp.save({"model": {"weight": torch.ones(3)}}, checkpoint_id=folder, no_dist=True)
-
-
-def change_metadata(change: Any, folder: Any) -> None:
-    """Write a checkpoint's metadata anew."""
-    file = folder / ".metadata"
-    found = pickle.loads(file.read_bytes())
-    change(found)
-    file.write_bytes(pickle.dumps(found))
-
-
-def point_elsewhere(found: Any) -> None:
-    """Files of another folder."""
-    for info in found.storage_data.values():
-        info.relative_path = f"../here/{info.relative_path}"
-
-
-def hide_tensors(found: Any) -> None:
-    """Entries that torch would unpickle, with the shapes of the tensors that they were."""
-    for name, entry in found.state_dict_metadata.items():
-        found.state_dict_metadata[name] = hidden = BytesStorageMetadata()
-        hidden.size = entry.size  # type: ignore[attr-defined]
-
-
-def spoil_entries(found: Any) -> None:
-    """Entries of no kind."""
-    for name in found.state_dict_metadata:
-        found.state_dict_metadata[name] = "nothing"
-
-
-def spoil(change: Any, folder: Any) -> None:
-    """Other bytes in the middle of the largest file."""
-    file = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    found = bytearray(file.read_bytes())
-    middle = slice(len(found) // 2, len(found) // 2 + 2000)
-    found[middle] = change(found[middle])
-    file.write_bytes(found)
-
-
-def spoil_plain(folder: Any) -> None:
-    """What is coded in a tensor is none of torch's files."""
-    size = pickle.loads((folder / ".metadata").read_bytes()).state_dict_metadata["optimizer.plain"].size
-    shutil.rmtree(folder)
-    dcp.save({"optimizer": {"plain": torch.zeros(size, dtype=torch.uint8)}}, checkpoint_id=folder, no_dist=True)

@@ -111,15 +111,7 @@ def test_the_printed_torchrun_trains_a_translator_as_one_process_does(
     most = 0.1 if fast_bfloat16(torch.device("cpu")) else 1e-3  # matmuls of a step are in bfloat16 where it is fast
     assert way > 0 and (gap / way) ** 0.5 <= most
     results = json.loads((tmp_path / "two" / "all_results.json").read_text(encoding="utf-8"))
-    assert results["train_samples"] == 40
-
-
-def test_the_printed_torchrun_runs_as_printed(tmp_path: Path) -> None:
-    short = ["--max_steps", "2", "--max_train_samples", "128", "--report_to", "none", "--output_dir", str(tmp_path)]
-    done = launch([*printed(*RUN[0]), *short])
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((tmp_path / "all_results.json").read_text(encoding="utf-8"))
-    assert results["train_samples"] == 128 and done.stdout.count("owner     reason") == 1
+    assert results["train_samples"] == 40 and done.stdout.count("owner     reason") == 1
 
 
 def test_the_printed_torchrun_of_a_stock_script(tmp_path: Path) -> None:
@@ -184,7 +176,6 @@ def test_the_yaml_for_fsdp2_is_what_accelerate_reads(monkeypatch: pytest.MonkeyP
 
 
 FAULTY = """
-import os, signal, sys
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -199,8 +190,6 @@ def main():
     for step in range(5):
         wrapped(torch.ones(2, 4)).sum().backward()
         if step == 2 and dist.get_rank() == 1:
-            if sys.argv[1] == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError("rank 1 has had enough")
         optimizer.step()
         optimizer.zero_grad()
@@ -209,16 +198,13 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    ("how", "named"), [("kill", r"rank +: 1 .*SIGKILL"), ("raise", r"rank +: 1 .*ValueError: rank 1 has had enough")]
-)
-def test_a_rank_that_fails_ends_the_job_and_is_named(how: str, named: str, tmp_path: Path) -> None:
+def test_a_rank_that_fails_ends_the_job_and_is_named(tmp_path: Path) -> None:
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY, encoding="utf-8")
-    done = launch(["torchrun", "--standalone", "--nproc_per_node", "2", str(script), how])
+    done = launch(["torchrun", "--standalone", "--nproc_per_node", "2", str(script)])
     assert done.returncode != 0
     cause = done.stderr[done.stderr.index("Root Cause") :]
-    assert re.search(named, cause, re.DOTALL), cause
+    assert re.search(r"rank +: 1 .*ValueError: rank 1 has had enough", cause, re.DOTALL), cause
 
 
 def test_a_scripts_exception_reaches_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from hf_lngd import LNGD
 from tests.distributed import loops, refused
 from tests.distributed.loops import distance
 from tests.distributed.pool import Pools
@@ -85,12 +84,6 @@ def test_weights_of_bfloat16_stay_alike(layout: str, pools: Pools) -> None:
     assert all(w.dtype == torch.bfloat16 and w.isfinite().all() for w in found[0]["weights"].values())
 
 
-@pytest.mark.parametrize("fields", [{"momentum_on": "update"}, {"rate": "adaptive"}, {"family": "ekfac"}], ids=str)
-def test_what_needs_every_layer_everywhere_is_whole(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="layout: got 'owned', accepted: whole"):
-        LNGD(loops.make("images"), layout="owned", **fields)
-
-
 # What goes wrong on one rank
 
 
@@ -101,11 +94,6 @@ def test_a_non_finite_factor_of_one_rank_is_skipped_by_all(layout: str, pools: P
     assert [found["numbers"]["skipped_factors"] for found in spoiled] == [4.0, 4.0]  # each matrix, once
     assert all(torch.equal(w, spoiled[1]["weights"][name]) for name, w in spoiled[0]["weights"].items())
     assert all(w.isfinite().all() for w in spoiled[0]["weights"].values())
-
-
-@pytest.mark.parametrize("layout", ["whole", "owned"])
-def test_failed_inverses_are_counted_once(layout: str, pools: Pools) -> None:
-    assert pools[2].run(loops.with_failing_inverses, layout=layout) == [4.0, 4.0]
 
 
 @pytest.mark.parametrize("layout", ["owned", "rows"])
@@ -150,12 +138,15 @@ FIELDS: list[dict[str, Any]] = [{}, EMPIRICAL, {"family": "kfac"}, {"rate": "ada
 )
 def test_a_layer_that_a_rank_did_not_call(rate: str, layout: str, pools: Pools) -> None:
     calls = [["all", "skip" if step in (2, 3) else "all"] for step in range(6)]
-    case = {"kind": "branches", "calls": calls, "rate": rate}
+    case = {"kind": "skipping", "calls": calls, "rate": rate}
     check_same(pools[2].run(loops.train_odd, layout=layout, **case), loops.train_odd(**case))
 
 
-@pytest.mark.parametrize("both_at", [(), (2, 4), (0, 3)], ids=str)
-@pytest.mark.parametrize("fields", [*FIELDS[1:], *({"family": f} for f in ("tkfac", "ng+", "ekfac"))], ids=str)
+@pytest.mark.parametrize(
+    ("fields", "both_at"),
+    [(FIELDS[1], ()), (FIELDS[2], (2, 4)), (FIELDS[3], (0, 3)), ({"family": "ng+"}, ()), ({"family": "ekfac"}, (2, 4))],
+    ids=str,
+)
 def test_an_output_that_is_in_the_loss_at_some_steps(
     fields: dict[str, Any], both_at: tuple[int, ...], pools: Pools
 ) -> None:
@@ -167,10 +158,14 @@ def test_an_output_that_is_in_the_loss_at_some_steps(
     assert torch.equal(two[0]["weights"]["other.weight"], two[0]["start"]["other.weight"]) == (not both_at)
 
 
-@pytest.mark.parametrize("skips", ["1-1", "0-0", "10-", "01-"])
 @pytest.mark.parametrize(
-    ("kind", "fields"),
-    [("dropping", {}), *(("skipping", fields) for fields in ({}, {"family": "kfac"}, {"fisher": "sampled"}))],
+    ("kind", "fields", "skips"),
+    [
+        *(("dropping", {}, skips) for skips in ("1-1", "0-0", "01-")),
+        *(("skipping", {}, skips) for skips in ("1-1", "01-")),
+        *(("skipping", FIELDS[2], skips) for skips in ("0-0", "10-")),
+        ("skipping", {"fisher": "sampled"}, "01-"),
+    ],
     ids=str,
 )
 def test_a_layer_that_a_rank_did_not_call_at_first(kind: str, fields: dict[str, Any], skips: str, pools: Pools) -> None:
@@ -191,7 +186,7 @@ def test_ranks_that_disagree_say_so_where_one_did_not_call_a_layer(skips: list[s
         assert message.startswith("RuntimeError: LNGD: the ranks disagree about what follows the layers"), message
 
 
-@pytest.mark.parametrize("taken", [["01", "10", "01"], ["10", "00", "11"], ["00", "01", "11"]], ids="-".join)
+@pytest.mark.parametrize("taken", [["01", "10", "01"], ["10", "00", "11"]], ids="-".join)
 @pytest.mark.parametrize(
     ("fields", "layout"), [({}, "whole"), ({}, "owned"), (FIELDS[2], "whole"), (FIELDS[3], "owned")]
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import fully_shard
-from transformers import DataCollatorForSeq2Seq, TrainerState
+from transformers import DataCollatorForSeq2Seq
 
 from hf_lngd import LNGD, LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
 from hf_lngd.capture import Capture
@@ -90,10 +89,7 @@ def train(
         dist.barrier()
     result = {"weights": weights, "start": start, "losses": losses, "steps": trainer.state.global_step}
     state = trainer.optimizer.optimizer.state_dict() if hasattr(trainer.optimizer, "optimizer") else {}
-    return result | {
-        "state": state.get("lngd"),
-        "rate": trainer.lr_scheduler.get_last_lr(),
-    }
+    return result | {"state": state.get("lngd"), "rate": trainer.lr_scheduler.get_last_lr()}
 
 
 def fsdp2_environment() -> dict[str, str]:
@@ -163,27 +159,6 @@ def load_sharded(folder: str) -> tuple[str, bool]:
     return "", False
 
 
-def slow_to_save(folder: str) -> bool:
-    """Rank 1 takes its time with its random state; was it there when rank 0 wrote the file that comes last?"""
-    trainer = make_trainer("images", folder, 2, 4, 1, save_strategy="steps", save_steps=2, max_steps=2)
-    there = []
-    save, finish = torch.save, TrainerState.save_to_json
-
-    def slow_save(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-        if str(path).endswith("rng_state_1.pth"):
-            time.sleep(0.5)
-        save(value, path, *args, **kwargs)
-
-    def look(state: Any, path: str) -> None:
-        there.append((Path(path).parent / "rng_state_1.pth").is_file())
-        finish(state, path)
-
-    with patch("torch.save", slow_save), patch.object(TrainerState, "save_to_json", look):
-        trainer.train()
-    dist.barrier()
-    return all(there)
-
-
 DYING = 3  # the step whose checkpoint is being written
 KILLED: dict[str, Any] = {
     "save_strategy": "steps",
@@ -218,24 +193,18 @@ def train_killed(
 def accelerated(folder: str, layout: str, load: bool = False) -> dict[str, torch.Tensor]:
     """Three steps in accelerate's loop and three after `save_state`; or (`load`) these alone, after `load_state`."""
     accelerator = Accelerator(cpu=True)
-    state, before = accelerator.state, accelerator.state.distributed_type
-    if layout == "rows":
-        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, fsdp2_plugin()
-    try:
-        model = hf_vit(seed=int(load)).double()
-        fields = {"factor_interval": 2, **({} if layout == "rows" else {"layout": layout})}
-        model, optimizer = accelerator.prepare(model, LNGD(model, lr=1.0 if load else 1e-3, **fields))
-        if load:
-            accelerator.load_state(folder)
-        for step in range(3 if load else 0, 6):
-            if step == 3 and not load:
-                accelerator.save_state(folder)
-            images = hf_images(8, seed=step, dtype=torch.float64)[dist.get_rank() :: 2]
-            batch = {"pixel_values": torch.stack([image["pixel_values"] for image in images])}
-            labels = torch.tensor([image["labels"] for image in images])
-            accelerator.backward(model(**batch, labels=labels).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-        return {name.removeprefix("module."): loops.full(p) for name, p in model.named_parameters()}
-    finally:  # it is shared by all accelerators of the process
-        state.distributed_type, state.fsdp_plugin = before, None
+    model = hf_vit(seed=int(load)).double()
+    optimizer = LNGD(model, lr=1.0 if load else 1e-3, factor_interval=2, layout=layout)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if load:
+        accelerator.load_state(folder)
+    for step in range(3 if load else 0, 6):
+        if step == 3 and not load:
+            accelerator.save_state(folder)
+        images = hf_images(8, seed=step, dtype=torch.float64)[dist.get_rank() :: 2]
+        batch = {"pixel_values": torch.stack([image["pixel_values"] for image in images])}
+        labels = torch.tensor([image["labels"] for image in images])
+        accelerator.backward(model(**batch, labels=labels).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}

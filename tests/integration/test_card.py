@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +92,6 @@ def test_the_optimizers_settings_remake_the_config(tmp_path: Path) -> None:
     assert LNGDConfig(**settings) == LNGDConfig(preset="paper", damping_bounds=(1e-4, 0.1), weight_decay=0.2)
 
 
-def test_the_command_can_be_typed_and_tells_no_secret(tmp_path: Path) -> None:
-    card = card_of(tmp_path)
-    typed = shlex.split(card.text.split("```bash\n")[2].split("```")[0].replace("\\\n", " "))
-    assert typed == ["python", "train.py", "--source_prefix", "translate: "]
-    assert "hf_abc" not in (tmp_path / "README.md").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize(
     "given",
     [
@@ -136,45 +128,11 @@ def test_the_optimizers_options_give_its_settings_back(optim_args: str | None, t
     assert lngd_settings(second) == lngd_settings(first)
 
 
-def test_another_optimizers_options(tmp_path: Path) -> None:
-    args = LNGDTrainingArguments(str(tmp_path), optim="adamw_torch", learning_rate=0.01, adam_beta2=0.98)
-    parts = optimizer_options(args)
-    assert parts[:4] == ["--optim", "adamw_torch", "--learning_rate", "0.01"]
-    assert parts[parts.index("--adam_beta2") + 1] == "0.98"
-
-
 def test_an_evaluation_claims_no_training(tmp_path: Path) -> None:
     (tmp_path / "loss_curves.png").write_bytes(b"of another run")
     card = card_of(tmp_path, trained=False, log_history=LOG)
     assert "`someone/model`, evaluated." in card.text and "gives these results again" in card.text
     assert "## Training" not in card.text and "optimizer" not in card.text and "loss_curves" not in card.text
-
-
-def test_limits_are_told(tmp_path: Path) -> None:
-    def limits(**changes: Any) -> str:
-        return card_of(tmp_path, {"seed": 7}, **changes).text.split("## Limits")[1].split("##")[0]
-
-    assert "Measured on the test and the validation split above alone: other kinds of text" in limits()
-    assert "of seed 7;" in limits() and "seed" not in limits(trained=False)
-    assert "Nothing was measured: images of other kinds" in limits(scores=(), task="image-classification")
-
-
-def test_curves_and_no_curves(tmp_path: Path) -> None:
-    assert "(loss_curves.png)" in card_of(tmp_path, log_history=LOG).text
-    assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "loss_curves" not in card_of(tmp_path, log_history=[{"step": 1, "loss": 1.0}]).text
-    assert not (tmp_path / "loss_curves.png").exists()
-
-
-def test_a_data_set_of_the_hub_is_linked(tmp_path: Path) -> None:
-    assert card_of(tmp_path).data.datasets is None
-    assert card_of(tmp_path, dataset_on_hub=True).data.datasets == ["wmt/wmt16"]
-
-
-def test_it_tells_data_and_attribution(tmp_path: Path) -> None:
-    text = card_of(tmp_path).text
-    data = text.split("## Training data")[1].split("## Training")[0]
-    assert "WMT16, de-en: 1,234 examples." in data and "Sentences: tatoeba.org." in data
 
 
 @pytest.mark.parametrize("missing", ["attribution", "license", "routing"])

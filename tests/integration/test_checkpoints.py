@@ -1,13 +1,9 @@
-"""A process may die at any moment of saving: the last whole checkpoint is found, and what is damaged is named."""
+"""The last whole checkpoint is found, and what is damaged is named. Runs that are killed: tests/distributed."""
 
 from __future__ import annotations
 
-import gc
-import logging
-import multiprocessing
 import os
 import shutil
-import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,17 +12,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from transformers import modeling_utils, trainer_callback, trainer_utils
 
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments
 from hf_lngd.integrations.checkpoints import check_checkpoint, find_checkpoint, last_checkpoint, problem_of
 from hf_lngd.integrations.usage import UsageError
 from hf_lngd.parallel.checkpoint import write_tensors
+from tests.helpers import keeping
 from tests.hf_helpers import hf_images, hf_vit
 
-# The step whose checkpoint is being written.
-DYING = 3
-FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 VALUES: dict[str, Any] = {
     "use_cpu": True,
     "report_to": "none",
@@ -46,89 +39,11 @@ def trainer_in(folder: str | Path, **values: Any) -> LNGDTrainer:
     return LNGDTrainer(hf_vit(initializer_range=0.25), args, train_dataset=hf_images(16))
 
 
-def run(folder: str, resume: bool | None = None) -> dict[str, Any]:
-    trainer = trainer_in(folder)
-    trainer.train(resume_from_checkpoint=resume)
-    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    return {"weights": weights, "steps": trainer.state.global_step}
-
-
-def die_at(folder: str, event: str) -> None:
-    """Train, and be killed while a file of the third checkpoint is half written, or while an old one is removed."""
-    place = f"{os.sep}checkpoint-{DYING}{os.sep}"
-
-    def killed_by(write: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            result = write(*args, **kwargs)
-            for given in (*args, *kwargs.values()):
-                if isinstance(given, (str, Path)) and place in str(given) and str(given).endswith(event):
-                    os.truncate(given, os.path.getsize(given) // 2)
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return wrapped
-
-    def remove_half(path: Any, *args: Any, **kwargs: Any) -> None:
-        (Path(path) / "trainer_state.json").unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = killed_by(torch.save)
-    modeling_utils.safe_save_file = killed_by(modeling_utils.safe_save_file)
-    state = trainer_callback.TrainerState
-    state.save_to_json = killed_by(state.save_to_json)
-    if event == "rotation":
-        trainer_utils.shutil.rmtree = remove_half
-    run(folder)
-
-
-def in_a_fresh_process(function: Any, folder: Path, *arguments: Any) -> tuple[int | None, Any]:
-    """Exit code and result: other tests may have left this process with settings of torch that change last bits."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_lngd.integrations.trainer", "tests.hf_helpers"])
-    result = folder / "result.pt"
-    process = context.Process(target=keep, args=(str(result), function, str(folder), *arguments))
-    process.start()
-    process.join(120)
-    return process.exitcode, torch.load(result, weights_only=False) if result.is_file() else None
-
-
-def keep(result: str, function: Any, *arguments: Any) -> None:
-    gc.freeze()  # the Trainer collects garbage again and again: not in what was imported
-    torch.set_num_threads(1)
-    torch.save(function(*arguments), result)
-
-
-def resume(folder: str) -> tuple[dict[str, Any], str]:
-    """The run from its last whole checkpoint on, and what was warned of."""
-    warned: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("hf_lngd").addHandler(handler)
-    return run(folder, resume=True), "\n".join(warned)
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    return {**in_a_fresh_process(run, folder)[1], "folder": folder}
-
-
-@pytest.mark.parametrize(
-    "event",
-    [
-        *(pytest.param(name, marks=[pytest.mark.slow] * (name in ("scheduler.pt", "rng_state.pth"))) for name in FILES),
-        "rotation",
-    ],
-)
-def test_killed_while_saving(event: str, whole: dict[str, Any], tmp_path: Path) -> None:
-    assert in_a_fresh_process(die_at, tmp_path, event)[0] == -signal.SIGKILL
-    resumed, warned = in_a_fresh_process(resume, tmp_path)[1]
-    half = str(tmp_path / f"checkpoint-{DYING}")
-    finished = event == "rotation"  # which happens when the new one is whole
-    assert (half in warned and "It is passed over." in warned) != finished
-    assert resumed["steps"] == 5
-    assert all(torch.equal(w, resumed["weights"][name]) for name, w in whole["weights"].items())
-    assert problem_of(half) is None or not Path(half).exists()  # written anew, or rotated away
+    trainer_in(folder).train()
+    return folder
 
 
 def cut_shards(folder: Path) -> None:
@@ -142,12 +57,9 @@ def cut_shards(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Any, str]] = {
-    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 2000), "damaged model.safetensors"),
     "empty weights": (lambda f: os.truncate(f / "model.safetensors", 0), "damaged model.safetensors"),
-    "cut optimizer": (lambda f: os.truncate(f / "optimizer.pt", 5000), "damaged optimizer.pt"),
     "cut random state": (lambda f: os.truncate(f / "rng_state.pth", 100), "damaged rng_state.pth"),
     "cut state": (lambda f: os.truncate(f / "trainer_state.json", 30), "damaged trainer_state.json"),
-    "no state": (lambda f: (f / "trainer_state.json").unlink(), "no trainer_state.json"),
     "no scheduler": (lambda f: (f / "scheduler.pt").unlink(), "no scheduler.pt"),
     "no optimizer": (lambda f: (f / "optimizer.pt").unlink(), "no optimizer.pt"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
@@ -168,19 +80,15 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_nothing_is_loaded(
-    damage: str, whole: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_nothing_is_loaded(damage: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-5"
-    shutil.copytree(whole["folder"] / "checkpoint-5", folder)
+    shutil.copytree(whole / "checkpoint-5", folder)
     check_checkpoint(folder)
     do, message = DAMAGES[damage]
     do(folder)
     made = trainer_in(tmp_path)
-    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
-    with pytest.raises(ValueError, match=f"{folder}.*{message}"):
+    with keeping(made.model), pytest.raises(ValueError, match=f"{folder}.*{message}"):
         made.train(resume_from_checkpoint=str(folder))
-    assert all(torch.equal(p, before[name]) for name, p in made.model.named_parameters())
     assert last_checkpoint(tmp_path) is None
 
 
@@ -218,19 +126,12 @@ def test_what_counts_as_weights(kept: str, tmp_path: Path) -> None:
     assert problem_of(folder) == (None if weights else "has no weights")
 
 
-def test_a_foreign_checkpoint_is_named(whole: dict[str, Any], tmp_path: Path) -> None:
-    trainer_in(tmp_path, optim="adamw_torch", optim_args=None).train()
-    lngd = trainer_in(tmp_path, max_steps=7)
-    with pytest.raises(ValueError, match="state of another optimizer"):
-        lngd.train(resume_from_checkpoint=True)
-
-
-def test_killed_in_the_very_first_save(whole: dict[str, Any], tmp_path: Path, caplog: Any) -> None:
+def test_killed_in_the_very_first_save(whole: Path, tmp_path: Path, caplog: Any) -> None:
     """`--resume_from_checkpoint last` starts anew, as long as no checkpoint was ever finished."""
     given = SimpleNamespace(resume_from_checkpoint="last", output_dir=str(tmp_path))
     assert find_checkpoint(given) is None
     folder = tmp_path / "checkpoint-1"
-    shutil.copytree(whole["folder"] / "checkpoint-5", folder)
+    shutil.copytree(whole / "checkpoint-5", folder)
     (folder / "trainer_state.json").rename(tmp_path / "kept")
     caplog.clear()
     assert find_checkpoint(given) is None

@@ -72,11 +72,6 @@ def test_stopwatch_notes_losses_with_seconds_of_training(tmp_path: Path, timed: 
     assert abs(at_four["validation"] - at_four["train"]) < 0.3
 
 
-def test_stopwatch_without_a_script_says_what_it_needs(timed: Callable[..., None]) -> None:
-    with pytest.raises(SystemExit, match="error: stopwatch: needs a file to write and a script"):
-        timed()
-
-
 def test_the_runs_differ_in_optimizer_and_rate_alone() -> None:
     commands = [demo.command(run, Path("out"), 1, []) for run in demo.RUNS.values()]
     different = {before for before, a, b in zip(commands[0], commands[0][1:], commands[1][1:], strict=False) if a != b}
@@ -107,13 +102,6 @@ def results() -> dict[str, dict[str, Any]]:
     return {name: {**common, "eval_loss": 3.0, "curves": curve} for name, curve in curves.items()}
 
 
-def test_picture(results: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
-    demo.draw(results, tmp_path / "new" / "loss.png")
-    with image.open(tmp_path / "new" / "loss.png") as picture:
-        assert picture.width >= 1000 and picture.height >= 600
-
-
 def test_scores(results: dict[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     demo.show_scores(results)
     out = capsys.readouterr().out
@@ -131,15 +119,6 @@ def test_ten_translations_stand_beside_their_references(tmp_path: Path, capsys: 
     out = capsys.readouterr().out
     assert out.count("English ") == out.count("reference ") == 10
     assert test[0]["de"] in out and "lngd 0" in out and "adamw 0" in out
-
-
-def test_seconds_to_the_other_ones_loss() -> None:
-    results = {
-        "lngd": {"curves": {"validation": [(1, 10.0, 5.0), (2, 20.0, 4.0)]}},
-        "adamw": {"curves": {"validation": [(1, 7.0, 5.5), (2, 14.0, 4.5)]}},
-    }
-    assert demo.seconds_to(results, "lngd", "adamw") == pytest.approx(15)
-    assert demo.seconds_to(results, "adamw", "lngd") is None
 
 
 @pytest.mark.slow

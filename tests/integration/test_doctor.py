@@ -10,15 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    BartConfig,
-    BertConfig,
-    FSMTConfig,
-    GPT2Config,
-    LlamaConfig,
-    MarianConfig,
-    ResNetConfig,
-)
+from transformers import BartConfig, BertConfig, FSMTConfig, GPT2Config, LlamaConfig, MarianConfig, ResNetConfig
 
 from hf_lngd import LNGD, LNGDConfig
 from hf_lngd.integrations import doctor as doctor_module
@@ -113,7 +105,7 @@ def test_products_are_counted_exactly() -> None:
     assert found.step_flops == whitening + quintics
 
 
-@pytest.mark.parametrize("text", ["fisher=sampled", "preset=paper", "preset=lngd_sample", "preset=lngd_lr"])
+@pytest.mark.parametrize("text", ["preset=paper", "preset=lngd_lr"])
 def test_it_takes_every_preset_of_a_large_model(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -265,10 +265,7 @@ def test_what_can_be_known_without_the_hub(given: dict[str, Any], words: str, mo
 REFUSED = {
     "wrong token": (http_error(401, "bad credentials"), "hub_token: https://huggingface.co refuses it (401: bad cred"),
     "not there": (http_error(401, "none", RepositoryNotFoundError), "hub_model_id: got 'you/x', which this token may"),
-    "no answer": (
-        httpx.ConnectError("down"),
-        "push_to_hub: got true, but https://huggingface.co does not",
-    ),
+    "no answer": (httpx.ConnectError("down"), "push_to_hub: got true, but https://huggingface.co does not"),
     "broken": (http_error(500, "oh"), "push_to_hub: got true, but https://huggingface.co does not"),
 }
 

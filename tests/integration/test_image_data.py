@@ -13,7 +13,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from benchmarks.tasks.cifar10 import shift
 from hf_lngd.integrations.usage import UsageError
 from scripts import run_image_classification
 from scripts.run_image_classification import (
@@ -153,17 +152,6 @@ def test_images_of_unlike_size_are_refused() -> None:
         decode(rows_of([encoded(noise(8, 8, 3)), encoded(noise(9, 8, 3))]), processor, 3, False)
 
 
-def test_a_shift_is_a_window() -> None:
-    pixels = torch.from_numpy(noise(5, 3, 8, 8))
-    corners = torch.tensor([[0, 0], [2, 2], [4, 4], [1, 3], [4, 0]])
-    shifted = shift(pixels, corners, 2)
-    assert shifted.shape == pixels.shape and shifted.dtype == torch.uint8
-    bordered = torch.nn.functional.pad(pixels, (2, 2, 2, 2))
-    for image, border, (row, column) in zip(shifted, bordered, corners.tolist(), strict=True):
-        assert torch.equal(image, border[:, row : row + 8, column : column + 8])
-    assert torch.equal(shifted[1], pixels[1])
-
-
 @pytest.mark.parametrize("augment", ["none", "crop", "flip", "crop_flip"])
 def test_augmentation(augment: str) -> None:
     pixels = noise(64, 3, 16, 16)
@@ -194,14 +182,6 @@ def test_augmentation_is_the_seeds_and_the_epochs() -> None:
     assert not torch.equal(pixels(1, 2), pixels(1, 3)) and not torch.equal(pixels(1, 2), pixels(2, 2))
 
 
-def test_workers_make_the_same_batches() -> None:
-    images = ImageSet(noise(10, 3, 8, 8), np.arange(10), "crop_flip")
-    collator = Normalise(PROCESSOR, (3, 8, 8))
-    alone, helped = (list(DataLoader(images, 4, collate_fn=collator, num_workers=count)) for count in (0, 1))
-    for a, b in zip(alone, helped, strict=True):
-        assert torch.equal(a["pixel_values"], b["pixel_values"]) and torch.equal(a["labels"], b["labels"])
-
-
 def test_workers_that_outlive_an_epoch_follow_it() -> None:
     images = ImageSet(noise(8, 3, 8, 8), None, "crop_flip")
     loader = DataLoader(images, 8, num_workers=1, persistent_workers=True, collate_fn=Normalise(PROCESSOR, (3, 8, 8)))
@@ -226,14 +206,6 @@ def test_a_split_takes_of_each_class_alike() -> None:
         split(rows, 0.01, 0)
 
 
-def test_a_sample_keeps_the_order_and_takes_all_classes() -> None:
-    rows = rows_of([[[i]] for i in range(100)], ["a"] * 50 + ["b"] * 50)
-    few = rows.sample(20, 0)
-    numbers = [row["image"][0][0] for row in few.table]
-    assert len(numbers) == 20 and numbers == sorted(numbers) and set(few.labels or []) == {"a", "b"}
-    assert rows.sample(100, 0) is rows and rows.sample(None, 0) is rows
-
-
 def test_confusion_and_the_worst() -> None:
     labels, said = np.array([0, 0, 1, 2, 2, 2]), np.array([0, 1, 1, 0, 0, 2])
     counts = confusion(labels, said, 3)
@@ -247,7 +219,7 @@ def blank(path: Path) -> bool:
         return len(picture.convert("RGB").getcolors(1 << 24) or []) < 20
 
 
-@pytest.mark.parametrize("classes", [2, 10, 30, 1000])
+@pytest.mark.parametrize("classes", [2, 1000])
 def test_pictures_for_any_number_of_classes(classes: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw = np.random.default_rng(0)
@@ -255,7 +227,7 @@ def test_pictures_for_any_number_of_classes(classes: int, tmp_path: Path) -> Non
     labels, names = draw.integers(0, classes, count), [f"a class with a long name {i}" for i in range(classes)]
     shares = draw.random((count, classes))
     draw_confusion(tmp_path / "c.png", labels, np.where(draw.random(count) < 0.7, labels, 0), names)
-    channels = 1 if classes == 10 else 3
+    channels = 1 if classes == 2 else 3
     draw_mistakes(tmp_path / "m.png", noise(count, channels, 8, 8), shares, labels, names)
     for name in ("c.png", "m.png"):
         assert not blank(tmp_path / name)

@@ -10,13 +10,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq
 
-from hf_lngd import (
-    LNGD,
-    LNGDSeq2SeqTrainer,
-    LNGDSeq2SeqTrainingArguments,
-    LNGDTrainer,
-    LNGDTrainingArguments,
-)
+from hf_lngd import LNGD, LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
 from hf_lngd.integrations.trainer import lngd_of
 from tests.hf_helpers import hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
 

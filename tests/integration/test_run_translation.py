@@ -14,19 +14,12 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, M2M100Tokenizer, MBart50Tokenizer, NllbTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MBart50Tokenizer, NllbTokenizer
 
 from hf_lngd.integrations.usage import UsageError
 from scripts import run_translation
 from scripts.run_translation import set_languages
-from tests.hf_helpers import (
-    HF_FAMILIES,
-    hf_mbart_tokenizer,
-    hf_pairs,
-    hf_seq2seq_model,
-    hf_tokenizer,
-    hf_write_pairs,
-)
+from tests.hf_helpers import HF_FAMILIES, hf_mbart_tokenizer, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_write_pairs
 
 SAMPLE = Path(__file__).resolve().parents[2] / "examples" / "data" / "tatoeba-en-de"
 
@@ -146,23 +139,13 @@ def test_each_family_from_end_to_end(family: str, models: Files, data: Files, tm
 
 
 def test_the_card(models: Files, data: Files, tmp_path: Path, run: Run) -> None:
-    folder = tmp_path / "my-model"
-    options = {"model_name_or_path": models["marian"], "output_dir": folder, **data, "hub_token": "hf_secret"}
-    argv = arguments({**options, "optim_args": "damping_rho=0.7", "data_license": "cc-by-2.0"}, *ALL)
-    run(argv)
-    card = ModelCard.load(folder / "README.md")
-    result = numbers(folder)
-    found = {(r.dataset_split, r.metric_type): r for r in card.data.eval_results}
-    assert found["validation", "bleu"].metric_value == result["eval_bleu"]
-    assert found["test", "bleu"].metric_value == result["predict_bleu"]
-    assert found["test", "bleu"].metric_args == {"signature": result["predict_bleu_signature"]}
-    assert found["test", "chrf"].metric_value == result["predict_chrf"]
-    assert card.data.model_name == "my-model" and card.data.license == "cc-by-2.0"
-    assert card.data.language == ["en", "de"] and card.data.pipeline_tag == "translation"
-    assert '"damping_rho": 0.7' in card.text and "By nobody." in card.text
-    command = " ".join(card.text.split("```bash\n")[2].split("```")[0].replace("\\\n", " ").split())
-    assert command == " ".join(["python scripts/run_translation.py", *argv]).replace(" --hub_token hf_secret", "")
-    assert "hf_secret" not in (folder / "README.md").read_text(encoding="utf-8")
+    """What it tells of results and of the command: tests/integration/test_hub.py."""
+    options = {"model_name_or_path": models["marian"], "output_dir": tmp_path, **data, "data_license": "cc-by-2.0"}
+    run(arguments(options, *ALL))
+    card = ModelCard.load(tmp_path / "README.md")
+    (bleu,) = (r for r in card.data.eval_results if (r.dataset_split, r.metric_type) == ("test", "bleu"))
+    assert bleu.metric_args == {"signature": numbers(tmp_path)["predict_bleu_signature"]}
+    assert card.data.license == "cc-by-2.0" and card.data.language == ["en", "de"] and "By nobody." in card.text
 
 
 def from_scratch(models: Files, data: Files, folder: Path, flags: list[str], **more: Any) -> list[str]:
@@ -230,13 +213,9 @@ def test_arguments_from_a_json_file_and_a_data_set_in_a_folder(
 GOOD = json.dumps({"translation": {"en": "the dog", "de": "Hund"}})
 REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
     "unknown option": ({"num_beems": 2}, None, "num_beems: unknown argument; did you mean --num_beams"),
-    "no number": ({"num_beams": "two"}, None, "num_beams: invalid int value: 'two'"),
     "not positive": ({"max_source_length": 0}, None, "max_source_length: got 0, accepted: an integer, at least 1"),
-    "no batch": ({"per_device_train_batch_size": 0}, None, "per_device_train_batch_size: got 0, accepted:"),
-    "choice": ({"eval_strategy": "often"}, None, "eval_strategy: invalid choice: 'often'"),
     "optimizer": ({"optim": "lngdd"}, None, "optim: got 'lngdd' (did you mean lngd?), accepted: lngd, adamw"),
     "settings name": ({"optim_args": "factor_intervall=3"}, None, "optim_args: unknown name 'factor_intervall'; did"),
-    "settings value": ({"optim_args": "damping=odd"}, None, "damping: got 'odd', accepted: relative, paper"),
     "two strategies": (
         {"load_best_model_at_end": "true", "save_strategy": "epoch"},
         None,
@@ -248,29 +227,21 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
     "no model": ({"model_name_or_path": None}, None, "model_name_or_path: got none, accepted: a model"),
     "model not there": ({"model_name_or_path": "no/where"}, None, "model_name_or_path: got 'no/where'"),
     "no tokenizer": ({"tokenizer_name": "no/where"}, None, "tokenizer_name: got 'no/where'"),
-    "no config": ({"config_name": "no/where"}, None, "config_name: got 'no/where'"),
     "override name": ({"config_overrides": "dropuot=0"}, None, "config_overrides: unknown name 'dropuot'; did you"),
     "override value": ({"config_overrides": "dropout=much"}, None, "config_overrides: dropout: got 'much'"),
-    "override form": ({"config_overrides": "dropout"}, None, "config_overrides: got 'dropout', accepted: name=value"),
     "override sense": ({"config_overrides": "d_model=17"}, None, "config_overrides: got 'd_model=17'"),
-    "override type": ({"config_overrides": "encoder_layers=two"}, None, "config_overrides: encoder_layers: got 'two'"),
     "first token": ({"forced_bos_token": "__xx__"}, None, "forced_bos_token: got '__xx__', accepted: a token"),
     "no file": ({"train_file": None}, None, "train_file: got none, accepted: a file of JSON lines"),
     "file not there": ({"train_file": "nowhere.json"}, None, "train_file: got 'nowhere.json', which is no file"),
     "kind of file": ({"train_file": "pairs.tsv"}, None, "train_file: got 'pairs.tsv', accepted: a file that ends in"),
     "files and set": ({"dataset_name": "wmt16"}, None, "dataset_name: got 'wmt16' and files"),
-    "checkpoint": ({"resume_from_checkpoint": "nowhere"}, None, "resume_from_checkpoint: got 'nowhere', which is no"),
     "no checkpoint": ({"resume_from_checkpoint": "true"}, None, "resume_from_checkpoint: got 'true', but"),
-    "report": ({"report_to": "paper"}, None, "report_to: "),
     "empty file": ({}, [], "which is empty, accepted: at least one line"),
-    "blank file": ({}, ["", "  "], "which is empty, accepted: at least one line"),
     "broken line": ({}, [GOOD, GOOD, '{"translation": {"en": '], "train.json, line 3: not JSON"),
     "no column": ({}, [GOOD, '{"en": "a", "de": "b"}'], "line 2: no column 'translation', found: en, de"),
     "no object": ({}, ["[1]"], "line 1: got a JSON list, accepted: an object"),
     "no pair": ({}, ['{"translation": "a"}'], "line 1: column 'translation': accepted: an object"),
     "no target": ({}, [GOOD, '{"translation": {"en": "a"}}'], "line 2: a source 'en' without a target 'de'"),
-    "blank target": ({}, ['{"translation": {"en": "a", "de": " "}}'], "line 1: a source 'en' without a target 'de'"),
-    "null target": ({}, ['{"translation": {"en": "a", "de": null}}'], "line 1: a source 'en' without a target 'de'"),
     "no source": ({}, [GOOD, '{"translation": {"de": "a"}}'], "line 2: no source 'en'"),
 }
 
@@ -322,25 +293,11 @@ def test_help_lists_every_argument(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert caught.value.code == 0 and "--optim_args" in said and "--source_prefix" in said
 
 
-def m2m100_tokenizer(folder: Path) -> Any:
-    """M2M100's own class needs a sentencepiece model."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    text, prefix = folder / "text.txt", folder / "pieces"
-    text.write_text("\n".join(line for pair in hf_pairs(200) for line in pair.values()), encoding="utf-8")
-    ids = {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3, "vocab_size": 60, "hard_vocab_limit": False}
-    sentencepiece.SentencePieceTrainer.train(input=str(text), model_prefix=str(prefix), minloglevel=2, **ids)
-    pieces = sentencepiece.SentencePieceProcessor(f"{prefix}.model")
-    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    return M2M100Tokenizer(str(folder / "vocab.json"), f"{prefix}.model")
-
-
 # tokenizer, family, languages, the target language's token, whether the target begins with it
 KINDS: dict[str, tuple[Any, str, str, str, str, bool]] = {
     "mbart": (lambda folder: hf_mbart_tokenizer(), "mbart", "en_XX", "de_DE", "de_DE", False),
     "mbart50": (lambda folder: MBart50Tokenizer(), "mbart", "en_XX", "de_DE", "de_DE", True),
     "nllb": (lambda folder: NllbTokenizer(), "m2m100", "eng_Latn", "deu_Latn", "deu_Latn", True),
-    "m2m100": (m2m100_tokenizer, "m2m100", "en", "de", "__de__", True),
 }
 
 

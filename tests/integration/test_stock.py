@@ -62,8 +62,8 @@ def test_a_stock_trainer_trains_with_it(registered: None, tmp_path: Path, capsys
     assert capsys.readouterr().out.count(optimizer.routing_table().split("\n\n")[0]) == 1
 
 
-@pytest.mark.parametrize("text", ["family=lngd", "family=ekfac"])
-def test_it_steps_as_our_trainer_does(registered: None, text: str, tmp_path: Path) -> None:
+def test_it_steps_as_our_trainer_does(registered: None, tmp_path: Path) -> None:
+    text = "family=ekfac"
     found = stock(tmp_path, hf_vit(), optim="lngd", optim_args=text)
     found.train()
     args = LNGDTrainingArguments(str(tmp_path), optim_args=text, **SETTINGS)
@@ -71,11 +71,6 @@ def test_it_steps_as_our_trainer_does(registered: None, text: str, tmp_path: Pat
     ours.train()
     for (name, value), other in zip(found.model.state_dict().items(), ours.model.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
-
-
-def test_fp16_on_the_cpu_is_refused_by_name(registered: None, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fp16: got True on the CPU.*accepted: bf16"):
-        stock(tmp_path, hf_vit(), optim="lngd", fp16=True).train()
 
 
 def test_it_is_idempotent_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -103,12 +98,8 @@ def test_our_classes_work_beside_it(registered: None, tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("factor_intervall=3", "did you mean factor_interval"),
-        ("damping_rho=-1", "damping_rho: got -1.0"),
-        ("factor_interval=10,", "optim_args: got an empty item in 'factor_interval=10,'"),
-        ("factor_interval", "optim_args: got 'factor_interval', accepted: name=value"),
         ("preset=lngd_lr", "fisher: got 'true' in a stock Trainer"),
         ("family=kfac,fisher=true", "accepted: empirical; or use hf_lngd.LNGDTrainer"),
-        ("family=kfac,direction=polar", r"direction: got 'polar', accepted: natural \(family=kfac\)"),
     ],
 )
 def test_bad_settings_say_what_is_wrong(registered: None, text: str, words: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from hf_lngd.integrations.loss import SummedCrossEntropy, ignores_num_items
 from hf_lngd.integrations.trainer import lngd_of
 from tests.hf_helpers import HF_FAMILIES, hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = [(8, 1), (4, 2), (2, 4)]
 
 SETTINGS: dict[str, Any] = {
@@ -90,7 +88,7 @@ def assert_same(found: list[dict[str, torch.Tensor]], **tolerance: float) -> Non
             torch.testing.assert_close(other[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize(("family", "smoothing"), [*((family, 0.0) for family in HF_FAMILIES), ("marian", 0.1)])
+@pytest.mark.parametrize(("family", "smoothing"), [("t5", 0.0), ("m2m100", 0.0), ("marian", 0.1)])
 def test_one_step_whatever_the_layout_of_the_batch(family: str, smoothing: float, tmp_path: Path) -> None:
     found = [
         weights_after(
@@ -101,21 +99,8 @@ def test_one_step_whatever_the_layout_of_the_batch(family: str, smoothing: float
     assert_same(found, rtol=1e-6, atol=1e-9)
 
 
-# Exact embeddings count padding, too, of which another layout has another number.
-@pytest.mark.parametrize(
-    "settings", ["embedding=fallback", "fisher=empirical,embedding=fallback", "preset=paper,fisher=expected"]
-)
-def test_lngd_steps_alike_whatever_the_layout(settings: str, tmp_path: Path) -> None:
-    text = f"factor_interval=1,lr=0.001,{settings}"
-    found = [
-        weights_after(seq2seq_trainer(tmp_path, double=True, optim_args=text, **layout(*sizes))) for sizes in LAYOUTS
-    ]
-    assert_same(found, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("make", [convnext, hf_vit])
-def test_images_step_alike_whatever_the_layout(make: Any, tmp_path: Path) -> None:
-    found = [weights_after(image_trainer(tmp_path, make().double(), optim="sgd", **layout(*s))) for s in LAYOUTS]
+def test_images_step_alike_whatever_the_layout(tmp_path: Path) -> None:
+    found = [weights_after(image_trainer(tmp_path, convnext().double(), optim="sgd", **layout(*s))) for s in LAYOUTS]
     assert_same(found, rtol=1e-6, atol=1e-9)
 
 
@@ -164,34 +149,7 @@ def test_label_smoothing_is_transformers_own(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_ignored_labels_are_left_out_of_the_factors(tmp_path: Path) -> None:
-    layer = "model.decoder.layers.0.fc1"
-    trainer = seq2seq_trainer(tmp_path, double=True, max_steps=1)
-    plain = DataCollatorForSeq2Seq(trainer.processing_class, model=trainer.model)
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = dict(plain(rows))
-        batch["labels"][:, 1] = -100  # the decoder's inputs do not show it
-        return batch
-
-    trainer.data_collator = collate
-    batch = collate([trainer.train_dataset[i] for i in range(8)])
-    trainer.train()
-    found = lngd_of(trainer.optimizer).factors(layer)
-    model = hf_seq2seq_model("marian", hf_tokenizer()).double()
-    optimizer = LNGD(model)
-    model(**batch).loss.backward()
-    optimizer.step()
-    for name, expected in optimizer.factors(layer).items():
-        torch.testing.assert_close(found[name], expected)
-
-
-def test_labels_that_are_no_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match="labels: got torch.float32 .* accepted: class numbers"):
-        SummedCrossEntropy()({"logits": torch.zeros(2, 3)}, torch.zeros(2, 3))
-
-
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop", "adagrad"])
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adafactor"])
 def test_other_optimizers_train(optim: str, tmp_path: Path) -> None:
     trainer = image_trainer(tmp_path, hf_vit(), optim=optim, learning_rate=1e-3)
     before = trainer.model.classifier.weight.detach().clone()
@@ -213,15 +171,6 @@ def test_stock_arguments_keep_their_optimizer_and_none_means_lngd(
     assert LNGDTrainer(model, args, optimizers=(own, None)).create_optimizer() is own
 
 
-def test_create_lngd_optimizer(tmp_path: Path) -> None:
-    args = LNGDTrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.02, optim_args="factor_interval=7")
-    optimizer = create_lngd_optimizer(hf_vit(), args)
-    assert optimizer.config.factor_interval == 7 and optimizer.param_groups[0]["lr"] == 0.02
-    optimizer = create_lngd_optimizer(hf_vit(), args, lr=0.03, factor_interval=3)
-    assert optimizer.config.factor_interval == 3 and optimizer.param_groups[0]["lr"] == 0.03
-    assert create_lngd_optimizer(hf_vit(), preset="paper").config.preset == "paper"
-
-
 def test_diagnostics_reach_training_logs_alone_and_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -237,14 +186,6 @@ def test_diagnostics_reach_training_logs_alone_and_tensorboard(tmp_path: Path) -
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     assert {f"train/{key}" for key in keys} <= set(tags)
-
-
-def test_the_routing_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = image_trainer(tmp_path, hf_vit())
-    trainer.train()
-    trainer.train()
-    table = lngd_of(trainer.optimizer).routing_table().split("\n\n")[0]  # what follows whom is known only later
-    assert capsys.readouterr().out.count(table) == 1
 
 
 def test_fisher_true_gets_its_second_pass(tmp_path: Path) -> None:
@@ -265,15 +206,6 @@ def test_decoder_inputs_are_made_as_the_collator_makes_them(tmp_path: Path) -> N
             found = trainer.compute_loss(model, bare, num_items_in_batch=10)
             expected = trainer.compute_loss(model, made, num_items_in_batch=10)
         assert torch.equal(found, expected), family
-
-
-def test_a_run_is_saved_with_its_arguments(tmp_path: Path) -> None:
-    trainer = image_trainer(tmp_path, hf_vit(), save_strategy="steps", save_steps=2)
-    trainer.train()
-    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8"))
-    assert state["global_step"] == 2
-    args = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
-    assert args.optim == "lngd"
 
 
 # Loops of one's own: plain ones, and accelerate's with accumulation and saved states
@@ -330,13 +262,6 @@ def test_accelerate_loops_step_and_resume_as_plain_ones(tmp_path: Path) -> None:
     for name, value in plain.items():
         torch.testing.assert_close(whole[name], value, rtol=1e-7, atol=1e-9)
         assert torch.equal(resumed[name], whole[name]), name
-
-
-def test_arguments_of_a_trainer_serve_in_a_loop_too(tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.02, weight_decay=0.3, optim_args="seed=5")
-    optimizer = create_lngd_optimizer(hf_vit(), args, factor_interval=7)
-    assert (optimizer.config.weight_decay, optimizer.config.seed, optimizer.config.factor_interval) == (0.3, 5, 7)
-    assert optimizer.param_groups[0]["lr"] == 0.02
 
 
 def test_a_preset_or_family_by_name_is_that_with_the_rates_of_the_arguments(tmp_path: Path) -> None:

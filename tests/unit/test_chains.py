@@ -90,12 +90,6 @@ CASES: dict[str, tuple[Body, Body, tuple[str, ...], bool]] = {
         ("batch_norm", "ReLU"),
         True,
     ),
-    "batch norm alone": (
-        lambda n, x, s: n.batch_norm(s),
-        lambda n, x, s: gamma(n.batch_norm, s, [0, 2, 3], (1, 4, 1, 1)),
-        ("batch_norm",),
-        True,
-    ),
     "residual in place": (residual, residual_slope, ("batch_norm", "sum", "ReLU"), True),
     "running statistics": (
         eval_norm,
@@ -111,12 +105,6 @@ CASES: dict[str, tuple[Body, Body, tuple[str, ...], bool]] = {
         ("layout", "sigmoid"),
         True,
     ),
-    "layer norm": (
-        lambda n, x, s: n.layer_norm(s),
-        lambda n, x, s: gamma(n.layer_norm, s, [1]),
-        ("layer_norm",),
-        False,
-    ),
     "rms norm": (
         lambda n, x, s: n.rms_norm(s),
         lambda n, x, s: n.rms_norm.weight / (s.square().mean(1, True) + torch.finfo(s.dtype).eps).sqrt(),
@@ -127,18 +115,6 @@ CASES: dict[str, tuple[Body, Body, tuple[str, ...], bool]] = {
         lambda n, x, s: n.layer_norm(n.dropout(s) + x[:, :4]),
         lambda n, x, s: gamma(n.layer_norm, s + x[:, :4], [1]),
         ("dropout", "sum", "layer_norm"),
-        False,
-    ),
-    "functional": (
-        lambda n, x, s: F.hardswish(s),
-        lambda n, x, s: ((2 * s + 3) / 6) * (s.abs() < 3) + (s >= 3),
-        ("hardswish",),
-        False,
-    ),
-    "sigmoid, which is no head": (
-        lambda n, x, s: torch.sigmoid(s),
-        lambda n, x, s: s.sigmoid() * (1 - s.sigmoid()),
-        ("sigmoid",),
         False,
     ),
     "functional in place": (
@@ -153,12 +129,7 @@ CASES: dict[str, tuple[Body, Body, tuple[str, ...], bool]] = {
         ("scale", "tanh"),
         False,
     ),
-    "up of a gate": (
-        lambda n, x, s: n.silu(n.other(x)) * s,
-        lambda n, x, s: F.silu(n.other(x)),
-        ("product",),
-        False,
-    ),
+    "up of a gate": (lambda n, x, s: n.silu(n.other(x)) * s, lambda n, x, s: F.silu(n.other(x)), ("product",), False),
     "gate": (
         lambda n, x, s: n.silu(s) * n.other(x),
         lambda n, x, s: silu_slope(s) * n.other(x),
@@ -195,12 +166,6 @@ CASES: dict[str, tuple[Body, Body, tuple[str, ...], bool]] = {
         (),
         False,
     ),
-    "shaped like itself": (
-        lambda n, x, s: n.silu(n.batch_norm(s.unflatten(0, (3, 3)).flatten(0, 1)).reshape_as(s)),
-        lambda n, x, s: silu_slope(n.batch_norm(s)) * gamma(n.batch_norm, s, [0]),
-        ("layout", "layout", "batch_norm", "layout", "SiLU"),
-        False,
-    ),
     "itself squared": (lambda n, x, s: s * s, lambda n, x, s: torch.ones_like(s), (), False),
     "a question is no use": (
         lambda n, x, s: n.silu(s) if s.isfinite().all() and s.shape[0] and s.dim() else s,
@@ -212,16 +177,12 @@ CASES: dict[str, tuple[Body, Body, tuple[str, ...], bool]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("fisher", ["expected", "sampled"])
-def test_factors_follow_the_chain(case: str, fisher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_follow_the_chain(case: str) -> None:
     body, slope, links, conv = CASES[case]
-    if fisher == "sampled":  # a draw that is 1 everywhere
-        monkeypatch.setattr(torch, "randn", lambda *shape, generator=None, **k: torch.ones(shape, **k))
     model = Net(body, conv).double()
     torch.manual_seed(1)
     x = torch.rand(4, 3, 6, 6, dtype=torch.float64) - 0.5 if conv else torch.rand(9, 5, dtype=torch.float64) - 0.5
-    fields = {**EVERY_STEP, "max_factor_dim": 99, "fisher": fisher, "direction": "natural"}
-    optimizer = LNGD(model, lr=0.0, **fields)
+    optimizer = LNGD(model, lr=0.0, **EVERY_STEP, max_factor_dim=99, direction="natural")
     for _ in range(2):  # the first forward finds the links, the second knows them
         model(x).sum().backward()
         optimizer.step()
@@ -311,16 +272,6 @@ def test_derivative_of_every_activation(name: str) -> None:
 # Chains and watches by themselves
 
 
-def watched(function: Callable[[Tensor], Tensor], s: Tensor, expected: tuple[str, ...] | None = None) -> Chain:
-    """The chain of s through a function."""
-    chain = Chain(expected)
-    with ChainWatch() as watch:
-        watch.follow(s, chain)
-        function(s)
-        watch.clear()
-    return chain
-
-
 def test_a_chain_that_is_expected_ends_at_once_and_lets_go() -> None:
     s, ended = torch.randn(3, 4), []
     chain = Chain(("relu",), lambda own: ended.append((own.names(), own.slope())))
@@ -331,44 +282,3 @@ def test_a_chain_that_is_expected_ends_at_once_and_lets_go() -> None:
         y.sin()
         chain.finish()
     assert len(ended) == 1 and not chain.links and not chain.places
-
-
-def test_a_chain_that_is_dropped_is_not_followed() -> None:
-    s, kept, dropped = torch.randn(3, 4), Chain(None), Chain(None)
-    with ChainWatch() as watch:
-        watch.follow(s, kept)
-        watch.follow(s, dropped)
-        watch.drop(dropped)
-        s.sigmoid()
-    assert kept.names() == ("sigmoid",) and dropped.names() == () and not dropped.links
-
-
-def test_a_watch_leaves_its_mode_wherever_it_stands() -> None:
-    watch, other = ChainWatch(), ChainWatch()
-    with watch:
-        other.__enter__()
-        watch.remove()
-        chain, s = Chain(None), torch.randn(3)
-        watch.follow(s, chain)
-        s.tanh()
-        assert chain.names() == ()
-        own = Chain(None)
-        other.follow(s, own)
-        s.tanh()
-        assert own.names() == ("tanh",)
-        watch.__enter__()  # what the block expects
-        other.remove()
-    assert not torch.overrides._get_current_function_mode_stack()
-
-
-def test_in_place_work_is_followed_too() -> None:
-    s = torch.randn(3, 4)
-    before = s.clone()
-    chain = watched(lambda x: x.mul_(2).tanh_(), s)
-    assert chain.names() == ("scale", "tanh")
-    torch.testing.assert_close(chain.slope(), 2 * (1 - torch.tanh(2 * before).square()))
-
-
-def test_another_way_than_expected_ends_a_chain_where_it_leaves() -> None:
-    chain = watched(lambda x: x.sigmoid(), torch.randn(3), ("layer_norm", "relu"))
-    assert chain.closed and chain.names() == ()

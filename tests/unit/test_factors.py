@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -17,22 +15,10 @@ from hf_lngd import LNGD
 from hf_lngd.linalg import block_layout
 from tests.helpers import IGNORED, layers_of, marian_batch, seeded, tiny_marian, train_step
 from tests.hf_helpers import hf_seq2seq_model, hf_tokenizer
-from tests.reference import blockwise, dense_fisher, factors
+from tests.reference import blockwise, factors
 
 Seen = dict[str, tuple[Tensor, Tensor]]  # name → input and output of a module
-SHAPES = [(6, 5), (3, 4, 5), (2, 3, 2, 5)]
 gelu_tanh = partial(nn.functional.gelu, approximate="tanh")
-BIASES = ["none", "factor", "fallback"]
-ACTIVATIONS = {
-    "none": None,
-    "relu": nn.ReLU(),
-    "relu_inplace": nn.ReLU(inplace=True),
-    "gelu": nn.GELU(),
-    "silu": nn.SiLU(),
-    "silu_inplace": nn.SiLU(inplace=True),
-    "elu_inplace": nn.ELU(inplace=True),
-    "tanh": nn.Tanh(),
-}
 
 
 class OneLayer(nn.Module):
@@ -46,17 +32,6 @@ class OneLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         s = self.linear(x)
         return s if self.act is None else self.act(s)
-
-
-class Gated(nn.Module):
-    """act(W₀x) · W₁x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wi_0, self.wi_1, self.act = nn.Linear(5, 4, bias=False), nn.Linear(5, 4, bias=False), nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.wi_0(x)) * self.wi_1(x)
 
 
 def capture(model: nn.Module, x: Tensor, **fields: Any) -> LNGD:
@@ -81,52 +56,8 @@ def slopes_of(model: OneLayer, x: Tensor) -> Tensor:
     return torch.func.vmap(torch.func.vmap(torch.func.grad(lambda z: type(model.act)()(z))))(s).square()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ["none", "silu_inplace"])
-@pytest.mark.parametrize("bias", BIASES)
-def test_the_default_takes_every_derivative_as_one(shape: tuple[int, ...], activation: str, bias: str) -> None:
-    """Φ = m · E[a aᵀ], Ψ = 1/m."""
-    torch.manual_seed(0)
-    model = OneLayer(5, 4, bias != "none", ACTIVATIONS[activation]).double()
-    x = torch.randn(*shape, dtype=torch.float64)
-    found = capture(model, x, bias="factor" if bias == "factor" else "fallback").factors("linear")
-    a = inputs_of(x, bias == "factor")
-    torch.testing.assert_close(found["phi"], 4 * a.T @ a / len(a), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(found["psi"], torch.full((4,), 1 / 4).double())
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("bias", BIASES)
-def test_natural_factors_are_those_of_the_dense_fisher(shape: tuple[int, ...], activation: str, bias: str) -> None:
-    torch.manual_seed(0)
-    model = OneLayer(5, 4, bias != "none", ACTIVATIONS[activation]).double()
-    x = torch.randn(*shape, dtype=torch.float64)
-    optimizer = capture(model, x, direction="natural", bias="factor" if bias == "factor" else "fallback")
-    found, a, g2 = optimizer.factors("linear"), inputs_of(x, bias == "factor"), slopes_of(model, x)
-    phi, psi = factors(a, g2)
-    torch.testing.assert_close(found["phi"], phi, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(found["psi"], psi, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(found["psi"].sum(), torch.tensor(1.0).double())
-    fisher = dense_fisher(a, g2)
-    torch.testing.assert_close(torch.kron(found["phi"], torch.diag(found["psi"])).trace(), fisher.trace())
-    assert torch.linalg.eigvalsh(found["phi"]).min() > -1e-12
-
-
-def test_a_gate_is_differentiated_on_both_sides() -> None:
-    torch.manual_seed(0)
-    model, x = Gated().double(), torch.randn(7, 5, dtype=torch.float64)
-    optimizer = capture(model, x, direction="natural")
-    s, other = ((x @ layer.weight.T).detach() for layer in (model.wi_0, model.wi_1))
-    sigma = torch.sigmoid(s)
-    slope = sigma * (1 + s * (1 - sigma))
-    torch.testing.assert_close(optimizer.factors("wi_0")["phi"], factors(x, (slope * other).square())[0])
-    torch.testing.assert_close(optimizer.factors("wi_1")["phi"], factors(x, (s * sigma).square())[0])
-
-
-@pytest.mark.parametrize("limit", [1, 2, 3, 4, 7, 8, 100])
-@pytest.mark.parametrize("bias", ["factor", "fallback"])
-@pytest.mark.parametrize("direction", ["polar", "natural"])
+@pytest.mark.parametrize("limit", [1, 3, 7, 100])
+@pytest.mark.parametrize(("bias", "direction"), [("factor", "polar"), ("fallback", "natural")])
 def test_a_wide_factor_is_cut_into_equal_blocks(limit: int, bias: str, direction: str) -> None:
     torch.manual_seed(0)
     model, x = OneLayer(7, 4, True, nn.Tanh()).double(), torch.randn(9, 7, dtype=torch.float64)
@@ -136,18 +67,6 @@ def test_a_wide_factor_is_cut_into_equal_blocks(limit: int, bias: str, direction
     k, b = block_layout(a.shape[1], limit)
     assert b <= limit
     torch.testing.assert_close(optimizer.factors("linear")["phi"], blockwise(factors(a, g2)[0], k, b))
-
-
-@settings(max_examples=25, deadline=None)
-@given(n=st.integers(1, 12), d=st.integers(1, 6), m=st.integers(1, 5), seed=st.integers(0, 999))
-def test_invariants_hold_for_any_layer(n: int, d: int, m: int, seed: int) -> None:
-    torch.manual_seed(seed)
-    model, x = OneLayer(d, m, True, nn.GELU()).double(), torch.randn(n, d, dtype=torch.float64)
-    found = capture(model, x, bias="factor", direction="natural").factors("linear")
-    a, g2 = inputs_of(x, True), slopes_of(model, x)
-    torch.testing.assert_close(found["psi"].sum(), torch.tensor(1.0).double())
-    torch.testing.assert_close(found["phi"].trace(), (a.square().sum(1) * g2.sum(1)).mean())
-    assert torch.linalg.eigvalsh(found["phi"]).min() > -1e-9 * found["phi"].trace()
 
 
 def gated_t5() -> nn.Module:
@@ -183,11 +102,11 @@ def natural_slopes(model: nn.Module, name: str, seen: Seen) -> Tensor:
     return torch.ones_like(s)
 
 
-@pytest.mark.parametrize("source", [6, 7], ids=["equal lengths", "unlike lengths"])
 @pytest.mark.parametrize("family", ["marian", "t5", "bart", "t5-gated"])
 @pytest.mark.parametrize("direction", ["polar", "natural"])
-def test_every_layer_of_a_transformer(direction: str, family: str, source: int) -> None:
-    model, batch = tiny_model(family), marian_batch(source=source)
+def test_every_layer_of_a_transformer(direction: str, family: str) -> None:
+    """Source and target as long as each other in half of these, which makes their masks hard to tell apart."""
+    model, batch = tiny_model(family), marian_batch(source=6 if direction == "polar" else 7)
     labels = batch["labels"]
     batch["input_ids"], batch["labels"] = batch["input_ids"] % 9, torch.where(labels < 0, labels, labels % 9)
     for module in model.modules():
@@ -211,13 +130,11 @@ def test_every_layer_of_a_transformer(direction: str, family: str, source: int) 
         torch.testing.assert_close(found["psi"], psi, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("activation", ["none", "silu"])
-def test_sums_leave_autocast(activation: str) -> None:
+def test_sums_leave_autocast() -> None:
     torch.manual_seed(0)
-    model, x = OneLayer(5, 4, False, ACTIVATIONS[activation]), torch.randn(64, 5)
-    found = []
+    model, x, found = OneLayer(5, 4), torch.randn(64, 5), []
     for enabled in (False, True):
-        optimizer = LNGD(model, lr=0.0, direction="natural" if activation == "silu" else "polar")
+        optimizer = LNGD(model, lr=0.0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             out = model(x)
         assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
@@ -225,27 +142,4 @@ def test_sums_leave_autocast(activation: str) -> None:
         optimizer.step()
         optimizer.close()
         found.append(optimizer.factors("linear")["phi"])
-    # φ' sees the output in half precision, the sums never do
-    tolerance = 1e-6 if activation == "none" else 5e-3
-    torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("direction", ["polar", "natural"])
-def test_a_running_average_is_corrected_for_its_start(direction: str) -> None:
-    torch.manual_seed(0)
-    model = OneLayer(5, 4).double()
-    optimizer = LNGD(model, lr=0.0, factor_interval=1, ema_decay=0.9, direction=direction)
-    batches = [torch.randn(6, 5, dtype=torch.float64) for _ in range(3)]
-    for x in batches:
-        model(x).square().mean().backward()
-        optimizer.step()
-    weights = [0.1 * 0.9 ** (2 - i) for i in range(3)]
-    total = sum(w * factors(x, torch.ones(6, 4))[0] for w, x in zip(weights, batches, strict=True)) / sum(weights)
-    torch.testing.assert_close(optimizer.factors("linear")["phi"], total)
-
-
-@pytest.mark.parametrize("direction", ["polar", "natural"])
-def test_a_model_without_storage_can_be_sized(direction: str) -> None:
-    with torch.device("meta"):
-        optimizer = capture(OneLayer(8, 8), torch.randn(4, 8), direction=direction)
-    assert optimizer.memory_usage()["momentum"] == 4 * 64
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)

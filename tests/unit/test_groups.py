@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_lngd import LNGDConfig
-from hf_lngd.groups import KINDS, Options, StepOptions, alike, check_lr, make_groups, options_of
+from hf_lngd.groups import KINDS, Options, StepOptions, alike, make_groups, options_of
 from hf_lngd.routing import Routing, route
 
 
@@ -64,18 +64,14 @@ def test_entries_make_a_group_for_each_kind_in_them() -> None:
         ([{"params": [torch.zeros(2)]}], "entry 0: got a tensor that is no parameter of the model"),
         ([{"lr": 1.0}], "entry 0: got {'lr': 1.0}, accepted: a dict with the key 'params'"),
         ([{"params": "1", "lr": -1}], "lr: got -1"),
+        ([{"params": "1", "weight_decay": -1.0}], "weight_decay"),
+        ([{"params": "("}], "params"),
     ],
 )
 def test_entries_that_do_not_fit_are_refused(entries: list[dict[str, Any]], told: str) -> None:
     with pytest.raises(ValueError) as error:
         make_groups(*routed(), 0.5, entries)
     assert told in str(error.value)
-
-
-@pytest.mark.parametrize("lr", [-1, float("nan"), float("inf"), "1", None, torch.ones(2)], ids=str)
-def test_a_rate_that_is_none(lr: Any) -> None:
-    with pytest.raises(ValueError, match="lr: got .*, accepted: a number .* at least 0"):
-        check_lr(lr)
 
 
 def test_what_a_group_says() -> None:

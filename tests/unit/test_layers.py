@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lngd import LNGD, LNGDConfig
+from hf_lngd import LNGD
 from hf_lngd.layers import Geometry, Layer, Window, add_layer_type, factor_blocks, geometry_of, patch_chunks
-from tests.helpers import EVERY_STEP, every_sample
-from tests.reference import NaiveLayer, factors
+from tests.helpers import every_sample
+from tests.reference import factors
 from tests.unit.convolutions import CASES, convolution, patches_of
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "extending.md"
@@ -44,24 +42,8 @@ def test_rows_are_what_the_convolution_multiplies(case: str) -> None:
     torch.testing.assert_close(output, module(x).movedim(1, -1).reshape(output.shape))
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    kernel=st.integers(1, 3), stride=st.integers(1, 3), dilation=st.integers(1, 2), padding=st.integers(0, 2),
-    mode=st.sampled_from(["zeros", "circular"]), groups=st.sampled_from([1, 2, 4]), seed=st.integers(0, 99),
-)  # fmt: skip
-def test_any_window_gives_the_output(
-    kernel: int, stride: int, dilation: int, padding: int, mode: str, groups: int, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    conv = nn.Conv2d(4, 8, kernel, stride, padding, dilation, groups, False, mode).double()
-    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
-    rows = rows_of(x, Window.of(conv), groups)
-    output = (rows @ conv.weight.view(groups, -1, rows.shape[-1]).mT).transpose(0, 1).reshape(-1, 8)
-    torch.testing.assert_close(output, conv(x).movedim(1, -1).reshape(-1, 8))
-
-
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("most", [1, 40, 300, 10**6])
+@pytest.mark.parametrize("most", [1, 300])
 def test_pieces_make_the_whole(case: str, most: int) -> None:
     module, x = convolution(case)
     window = Window.of(module)
@@ -73,66 +55,26 @@ def test_pieces_make_the_whole(case: str, most: int) -> None:
     assert all(rows.numel() <= max(most, line) for rows, _ in pieces)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("bias", ["none", "fallback", "factor"])
-@pytest.mark.parametrize("activation", [None, "relu"])
-def test_factors_are_those_of_the_patches(case: str, bias: str, activation: str | None) -> None:
-    """φ' counts where the direction is the paper's; the default takes it as 1."""
-    conv, x = convolution(case, bias != "none")
-    model = nn.Sequential(conv, nn.ReLU()) if activation else nn.Sequential(conv)
-    fields = {"bias": "factor" if bias == "factor" else "fallback", "max_factor_dim": 999}
+@pytest.mark.parametrize("case", ["3x3", "unlike sides", "grouped", "depthwise, two each", "1d, grouped", "3d"])
+@pytest.mark.parametrize("natural", [False, True])
+def test_factors_are_those_of_the_patches(case: str, natural: bool) -> None:
+    """With φ' and the bias's column where the direction is the paper's; the default takes φ' as 1."""
+    conv, x = convolution(case)
+    fields = {"direction": "natural", "bias": "factor"} if natural else {}
+    model = nn.Sequential(conv, nn.ReLU())
     with every_sample():
-        optimizer = LNGD(model, lr=0.0, direction="natural" if activation else "polar", **fields)
+        optimizer = LNGD(model, lr=0.0, max_factor_dim=999, **fields)
         model(x).square().mean().backward()
         optimizer.step()
-    found = optimizer.factors("0")
-    a = patches_of(conv, x).detach()
-    a = torch.cat((a, torch.ones(*a.shape[:2], 1).double()), 2) if bias == "factor" else a
+    found, a = optimizer.factors("0"), patches_of(conv, x).detach()
+    a = torch.cat((a, torch.ones(*a.shape[:2], 1).double()), 2) if natural else a
     s = conv(x).detach().movedim(1, -1).reshape(a.shape[1], conv.groups, -1).transpose(0, 1)
-    g2 = (s > 0).double() if activation else torch.ones_like(s)
+    g2 = (s > 0).double() if natural else torch.ones_like(s)
     for unit in range(conv.groups):
         phi, psi = factors(a[unit], g2[unit])
         mine = {k: v[unit] if conv.groups > 1 else v for k, v in found.items()}
         torch.testing.assert_close(mine["phi"], phi, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(mine["psi"], psi, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("case", ["3x3", "grouped", "depthwise", "1d", "patch embedding"])
-@pytest.mark.parametrize("direction", ["natural", "polar"])
-def test_steps_are_those_of_the_dense_reference(case: str, direction: str) -> None:
-    conv, x = convolution(case, bias=False)
-    config = LNGDConfig(**EVERY_STEP, direction=direction, rate="none", max_factor_dim=999)
-    model = nn.Sequential(conv)
-    groups, columns = conv.groups, conv.weight[0].numel()
-    naive = [NaiveLayer(w.clone(), config) for w in conv.weight.detach().view(groups, -1, columns)]
-    with every_sample():
-        optimizer = LNGD(model, config, lr=1e-3)
-        for step in range(3):
-            optimizer.zero_grad()
-            (model(x + step) - 1).square().mean().backward()
-            a = patches_of(conv, x + step).detach()
-            for unit, layer in enumerate(naive):
-                layer.observe(a[unit], torch.ones(a.shape[1], conv.out_channels // groups))
-                grad = conv.weight.grad.view(groups, -1, columns)[unit]
-                layer.step(grad, lr=1e-3, decay=config.weight_decay * config.weight_decay_scale)
-            optimizer.step()
-            expected = torch.stack([layer.w for layer in naive])
-            torch.testing.assert_close(conv.weight.detach().view(expected.shape), expected, rtol=1e-7, atol=1e-10)
-
-
-@pytest.mark.parametrize("direction", ["natural", "polar"])
-def test_the_rate_is_the_layers_and_not_its_groups(direction: str) -> None:
-    moves = []
-    for kind in ("rms", "none"):
-        conv, x = convolution("grouped", bias=False)
-        model, before = nn.Sequential(conv), conv.weight.detach().clone()
-        optimizer = LNGD(model, lr=1.0, rate=kind, direction=direction, weight_decay=0.0, momentum=0.0)
-        (model(x) * torch.linspace(1, 9, 4).view(4, 1, 1)).square().mean().backward()
-        optimizer.step()
-        moves.append(conv.weight.detach() - before)
-    ratio = moves[0] / moves[1]
-    torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio))
-    torch.testing.assert_close(moves[0].square().mean().sqrt(), torch.tensor(1.0).double())
 
 
 def test_unlike_windows_on_one_tensor_do_not_share_a_factor() -> None:
@@ -177,36 +119,6 @@ def test_memory_of_patches_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer.close()
     whole = 16 * 32 * 32 * 16 * 9 * 4 / 2**20  # 9 MiB
     assert sizes[1] <= 1.3 and sizes[4] <= 4.1 and sizes[64] >= whole  # the padded input is 1.13 MiB itself
-
-
-def test_images_without_a_batch_dimension() -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)).double(), torch.randn(3, 6, 6, dtype=torch.float64)
-    optimizer = LNGD(model, lr=0.0)
-    model(x).sum().backward()
-    optimizer.step()
-    a = patches_of(model[0], x[None]).detach()[0]
-    torch.testing.assert_close(optimizer.factors("0")["phi"], factors(a, torch.ones(16, 4))[0])
-
-
-def test_transformers_conv1d_is_a_linear_layer_turned_round() -> None:
-    x, weights = torch.randn(5, 6, dtype=torch.float64), []
-    for kind in ("linear", "conv1d"):
-        torch.manual_seed(0)
-        linear = nn.Linear(6, 4).double()
-        layer = linear if kind == "linear" else Conv1D(4, 6).double()
-        if kind == "conv1d":
-            layer.load_state_dict({"weight": linear.weight.T, "bias": linear.bias})
-        model = nn.Sequential(layer)
-        optimizer = LNGD(model, lr=0.01, bias="factor")
-        for _ in range(2):
-            optimizer.zero_grad()
-            (model(x) - 1).square().mean().backward()
-            optimizer.step()
-        assert optimizer.routing()[0].reason == "linear"
-        weight = layer.weight.detach() if kind == "linear" else layer.weight.detach().T
-        weights.append(torch.cat((weight, layer.bias.detach()[:, None]), 1))
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-10, atol=1e-12)
 
 
 # The canonical form
@@ -318,7 +230,7 @@ def trained(model: Net, **fields: Any) -> tuple[LNGD, Tensor, Tensor]:
     return optimizer, projection.weight.detach(), projection.bias.detach()
 
 
-@pytest.mark.parametrize("fields", [{}, {"preset": "paper"}, {"family": "kfac"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"preset": "paper"}], ids=str)
 def test_the_page_steps_as_a_linear_layer(page: dict[str, Any], fields: dict[str, Any]) -> None:
     own = Net(page["HeadProjection"](8, 2, 3)).double()
     linear = Net(nn.Linear(8, 6)).double()
@@ -333,22 +245,18 @@ def test_the_page_steps_as_a_linear_layer(page: dict[str, Any], fields: dict[str
     torch.testing.assert_close(bias, expected_bias, rtol=1e-9, atol=1e-12)
 
 
-def test_without_it_the_type_is_named(page: dict[str, Any]) -> None:
-    add_layer_type(page["HeadProjection"], None)
-    add_layer_type(page["HeadProjection"], None)  # taken out already
-    routes = {r.parameter: r.reason for r in LNGD(Net(page["HeadProjection"](8, 2, 3))).routing()}
-    assert routes["projection.weight"] == "unsupported module HeadProjection"
-
-
-def test_a_type_is_meant_itself_and_may_decline(page: dict[str, Any]) -> None:
+def test_a_type_is_meant_itself_may_decline_and_may_be_taken_out(page: dict[str, Any]) -> None:
     class Sub(page["HeadProjection"]):
         pass
 
-    routes = {r.parameter: r.reason for r in LNGD(Net(Sub(8, 2, 3))).routing()}
-    assert routes["projection.weight"] == "unsupported module Sub"
-    add_layer_type(page["HeadProjection"], lambda module: None)
-    routes = {r.parameter: r.reason for r in LNGD(Net(page["HeadProjection"](8, 2, 3))).routing()}
-    assert routes["projection.weight"] == "unsupported module HeadProjection"
+    def reason(kind: Any) -> str:
+        (found,) = (r.reason for r in LNGD(Net(kind(8, 2, 3))).routing() if r.parameter == "projection.weight")
+        return found
+
+    assert reason(Sub) == "unsupported module Sub"
+    for look in (lambda module: None, None, None):  # the second time it is taken out already
+        add_layer_type(page["HeadProjection"], look)
+        assert reason(page["HeadProjection"]) == "unsupported module HeadProjection"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -92,12 +91,3 @@ def test_no_file_names_a_machine() -> None:
             if pattern.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
     assert not found
-
-
-def test_dependencies_have_tested_bounds() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = {re.match(r"[\w-]+", line).group() for line in project["dependencies"]}  # type: ignore[union-attr]
-    assert names == {"torch", "transformers", "accelerate", "datasets", "evaluate", "sacrebleu"}
-    assert {"vision", "sentencepiece", "plot", "demo", "bench", "test"} <= set(project["optional-dependencies"])
-    for line in project["dependencies"]:
-        assert re.fullmatch(r"[\w-]+>=\d+(\.\d+)+,<\d+", line), line

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from hf_lngd import LNGD
-from hf_lngd.paper.rate import MU, RowSamples, adaptive_rate
-from hf_lngd.routing import route
+from hf_lngd.paper.rate import MU, adaptive_rate
 from tests.helpers import backward, layers_of, loss_of, marian_batch, seeded, tiny_marian
 
 FIELDS: dict[str, Any] = {
@@ -123,20 +122,6 @@ def test_rows_of_a_transformer_with_padding() -> None:
     with checked(model, optimizer, {name: torch.stack(rows) for name, rows in gradients.items()}, terms):
         backward(model, optimizer, batch)
         optimizer.step()
-
-
-def test_calls_of_one_forward_are_one_sample_and_those_of_others_are_not() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3, bias=False)).double()
-    (layer,) = route(model, LNGD(model).config).layers
-    direction, samples = torch.randn(1, 3, 4).double(), RowSamples()
-    calls = [(torch.randn(2, 5, 4).double(), torch.randn(2, 5, 3).double()) for _ in range(3)]
-    for forward, (a, g) in zip((0, 0, 1), calls, strict=True):
-        samples.add(forward, a, g)
-    q = [torch.einsum("nto,oi,nti->n", g, direction[0], a) for a, g in calls]
-    expected = (q[0] + q[1]).square().sum() + q[2].square().sum()
-    torch.testing.assert_close(samples.sum_of_squares(layer, direction), expected)
-    assert RowSamples().sum_of_squares(layer, direction) == 0
 
 
 def test_work_in_place_on_an_output_hides_no_gradient() -> None:

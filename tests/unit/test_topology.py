@@ -149,43 +149,6 @@ def test_layers_with_and_without_a_bias_do_not_share_a_factor_that_holds_it() ->
         torch.testing.assert_close(optimizer.factors("k")["phi"], factors(a, torch.ones(5, 4))[0])
 
 
-class Odd(nn.Module):
-    """A layer that is called twice, one that is called late, one that never is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.twice, self.late, self.never = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
-        self.use_late = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.twice(torch.tanh(self.twice(x)))
-        return self.late(y) if self.use_late else y
-
-
-@pytest.mark.parametrize("direction", ["polar", "natural"])
-def test_calls_twice_late_and_never(direction: str, caplog: pytest.LogCaptureFixture) -> None:
-    torch.manual_seed(0)
-    model, x = Odd().double(), torch.randn(5, 3, dtype=torch.float64)
-    optimizer = LNGD(model, lr=1e-2, factor_interval=1, ema_decay=0.0, inverse_interval=1, direction=direction)
-    with torch.no_grad():
-        inner = torch.tanh(model.twice(x))
-    model(x).square().mean().backward()
-    optimizer.step()
-    # tanh follows the first call only; polar takes φ' as 1
-    slope = (1 - inner.square()).square() if direction == "natural" else torch.ones(5, 3)
-    phi, _ = factors(torch.cat((x, inner)), torch.cat((slope, torch.ones(5, 3))))
-    torch.testing.assert_close(optimizer.factors("twice")["phi"], phi)
-    before = model.never.weight.clone()
-    model.use_late = True
-    for _ in range(2):
-        model(x).square().mean().backward()
-        optimizer.step()
-    assert optimizer.core.capture.topology.unseen == {"never"} and not caplog.messages
-    assert torch.equal(model.never.weight, before)
-    assert optimizer.factors("late")["phi"].trace() > 0
-    assert torch.equal(optimizer.factors("never")["phi"], 3 * torch.eye(3).double())  # not seen: the identity, times m
-
-
 class Dropped(nn.Module):
     """Queries and keys read one tensor; layerdrop may leave both out."""
 
