@@ -227,16 +227,22 @@ class LNGD(torch.optim.Optimizer):
             return
         layout, momentum = self.core.layout, self.core.built.momentum
         layers = layout.with_momentum(job)
-        tau = self._options.of(layers, "momentum")
-        averages = layout.stack(layers, lambda parameter: local(momentum[parameter]))
-        for i, (part, average) in enumerate(zip(parts, averages, strict=True)):
-            weight = along(of_units(tau, len(part) // len(layers)), part) if isinstance(tau, Tensor) else tau
-            if self.config.momentum_on == "gradient":
-                part.lerp_(average.lerp_(part, 1 - weight), weight)
-            else:
-                parts[i] = average.mul_(weight).add_(part)
         kept = [local(momentum[parameter]) for layer in layers for parameter in layer.parameters]
-        torch._foreach_copy_(kept, [value for _, values in layout.unstack(layers, averages) for value in values])
+        new = [value for _, values in layout.unstack(layers, parts) for value in values]
+        tau = self._options.of(layers, "momentum")
+        rates: Any = tau
+        if isinstance(tau, Tensor):  # groups differ
+            rates = [own for layer, own in zip(layers, tau, strict=True) for _ in layer.parameters]
+        on_gradient = self.config.momentum_on == "gradient"
+        if on_gradient:
+            torch._foreach_lerp_(kept, new, [1 - own for own in rates] if isinstance(rates, list) else 1 - rates)
+        else:
+            torch._foreach_mul_(kept, rates)
+            torch._foreach_add_(kept, new)
+        for i, average in enumerate(layout.stack(layers, lambda parameter: local(momentum[parameter]))):
+            part = parts[i]
+            weight = along(of_units(tau, len(part) // len(layers)), part) if isinstance(tau, Tensor) else tau
+            parts[i] = part.lerp_(average, weight) if on_gradient else average
 
     def _direction(self, job: Job, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         batch, layers, index = job.batch, job.layers, job.batch.index(job.layers)

@@ -252,7 +252,9 @@ def test_parameters_of_no_layer_may_be_added_late() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "kind"), [({"direction": "natural"}, float), ({"momentum_on": "update"}, torch.tensor)], ids=str
+    ("fields", "kind"),
+    [({"direction": "natural"}, float), ({"momentum_on": "update"}, torch.tensor)],
+    ids=["float", "tensor"],
 )
 def test_biases_in_factors_have_a_rate_of_their_own(fields: dict[str, Any], kind: Any) -> None:
     case = CASES["bias"]
