@@ -81,6 +81,13 @@ class Hook:
     def __call__(self, *args: Any) -> Any:
         return self._function(*args)
 
+    @property
+    def __name__(self) -> str:
+        raise AttributeError(
+            "torch.jit.script: got a model with LNGD's hooks, which are there in factor steps, accepted: "
+            "optimizer.close() before; torch.jit.trace takes it as it is"
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         # a callable of the standard library that takes anything and returns None: files load without hf_lngd
         return getattr, (nullcontext(), "__exit__")

@@ -296,3 +296,13 @@ def test_convolutions_draw_their_samples_from_passes_that_count() -> None:
         optimizer.step()
         found.append(factors_of(optimizer))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_scripting_says_what_to_do() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    optimizer = LNGD(model)
+    with pytest.raises(AttributeError, match="optimizer.close"):
+        torch.jit.script(model)
+    optimizer.close()
+    torch.jit.script(model)
