@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=10 $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-vision test test-studies test-all lint format audit clean
+.PHONY: help env demo demo-vision test test-studies test-compat test-all lint format audit clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -35,13 +35,19 @@ demo-vision: $(STAMP) ## train a small ResNet on digits with LNGD, then with Ada
 	$(BIN)/python scripts/demo_vision.py $(DEMO_ARGS)
 
 test: $(STAMP) ## the test suite
-	$(PYTEST) --ignore=tests/studies -m "not slow"
+	$(PYTEST) --ignore=tests/studies --ignore=tests/compat -m "not slow"
 
 test-studies: $(STAMP) ## the tests of benchmarks/
 	$(PYTEST) tests/studies
 
+# In an environment of its own: what these packages ask for changes nothing of the suite's. They are named at the end.
+test-compat: BIN := $(VENV)/compat/bin
+test-compat: $(STAMP) ## the trainers of sentence-transformers and trl, as they are installed now
+	$(VENV)/bin/python tools/make_env.py $(VENV)/compat compat,test
+	$(PYTEST) tests/compat
+
 test-all: $(STAMP) ## the test suite, its larger grids and the tests of benchmarks/
-	$(PYTEST)
+	$(PYTEST) --ignore=tests/compat
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/python -m ruff check .

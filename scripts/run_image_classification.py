@@ -24,6 +24,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import run_shared  # the file beside this one
 import torch
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image, ImageOps  # pip install 'hf_lngd[vision]'
@@ -32,8 +33,6 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from transformers.utils import logging
 
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments
-from hf_lngd.integrations import scripts
-from hf_lngd.integrations.card import pyplot
 from hf_lngd.integrations.usage import UsageError, UsageParser, blame, exit_on_usage_error, one_line, option, refuse_if
 from hf_lngd.metrics import load_metric
 
@@ -96,13 +95,13 @@ class DataArguments:
     data_attribution: str | None = option(None, "Who made the data; none: ATTRIBUTION.md beside those of training.")
 
     def __post_init__(self) -> None:
-        scripts.check_data(self, FILE_ENDINGS, "images")
+        run_shared.check_data(self, FILE_ENDINGS, "images")
         self.sources: dict[str, tuple[str, str]] = {}  # (argument, value) of each part that is given
         name, share = self.dataset_name, self.train_val_split
         is_known = self.augment in ("none", "crop", "flip", "crop_flip")
         refuse_if(not is_known, "augment", f"got {self.augment!r}, accepted: none, crop, flip, crop_flip")
         refuse_if(not 0 < share < 1, "train_val_split", f"got {share}, accepted: a fraction in (0, 1)")
-        for part in scripts.LIMITS:
+        for part in run_shared.LIMITS:
             folder, file = getattr(self, f"{part}_dir"), getattr(self, f"{part}_file")
             one = "accepted: one of the two"
             refuse_if(folder and file, f"{part}_dir", f"got {folder!r} and --{part}_file, {one}")
@@ -117,8 +116,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LNGDTrainingA
     """Parse and check all arguments. UsageError: names the argument, the value and what is accepted."""
     kinds = [ModelArguments, DataArguments, LNGDTrainingArguments]
     model, data, args = UsageParser(kinds, prog="run_image_classification.py").parse(argv)
-    scripts.check_training(model, args)
-    for part in scripts.wanted_parts(args):
+    run_shared.check_training(model, args)
+    for part in run_shared.wanted_parts(args):
         given = data.dataset_name or part in data.sources or (part == "validation" and "train" in data.sources)
         refuse_if(not given, f"{part}_dir", f"got none, accepted: a folder, --{part}_file, or --dataset_name")
     order = args.train_sampling_strategy
@@ -157,7 +156,7 @@ class Rows:
 
 def load_rows(data: DataArguments, model: ModelArguments, parts: list[str], seed: int) -> dict[str, Rows]:
     """The parts that are needed, checked; validation from training where there is none."""
-    loaded = scripts.load_dataset(data, model) if data.dataset_name else {}
+    loaded = run_shared.load_dataset(data, model) if data.dataset_name else {}
     rows: dict[str, Rows] = {}
     shared = "validation" in parts and not ("validation" in loaded or "validation" in data.sources)
     if shared and (data.dataset_name or "train" in data.sources):
@@ -421,7 +420,7 @@ def load_processor(args: ModelArguments, data: DataArguments, config: Any) -> An
         return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=middle, image_std=middle)
     field = "image_processor_name" if args.image_processor_name else "model_name_or_path"
     with blame(field, f"got {name!r}, from which no image processor can be loaded"):
-        processor = AutoImageProcessor.from_pretrained(name, **scripts.hub_options(args))
+        processor = AutoImageProcessor.from_pretrained(name, **run_shared.hub_options(args))
     if size:
         square = {"height": size, "width": size}
         by_edge = "shortest_edge" in dict(getattr(processor, "size", None) or {})
@@ -435,7 +434,7 @@ def load_model(args: ModelArguments, config: Any) -> Any:
     """The model, loaded or drawn anew. UsageError: names the argument."""
     options = {"ignore_mismatched_sizes": args.ignore_mismatched_sizes} if args.model_name_or_path else {}
     try:
-        return scripts.make_model(AutoModelForImageClassification, args, config, "image-classification", **options)
+        return run_shared.make_model(AutoModelForImageClassification, args, config, "image-classification", **options)
     except UsageError as error:
         if "ignore_mismatched_sizes" not in str(error.__cause__) or args.ignore_mismatched_sizes:
             raise
@@ -476,7 +475,7 @@ def confusion(labels: Any, predicted: Any, classes: int) -> Any:
 
 def draw_confusion(path: Path, labels: Any, predicted: Any, classes: list[str]) -> None:
     """The share of each true class (row) that was taken for each class (column); names and counts of few classes."""
-    plt, count, counts = pyplot(), len(classes), confusion(labels, predicted, len(classes))
+    plt, count, counts = run_shared.pyplot(), len(classes), confusion(labels, predicted, len(classes))
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure, axis = plt.subplots(figsize=(8, 7) if count > 10 else (5.5, 4.5), layout="constrained")
     norm = plt.matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=1)  # keeps 1 % visible beside 90 %
@@ -501,7 +500,7 @@ def worst(shares: Any, labels: Any) -> Any:
 
 def draw_mistakes(path: Path, pixels: Any, shares: Any, labels: Any, classes: list[str]) -> bool:
     """The worst mistakes, with the predicted and the true class's probability; False, and no file, without any."""
-    plt, chosen = pyplot(), worst(shares, labels)
+    plt, chosen = run_shared.pyplot(), worst(shares, labels)
     path.unlink(missing_ok=True)
     if not len(chosen):
         return False
@@ -519,7 +518,7 @@ def draw_mistakes(path: Path, pixels: Any, shares: Any, labels: Any, classes: li
     return True
 
 
-def make_card(trainer: LNGDTrainer, model: ModelArguments, data: DataArguments) -> scripts.CardWriter:
+def make_card(trainer: LNGDTrainer, model: ModelArguments, data: DataArguments) -> run_shared.CardWriter:
     """What writes the model's card: data set, a code example."""
     given = [Path(path) for _, path in data.sources.values()]
     path = given[0].resolve() if given else Path()
@@ -527,21 +526,21 @@ def make_card(trainer: LNGDTrainer, model: ModelArguments, data: DataArguments) 
     name = data.dataset_name or (path.parent.name if is_part else path.name)
     train = given[0] if "train" in data.sources else None
     facts: dict[str, Any] = {"task": "image-classification", "dataset_name": name, "dataset_type": name}
-    facts |= {"attribution": scripts.read_attribution(data.data_attribution, train), "libraries": ("pillow",)}
-    facts["usage"] = USAGE.format(name=scripts.model_name(trainer), mode=MODES[trainer.model.config.num_channels])
+    facts |= {"attribution": run_shared.read_attribution(data.data_attribution, train), "libraries": ("pillow",)}
+    facts["usage"] = USAGE.format(name=run_shared.model_name(trainer), mode=MODES[trainer.model.config.num_channels])
     metrics = {"accuracy": ("accuracy", "Accuracy"), "top5_accuracy": ("accuracy", "Top-5 accuracy")}
-    return scripts.CardWriter(trainer, model, data, metrics, **facts)
+    return run_shared.CardWriter(trainer, model, data, metrics, **facts)
 
 
 # ---- The run ----
 def prepare(model_args: ModelArguments, data_args: DataArguments, args: Any) -> tuple[Any, ...]:
     """The trainer, the decoded parts of the data, their rows, the classes, what scores. Finds all that is wrong."""
-    config = scripts.load_config(model_args)
+    config = run_shared.load_config(model_args)
     if data_args.image_size and not model_args.model_name_or_path and hasattr(config, "image_size"):
         config.image_size = data_args.image_size  # a model that is loaded keeps its own
     channels: Any = getattr(config, "num_channels", None)
     refuse_if(channels not in MODES, "config_overrides", f"num_channels: got {channels}, accepted: 3 (RGB) or 1 (grey)")
-    rows = load_rows(data_args, model_args, scripts.wanted_parts(args), args.seed)
+    rows = load_rows(data_args, model_args, run_shared.wanted_parts(args), args.seed)
     classes = choose_classes(rows, config)
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: number for number, name in enumerate(classes)}
@@ -550,7 +549,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Any) -> 
     model = load_model(model_args, config)
     sets = {}
     for part, loaded in rows.items():
-        loaded = loaded.sample(getattr(data_args, scripts.LIMITS[part]), args.seed)
+        loaded = loaded.sample(getattr(data_args, run_shared.LIMITS[part]), args.seed)
         pixels, kept = decode(loaded, processor, channels, data_args.skip_corrupt_images)
         rows[part] = replace(loaded, table=loaded.table.select(kept))
         labels = rows[part].labels and [config.label2id[name] for name in rows[part].labels or ()]
@@ -568,7 +567,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, args: Any) -> 
     options |= {"train_dataset": sets.get("train"), "eval_dataset": sets.get("validation")}
     options |= {"callbacks": [sets["train"]] if args.do_train else None}
     options["preprocess_logits_for_metrics"] = lambda out, _: (out[0] if isinstance(out, tuple) else out).float()
-    trainer = scripts.make_trainer(LNGDTrainer, args, **options)
+    trainer = run_shared.make_trainer(LNGDTrainer, args, **options)
     return trainer, sets, rows, classes, scores
 
 
@@ -578,10 +577,10 @@ def main() -> None:
     trainer, sets, rows, classes, scores = prepare(model_args, data_args, args)
     card, folder = make_card(trainer, model_args, data_args), Path(args.output_dir)
     if args.do_train:
-        scripts.train(trainer)
+        run_shared.train(trainer)
     if args.do_eval:
         card.add("eval", "validation", trainer.evaluate(metric_key_prefix="eval"))
-        if trainer.is_world_process_zero() and pyplot() is not None:
+        if trainer.is_world_process_zero() and run_shared.pyplot() is not None:
             draw_confusion(folder / "confusion_matrix.png", scores.labels, scores.logits.argmax(1), classes)
             card.pictures.append(("Which classes are taken for which", "confusion_matrix.png"))
             shares = torch.from_numpy(scores.logits).softmax(1).numpy()

@@ -25,11 +25,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import run_shared  # the file beside this one
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 from transformers.utils import logging
 
 from hf_lngd import LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments
-from hf_lngd.integrations import scripts
 from hf_lngd.integrations.usage import UsageError, UsageParser, blame, exit_on_usage_error, option, refuse_if
 from hf_lngd.metrics import load_metric
 
@@ -106,7 +106,7 @@ class DataArguments:
             refuse_if(not getattr(self, name), name, "got none, accepted: a language, e.g. en")
         same = self.source_lang == self.target_lang
         refuse_if(same, "target_lang", f"got {self.target_lang!r}, which is the source, accepted: another language")
-        scripts.check_data(self, FILE_ENDINGS, "JSON lines")
+        run_shared.check_data(self, FILE_ENDINGS, "JSON lines")
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -127,12 +127,12 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LNGDSeq2SeqTr
     """
     kinds = [ModelArguments, DataArguments, LNGDSeq2SeqTrainingArguments]
     model, data, args = UsageParser(kinds, prog="run_translation.py").parse(argv)
-    scripts.check_training(model, args)
+    run_shared.check_training(model, args)
     named = model.model_name_or_path or model.tokenizer_name
     refuse_if(not named, "tokenizer_name", "got none, accepted: a tokenizer, as there is no --model_name_or_path")
     name, files = data.dataset_name, data.train_file or data.validation_file or data.test_file
     refuse_if(name and files, "dataset_name", f"got {name!r} and files, accepted: one of the two")
-    for part in scripts.wanted_parts(args):
+    for part in run_shared.wanted_parts(args):
         missing = not name and not getattr(data, f"{part}_file")
         refuse_if(missing, f"{part}_file", "got none, accepted: a file of JSON lines, or --dataset_name")
     return model, data, args
@@ -147,7 +147,7 @@ def load_pairs(data: DataArguments, model: ModelArguments, parts: list[str]) -> 
     """
     if not data.dataset_name:
         return {part: from_file(f"{part}_file", str(getattr(data, f"{part}_file")), data) for part in parts}
-    loaded = scripts.load_dataset(data, model)
+    loaded = run_shared.load_dataset(data, model)
     return {part: from_dataset(loaded, part, data) for part in parts}
 
 
@@ -271,14 +271,16 @@ def load_tokenizer(args: ModelArguments) -> Any:
     field = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
     name = args.tokenizer_name or args.model_name_or_path
     with blame(field, f"got {name!r}, from which no tokenizer can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=args.use_fast_tokenizer, **scripts.hub_options(args))
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, use_fast=args.use_fast_tokenizer, **run_shared.hub_options(args)
+        )
     refuse_if(tokenizer.pad_token_id is None, field, f"got {name!r}, accepted: a tokenizer with a padding token")
     return tokenizer
 
 
 def load_model(args: ModelArguments, tokenizer: Any) -> Any:
     """The model, with `config_overrides`; drawn anew without `model_name_or_path`. Embeddings grow to the tokenizer."""
-    model = scripts.make_model(AutoModelForSeq2SeqLM, args, scripts.load_config(args), "translation")
+    model = run_shared.make_model(AutoModelForSeq2SeqLM, args, run_shared.load_config(args), "translation")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     return model
@@ -375,19 +377,19 @@ class TranslationScores:
         return np.where(np.asarray(tokens) < 0, self.tokenizer.pad_token_id, tokens)
 
 
-def make_card(trainer: LNGDSeq2SeqTrainer, model: ModelArguments, data: DataArguments) -> scripts.CardWriter:
+def make_card(trainer: LNGDSeq2SeqTrainer, model: ModelArguments, data: DataArguments) -> run_shared.CardWriter:
     """What writes the model's card: languages, data set, a code example."""
     file = data.train_file or data.validation_file or data.test_file or ""
     dataset = data.dataset_name or Path(file).resolve().parent.name or Path(file).name
     multilingual = hasattr(trainer.processing_class, "src_lang")
     usage = USAGE.format(
-        name=scripts.model_name(trainer),
+        name=run_shared.model_name(trainer),
         languages=f', src_lang="{data.source_lang}", tgt_lang="{data.target_lang}"' if multilingual else "",
         prefix=f"{json.dumps(data.source_prefix, ensure_ascii=False)} + " if data.source_prefix else "",
         beams=data.num_beams or 1,
         length=data.eval_target_length,
     )
-    return scripts.CardWriter(
+    return run_shared.CardWriter(
         trainer,
         model,
         data,
@@ -396,7 +398,7 @@ def make_card(trainer: LNGDSeq2SeqTrainer, model: ModelArguments, data: DataArgu
         dataset_name=dataset,
         dataset_type=dataset,
         languages=data.keys,
-        attribution=scripts.read_attribution(data.data_attribution, data.train_file),
+        attribution=run_shared.read_attribution(data.data_attribution, data.train_file),
         usage=usage,
         libraries=("tokenizers", "sacrebleu"),
     )
@@ -407,7 +409,7 @@ def prepare(
     model_args: ModelArguments, data_args: DataArguments, args: Any
 ) -> tuple[LNGDSeq2SeqTrainer, dict[str, Any], TranslationScores]:
     """The trainer, the tokenized parts of the data, and what scores translations. Finds all that is wrong."""
-    pairs = load_pairs(data_args, model_args, scripts.wanted_parts(args))
+    pairs = load_pairs(data_args, model_args, run_shared.wanted_parts(args))
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer)
@@ -416,7 +418,7 @@ def prepare(
     parts = {}
     for part, rows in pairs.items():
         length = data_args.max_target_length if part == "train" else data_args.eval_target_length
-        most = getattr(data_args, scripts.LIMITS[part])
+        most = getattr(data_args, run_shared.LIMITS[part])
         with args.main_process_first(desc=f"tokenizing {part}"):
             chosen = rows if most is None else rows.select(range(min(most, len(rows))))
             parts[part] = tokenize(chosen, tokenizer, data_args, length, part)
@@ -431,7 +433,7 @@ def prepare(
         label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
         pad_to_multiple_of=8 if args.fp16 else None,
     )
-    trainer = scripts.make_trainer(
+    trainer = run_shared.make_trainer(
         LNGDSeq2SeqTrainer,
         args,
         model=model,
@@ -465,7 +467,7 @@ def main() -> None:
     trainer, parts, scores = prepare(model_args, data_args, args)
     card = make_card(trainer, model_args, data_args)
     if args.do_train:
-        scripts.train(trainer)
+        run_shared.train(trainer)
     generation = {"max_length": data_args.eval_target_length, "num_beams": data_args.num_beams}
     if args.do_eval:
         metrics = trainer.evaluate(metric_key_prefix="eval", **generation)

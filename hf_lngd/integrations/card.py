@@ -5,31 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.utils import logging
 
 from .training_args import is_lngd, lngd_settings, name_of
 
-logger = logging.get_logger(__name__)
-
-LOSSES = "loss_curves.png"
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _LIBRARIES = ("hf_lngd", "torch", "transformers", "accelerate", "datasets")
 _ADAMW = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 # The author's alone, left out of a command: tokens, the push, the checkpoint that training went on from (a resumed run
 # ends where an uninterrupted one does). argparse takes beginnings of names, too.
 _AUTHORS = re.compile(r"--(tok|toke|token|hub.*|push.*|resume.*)$")
-# Options that name what is read: a file, a folder, or something on the Hub.
-_READ = re.compile(r"--.*(_file|_path|_name|(train|validation|test)_dir)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +59,7 @@ class CardFacts:
     pictures: Sequence[tuple[str, str]] = ()  # (what it shows, its file in the model's folder)
     libraries: Sequence[str] = ()  # whose versions are told beside those of every model's
     routing: str | None = None  # LNGD's routing table
-    log_history: Sequence[Mapping[str, Any]] = ()  # the Trainer's
+    curves: str | None = None  # the picture of losses, its file in the model's folder
     trained: bool = True  # the run trained the model; else it evaluated `base_model`
 
 
@@ -92,9 +85,7 @@ def write_model_card(folder: str | Path, facts: CardFacts, args: Any) -> Path:
         options=folded(optimizer_options(args)),
         batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size),
         scheduler=name_of(args.lr_scheduler_type),
-        curves=LOSSES if facts.trained and draw_losses(folder, facts.log_history, facts.name) else None,
         command=folded(without_authors(facts.command)),
-        inputs=inputs(facts.command),
         versions=list(_versions(facts.libraries)),
     )
     card.save(path)
@@ -129,61 +120,15 @@ def _versions(more: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, version(name)
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot, which draws into files; None, and a line once, where that extra is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        logger.warning_once("no pictures: matplotlib is not installed; pip install 'hf_lngd[plot]'")
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
-def draw_losses(folder: str | Path, history: Sequence[Mapping[str, Any]], title: str) -> bool:
-    """Draw :data:`LOSSES`, loss against steps of a Trainer's log, into a model's folder; True if it is there now.
-    Without two training losses there is no curve, and an old picture is removed."""
-    path = Path(folder) / LOSSES
-    plt = pyplot() if sum("loss" in entry for entry in history) > 1 else None
-    if plt is None:
-        path.unlink(missing_ok=True)
-        return False
-    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    for key, name, colour in (("loss", "training", "#0f766e"), ("eval_loss", "validation", "#d97706")):
-        points = {entry["step"]: entry[key] for entry in history if key in entry}
-        if points:
-            marker = "o" if len(points) <= 20 else None
-            axis.plot(list(points), list(points.values()), label=name, color=colour, marker=marker)
-    axis.set(xlabel="step", ylabel="loss, nats", title=title)
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return True
-
-
 # Commands
 
 
 def command_of(argv: Sequence[str], processes: int = 1, on_this_node: int = 1) -> list[str]:
-    """The command that makes a model again in so many `processes`, of which so many are on a node; a single file of
-    arguments (JSON) is written out."""
+    """The command that makes a model again in so many `processes`, of which so many are on a node."""
     script, *given = argv
-    if len(given) == 1 and given[0].endswith(".json"):
-        given = list(_from_json(given[0]))
     nodes = [] if processes == on_this_node else ["--nnodes", str(processes // on_this_node)]
     launcher = ["python"] if processes == 1 else ["torchrun", *nodes, "--nproc_per_node", str(on_this_node)]
     return [*launcher, script, *without_authors(given)]
-
-
-def _from_json(path: str) -> Iterator[str]:
-    for name, value in json.loads(Path(path).read_text(encoding="utf-8")).items():
-        if value is not None:
-            yield f"--{name}"
-            parts = value if isinstance(value, list) else [value if isinstance(value, str) else json.dumps(value)]
-            yield from map(str, parts)
 
 
 def without_authors(given: Sequence[str]) -> list[str]:
@@ -196,13 +141,6 @@ def without_authors(given: Sequence[str]) -> list[str]:
         if not skipping:
             shown.append(part)
     return shown
-
-
-def inputs(command: Sequence[str]) -> list[str]:
-    """The files and folders of the author's that a command reads."""
-    parts = [piece for part in command for piece in (part.split("=", 1) if part.startswith("--") else [part])]
-    read = (value for option, value in zip(parts, parts[1:], strict=False) if _READ.match(_option(option)))
-    return [value for value in dict.fromkeys(read) if os.path.exists(value)]
 
 
 def _option(text: str) -> str:

@@ -29,7 +29,6 @@ from ..config import LNGDConfig
 from ..parallel.ranks import Ranks
 from ..state import check_origin, check_parameters
 from ..torch_internals import is_fully_sharded, plain_class
-from .usage import UsageError, refuse_if
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
@@ -44,15 +43,19 @@ def restores_by_name(model: nn.Module, folder: str) -> bool:
     return isinstance(model, PreTrainedModel) and not adapters and (there / "config.json").is_file()
 
 
-def freeze_fixed_positions(model: nn.Module) -> None:
-    """Make sinusoidal positions constants again.
+def freeze_unsaved(model: nn.Module) -> None:
+    """Make constants again of sinusoidal positions, and of what a model of transformers leaves out of its checkpoints.
 
-    `from_pretrained` makes them parameters that want a gradient (transformers 5.23, 5.24), and `save_pretrained` leaves
-    them out: what an optimizer made of them would be lost with every save, and a resumed run go another way.
+    `from_pretrained` makes them parameters that want a gradient (transformers 5.23, 5.24): what an optimizer made of
+    them would be lost with every save, and a resumed run go another way.
     """
     for module in model.modules():
         if "sinusoidal" in type(module).__name__.lower():
             module.requires_grad_(False)
+        left_out = (isinstance(module, PreTrainedModel) and module._keys_to_ignore_on_save) or ()
+        for name, parameter in module.named_parameters() if left_out else ():
+            if name in left_out:
+                parameter.requires_grad_(False)
 
 
 def load_weights(model: Any, folder: str) -> None:
@@ -175,7 +178,7 @@ def check_optimizer(folder: str | Path, config: LNGDConfig | None, parameters: M
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The last checkpoint in a folder that can be used; None: there is none. Warns of each that is passed over."""
-    for path in _numbered(output_dir):
+    for path in numbered(output_dir):
         problem = problem_of(path)
         if problem is None:
             return str(path)
@@ -183,29 +186,9 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def _numbered(output_dir: str | Path) -> list[Path]:
+def numbered(output_dir: str | Path) -> list[Path]:
     """Folders that are named as checkpoints, the last one first."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     found = {path: path.name.removeprefix(prefix) for path in Path(output_dir).glob(f"{prefix}*") if path.is_dir()}
     numbered = {path: int(number) for path, number in found.items() if number.isdigit()}
     return sorted(numbered, key=numbered.__getitem__, reverse=True)
-
-
-def find_checkpoint(training: Any) -> str | None:
-    """The folder to resume from; ``true`` and ``last``: the last one in `output_dir`.
-
-    ``last`` is for a command that is run again until it is through: without a checkpoint it starts anew, and warns.
-    """
-    field, given, folder = "resume_from_checkpoint", training.resume_from_checkpoint, training.output_dir
-    if not given or str(given).lower() not in ("true", "last"):
-        problem = problem_of(given) if given else None
-        refuse_if(problem, field, f"got {given!r}, which {problem}, accepted: a folder checkpoint-N, or last")
-        return str(given) if given else None
-    last, finished = last_checkpoint(folder), next((p for p in _numbered(folder) if (p / STATE).is_file()), None)
-    if last is None and finished is not None:  # to start anew would be to lose what it held
-        what = f"got {given!r}, but {finished} {problem_of(finished)}, accepted: a whole checkpoint (or none at all)"
-        raise UsageError(field, what)
-    if last is None:
-        refuse_if(str(given).lower() == "true", field, f"got {given!r}, but {folder} has no checkpoint")
-        logger.warning("%s has no checkpoint yet: training starts at the beginning (resume_from_checkpoint)", folder)
-    return last

@@ -19,7 +19,7 @@ from .usage import UsageError, exit_on_usage_error, refuse_if
 USAGE = """\
 python -m hf_lngd script.py --optim lngd ...    runs a script of a stock Trainer, unchanged, with optim=lngd known to it
 python -m hf_lngd -m module --optim lngd ...    the same for a module
-python -m hf_lngd doctor MODEL                  who owns which parameter, state and products of a step (--help for more)
+python -m hf_lngd doctor MODEL                  who owns which parameter, factors, bytes of state (--help for more)
 python -m hf_lngd --options                     what --optim_args accepts: each option with its default and meaning
 
 Launchers: torchrun ... -m hf_lngd script.py ...; accelerate launch ... -m hf_lngd script.py ..."""

@@ -1,15 +1,13 @@
-"""``python -m hf_lngd doctor MODEL``: who owns which parameter, state and products of a step, before any training.
+"""``python -m hf_lngd doctor MODEL``: who owns which parameter, factors and bytes of state, before any training.
 
     python -m hf_lngd doctor MODEL [--optim_args name=value,...] [--task auto|translation|image|text|classification]
-                                   [--batch_size 8] [--length 128]
 
 MODEL is a folder with a config.json, such a file, or a name on the Hub. Only the configuration is read: weights are
-neither loaded nor downloaded.
+neither loaded nor downloaded. On the meta device nothing is computed or stored, so a model of any size takes seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ..adamw import AdamW
 from ..config import LNGDConfig
-from .estimate import estimate
+from ..layers import factor_blocks
+from ..optimizer import LNGD
 from .training_args import take_lr
 from .usage import LOAD_ERRORS, UsageError, UsageParser, blame, option, refuse_if
 
@@ -29,7 +29,9 @@ FACTORIES: dict[str, Any] = {
     "classification": transformers.AutoModelForSequenceClassification,
 }
 MOST_ON_CPU = 50_000_000  # parameters: a larger model is not built on the CPU
-_CHANNELS, _IMAGE = 3, 224  # of configurations that tell of neither
+# A batch: two images (for batch norm), of configurations that do not tell of such a size; one text, as some models have
+# no padding.
+_IMAGES, _CHANNELS, _SIZE, _TOKENS = 2, 3, 224, 8
 
 
 @dataclass
@@ -38,22 +40,6 @@ class DoctorArguments:
 
     optim_args: str | None = option(None, "as the Trainer's: name=value,name=value")
     task: str = option("auto", f"auto, {', '.join(FACTORIES)}")
-    batch_size: int = option(8, "rows of the batch whose products are counted")
-    length: int = option(128, "tokens of each row, of texts")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model in training mode with a batch of its task, whose numbers mean nothing."""
-
-    model: nn.Module
-    inputs: dict[str, Tensor]
-    batch: str  # its size in words
-    notes: tuple[str, ...] = ()  # in what the model is another one than the configuration's
-
-    def loss(self) -> Tensor:
-        """Of one forward pass."""
-        return self.model(**self.inputs).loss
 
 
 def doctor(argv: list[str]) -> None:
@@ -65,43 +51,52 @@ def doctor(argv: list[str]) -> None:
     missing = f"got {given}, accepted: a folder, a config.json, a Hub name, before any option"
     refuse_if(not argv or argv[0].startswith("-"), "model", missing)
     (args,) = UsageParser(DoctorArguments, prog="python -m hf_lngd doctor").parse(argv[1:])
-    for name in ("batch_size", "length"):
-        value = getattr(args, name)
-        refuse_if(value < 1, name, f"got {value}, accepted: an integer, at least 1")
     try:
         settings = LNGDConfig.from_optim_args(take_lr(args.optim_args)[1])
     except ValueError as error:
         raise UsageError("optim_args", str(error).removeprefix("optim_args: ")) from error
     with blame("model", f"got {given}, which has no configuration that can be read"):
         config = transformers.AutoConfig.from_pretrained(argv[0], trust_remote_code=False)
-    task = task_of(config, args.task)
-    print(f"{argv[0]}: {look(config, task, args.batch_size, args.length, lambda subject: report(subject, settings))}")
+    model, optimizer = step_of(config, task_of(config, args.task), settings)
+    print(f"{argv[0]}: {report(model, optimizer)}")
 
 
-def report(subject: Subject, settings: LNGDConfig) -> str:
-    """The routing table, factors, state and products."""
-    found, c, kind = estimate(subject.model, subject.loss, settings), settings, type(subject.model).__name__
-    total = sum(r.numel for r in found.routes)
-    trained = total - sum(r.numel for r in found.routes if r.owner == "frozen")
-    lines = [f"{kind}, {total:,} parameters, {trained:,} trained, preset={c.preset}, family={c.family}"]
-    lines += [*(f"note: {note}" for note in subject.notes), "", found.table, ""]
-    for (width, blocks), (groups, layers) in found.factors.items():
+def report(model: nn.Module, optimizer: LNGD) -> str:
+    """The routing table, factors and state of an optimizer that has made a step."""
+    routes, memory = optimizer.routing(), memory_of(optimizer)
+    total = sum(r.numel for r in routes)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw = sum(2 * p.nbytes + 4 for p in trained)  # of torch's AdamW, in the weights' own dtype
+    mib, name, numbers = 1 << 20, type(model).__name__, sum(p.numel() for p in trained)
+    lines = [f"{name}, {total:,} parameters, {numbers:,} trained", "", optimizer.routing_table(), ""]
+    for (width, blocks), (groups, layers) in factors_of(optimizer).items():
         size = f"{blocks} blocks of {width}" if blocks > 1 else f"width {width}"
         lines.append(f"factors: {groups} for {layers} layers, {size}")
-    mib, memory = 1 << 20, found.memory
     kinds = ", ".join(f"{kind} {value / mib:.1f}" for kind, value in memory.items() if value and kind != "total")
-    ratio = memory["total"] / max(found.adamw, 1)
-    lngd = found.step_flops + found.capture_flops / c.factor_interval + found.inverse_flops / c.inverse_interval
-    flops = (found.model_flops, lngd, found.step_flops, found.capture_flops, found.inverse_flops)
-    plain, mean, step, capture, inverse = (f"{value / 1e9:,.3f} GFLOP" for value in flops)
-    lines += [
-        f"state: {memory['total'] / mib:.1f} MiB, {ratio:.2f} × AdamW's {found.adamw / mib:.1f} ({kinds})",
-        f"products of a mean step on {subject.batch}: {plain} forward and backward, LNGD {mean}, "
-        f"{100 * lngd / max(found.model_flops, 1.0):.1f} % more: {step} each step, {capture} each {c.factor_interval} "
-        f"for factors, {inverse} each {c.inverse_interval} for inverses",
-        "Products are no seconds: small layers take longer. With larger batches or accumulation the share is smaller.",
-    ]
+    ratio = memory["total"] / max(adamw, 1)
+    lines.append(f"state: {memory['total'] / mib:.1f} MiB, {ratio:.2f} × AdamW's {adamw / mib:.1f} ({kinds})")
     return "\n".join(lines)
+
+
+def memory_of(optimizer: LNGD) -> dict[str, int]:
+    """As `LNGD.memory_usage`, with the state of AdamW's parameters, which `step_of` leaves out."""
+    memory, named = optimizer.memory_usage(), optimizer.core.routing.parameters
+    rest = [named[r.parameter] for r in optimizer.routing() if r.owner == "fallback"]
+    memory["fallback"] = sum(value.nbytes for p in rest for value in AdamW.new_state(p).values())
+    memory["rounding"] += sum(p.nbytes for p in rest if p.dtype == torch.bfloat16)
+    memory["total"] = sum(size for kind, size in memory.items() if kind != "total")
+    return memory
+
+
+def factors_of(optimizer: LNGD) -> dict[tuple[int, int], tuple[int, int]]:
+    """(width, blocks of that width), the widest first → how many such factors, for how many layers."""
+    core, sizes = optimizer.core, dict[tuple[int, int], tuple[int, int]]()
+    for group in core.built.topology.groups:
+        layer = core.capture.layers[group.name]
+        k, width = factor_blocks(layer, core.config.max_factor_dim)
+        groups, layers = sizes.get((width, layer.units * k), (0, 0))
+        sizes[width, layer.units * k] = groups + 1, layers + len(group.members)
+    return dict(sorted(sizes.items(), reverse=True))
 
 
 def task_of(config: Any, wanted: str) -> str:
@@ -122,67 +117,69 @@ def task_of(config: Any, wanted: str) -> str:
     return (named or list(fitting))[0]
 
 
-def look(config: Any, task: str, rows: int, length: int, see: Callable[[Subject], Any]) -> Any:
-    """What `see` makes of the model: on the meta device, and where its forward reads numbers on the CPU, if small.
-    Raises UsageError where neither goes."""
-    subject = build(config, task, rows, length)
+def step_of(config: Any, task: str, settings: LNGDConfig) -> tuple[nn.Module, LNGD]:
+    """A model and its optimizer after a step, AdamW's part of it left out: on the meta device, and where its forward
+    reads numbers on the CPU, if small. Raises UsageError where neither goes."""
+    fields: dict[str, Any] = settings.to_dict()
+    if settings.fisher == "true":  # whose second pass is left out
+        fields["fisher"] = "sampled" if settings.family == "lngd" else "empirical"
+    model, inputs = build(config, task)
     try:
-        return see(subject)
+        return model, _stepped(model, inputs, LNGDConfig(**fields))
     except LOAD_ERRORS as error:
-        numbers = sum(p.numel() for p in subject.model.parameters())
+        numbers = sum(p.numel() for p in model.parameters())
         what = f"whose forward does not run on the meta device, and {numbers:,} parameters are too many to build"
         refuse_if(numbers > MOST_ON_CPU, "model", f"got {config.model_type!r}, {what} ({error})")
     with blame("model", f"got {config.model_type!r}, whose forward fails"):
-        return see(build(config, task, rows, length, "cpu"))
+        model, inputs = build(config, task, "cpu")
+        return model, _stepped(model, inputs, LNGDConfig(**fields))
 
 
-def build(config: Any, task: str, rows: int, length: int, device: str = "meta") -> Subject:
-    """The model with random weights and a batch of `rows`, of texts of `length` tokens; UsageError: it cannot be."""
-    wanted = config.architectures = list(getattr(config, "architectures", None) or [])  # the Auto classes need a list
+def _stepped(model: nn.Module, inputs: dict[str, Tensor], settings: LNGDConfig) -> LNGD:
+    optimizer = LNGD(model, settings)
+    model(**inputs).loss.backward()
+    named = optimizer.core.routing.parameters
+    for route in optimizer.routing():
+        if route.owner == "fallback":  # AdamW's arithmetic is not there on the meta device
+            named[route.parameter].grad = None
+    optimizer.step()
+    return optimizer
+
+
+def build(config: Any, task: str, device: str = "meta") -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model with random weights, in training mode, and a batch with labels; UsageError: it cannot be."""
+    config.architectures = list(getattr(config, "architectures", None) or [])  # the Auto classes need a list
+    # LNGD takes no weights of float16; sdpa looks into the masks, which the meta device has not got
     half = getattr(config, "dtype", None) in (torch.float16, "float16")
-    # sdpa looks into the masks, which the meta device has not got; the products are the same
     options = {"attn_implementation": "eager", "trust_remote_code": False, **({"dtype": torch.float32} if half else {})}
     with blame("model", f"got {config.model_type!r}, which cannot be built"), torch.device(device):
         model = FACTORIES[task].from_config(config, **options)
-    kind, notes = type(model).__name__, []
-    if wanted and kind not in wanted:
-        which = f"{', '.join(wanted)}, which the configuration names and task={task} does not have"
-        notes.append(f"{kind} stands for {which}")
-    if half:
-        what = "LNGD takes no such weights (fp16: by autocast)"
-        notes.append(f"built in float32, not the configuration's float16: {what}")
-    batch, inputs = batch_of(config, task, rows, length, device, model.dtype)
-    return Subject(model.train(), inputs, batch, tuple(notes))
+        return model.train(), _batch(config, task, model.dtype)
 
 
-def batch_of(
-    config: Any, task: str, rows: int, length: int, device: str, dtype: torch.dtype
-) -> tuple[str, dict[str, Tensor]]:
-    """A batch in words, and the model's inputs with labels; images are of that dtype, no text is longer than a model
-    has positions."""
+def _batch(config: Any, task: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A model's inputs with labels; images are of that dtype, no text is longer than a model has positions."""
     if task == "image":
         vision = getattr(config, "vision_config", config)
-        size = getattr(vision, "image_size", None) or _IMAGE
+        size = getattr(vision, "image_size", None) or _SIZE
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (rows, getattr(vision, "num_channels", _CHANNELS), height, width)
-        inputs = {"pixel_values": torch.zeros(shape, device=device, dtype=dtype)}
-        return f"{rows} images of {height} × {width}", inputs | {"labels": _classes(config, rows, device)}
+        images = torch.zeros(_IMAGES, getattr(vision, "num_channels", _CHANNELS), height, width, dtype=dtype)
+        return {"pixel_values": images, "labels": _classes(config, _IMAGES)}
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     bounds = [getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions")]
-    most = min((bound for bound in bounds if isinstance(bound, int) and bound > 0), default=length)
-    words = f"{rows} texts of {min(length, most)} tokens" + " (it has no more positions)" * (most < length)
-    ids = torch.ones(rows, min(length, most), dtype=torch.int64, device=device)
+    length = min((bound for bound in bounds if isinstance(bound, int) and bound > 0), default=_TOKENS)
+    ids = torch.ones(1, min(_TOKENS, length), dtype=torch.int64)
     if task == "classification":
         end = getattr(config, "eos_token_id", None)
         if isinstance(end, int) and end >= 0:  # Bart's kind classify by it
             ids[:, -1] = end
-        return words, {"input_ids": ids, "labels": _classes(config, rows, device)}
-    return words, {"input_ids": ids, "labels": ids} | ({"decoder_input_ids": ids} if task == "translation" else {})
+        return {"input_ids": ids, "labels": _classes(config, 1)}
+    return {"input_ids": ids, "labels": ids} | ({"decoder_input_ids": ids} if task == "translation" else {})
 
 
-def _classes(config: Any, rows: int, device: str) -> Tensor:
+def _classes(config: Any, rows: int) -> Tensor:
     """Labels of a classification in the form of its `problem_type`: a class [rows], or numbers [rows, labels]."""
     problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification" or (problem == "regression" and config.num_labels > 1):
-        return torch.zeros(rows, config.num_labels, device=device)
-    return torch.zeros(rows, dtype=torch.float32 if problem == "regression" else torch.int64, device=device)
+        return torch.zeros(rows, config.num_labels)
+    return torch.zeros(rows, dtype=torch.float32 if problem == "regression" else torch.int64)

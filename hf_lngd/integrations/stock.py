@@ -16,6 +16,7 @@ from transformers import Trainer, training_args
 
 from ..config import other_fishers
 from ..optimizer import LNGD
+from .given_groups import add_outside, split_groups
 from .launching import refuse_stock_fsdp
 from .trainer import create_lngd_optimizer
 from .training_args import LNGD_NAME, check_precision, is_lngd, lngd_settings
@@ -26,14 +27,17 @@ _CHOICE = "get_optimizer_cls_and_kwargs"  # the Trainer's method: the class of a
 
 
 class LNGDFactory:
-    """In the place of an optimizer's class: the Trainer makes one and calls it with the whole model."""
+    """In the place of an optimizer's class: the Trainer makes one and calls it with the whole model, and with the
+    groups of parameters that a trainer of another library has made."""
 
-    def __call__(self, model: Any, args: Any) -> LNGD:
+    def __call__(self, model: Any, args: Any, params: Any = None, optimizer_dict: Any = None) -> LNGD:
         """LNGD for the model, as the arguments ask for it; tells which parameter went where."""
         refuse_stock_fsdp(args)
-        optimizer = create_lngd_optimizer(model, args)
+        entries, outside = split_groups(model, optimizer_dict or params or ())
+        optimizer = create_lngd_optimizer(model, args, param_groups=entries)
+        beside = add_outside(optimizer, outside)
         if args.process_index == 0:
-            print(optimizer.routing_table(), flush=True)
+            print(optimizer.routing_table(), beside, sep="", flush=True)
         return optimizer
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from ..optimizer import LNGD
 from ..state import parameters_of
 from ..torch_internals import plain_name, uncompiled
 from . import fsdp, hub
-from .checkpoints import STATE, check_checkpoint, check_optimizer, freeze_fixed_positions, last_checkpoint
+from .checkpoints import STATE, check_checkpoint, check_optimizer, freeze_unsaved, last_checkpoint
+from .given_groups import add_outside, split_groups, warn_of_untrained
 from .launching import refuse_unsupported
-from .loss import IGNORED_LABEL, SummedCrossEntropy, ignores_num_items, with_decoder_inputs
-from .training_args import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
+from .loss import IGNORED_LABEL, ExactLoss
+from .training_args import STAND_IN, LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ def create_lngd_optimizer(
         RuntimeError: a way of running that LNGD does not support; names the command to use.
     """
     refuse_unsupported(args, model)
+    freeze_unsaved(model)
     if args is not None:
         from_args, from_lr = lngd_settings(args)
         config, lr = config or from_args, from_lr if lr is None else lr
@@ -62,8 +66,9 @@ _ATrainer: Any = object  # one follows among the bases
 class LNGDTrainerMixin(_ATrainer):
     """What both trainers add to transformers' own; goes before a trainer class among the bases.
 
-    - `create_optimizer` makes LNGD where the arguments ask for it, and prints once which parameter went where.
-    - The loss is normalised exactly under accumulation (see `loss`), whatever the optimizer.
+    - `create_optimizer` makes LNGD where the arguments ask for it, with the groups that a trainer of another library
+      has of its own, and prints once which parameter went where.
+    - The loss of a step is that of its whole batch, however it is split (see `loss`), whatever the optimizer.
     - Resuming loads every weight (see `checkpoints`).
     - Training logs carry LNGD's diagnostics.
     - A push that failed in the background is told; no checkpoint is removed while it is pushed.
@@ -73,65 +78,109 @@ class LNGDTrainerMixin(_ATrainer):
     compute_loss_func: Any
     _default_args: Any = LNGDTrainingArguments
 
-    def __init__(self, model: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
-        # a trainer with a constructor of its own makes arguments of its own class
-        stock = super().__init__.__func__ in (Trainer.__init__, Seq2SeqTrainer.__init__)
-        given = self._default_args(output_dir="tmp_trainer") if args is None and stock else args
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        constructor: Any = super().__init__
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)), None)
+        if given is None and constructor.__func__ in (Trainer.__init__, Seq2SeqTrainer.__init__):
+            # a trainer with a constructor of its own makes arguments of its own class
+            bound = inspect.signature(constructor).bind(*args, **kwargs)
+            given = bound.arguments["args"] = self._default_args(output_dir="tmp_trainer")
+            args, kwargs = bound.args, bound.kwargs
         if given is not None and is_lngd(given):
-            refuse_unsupported(given, model)
-        if isinstance(model, nn.Module):
-            freeze_fixed_positions(model)
-        self._routing_is_told = False
+            refuse_unsupported(given, kwargs.get("model", args[0] if args else None))
+        self._is_told = self._has_looked = False
         self.card_writer: Callable[[], Any] | None = None
-        super().__init__(model, given, *rest, **kwargs)
+        constructor(*args, **kwargs)
+        freeze_unsaved(self.model)
         if given is None and not is_lngd(self.args):
             made = type(self.args).__name__
             logger.warning("args: got none, so %s made %s, which do not ask for lngd", type(self).__name__, made)
-        if self.compute_loss_func is None and ignores_num_items(self.model):
-            self.compute_loss_func = SummedCrossEntropy(self.label_smoother)
+        # a trainer that computes a loss of its own, or is given one, normalises it in its own way
+        own = super().compute_loss.__func__ is not Trainer.compute_loss or self.compute_loss_func is not None
+        self._exact_loss = None if own or self.args.n_gpu > 1 else ExactLoss(self, self._loss_of)
 
-    def create_optimizer(self, model: Any = None) -> Any:
+    def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; what checkpoints leave out is not trained."""
+        model = super().call_model_init(*args, **kwargs)
+        freeze_unsaved(model)
+        return model
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """LNGD if the arguments ask for it, else what transformers makes of them."""
+        beside = ""
         if self.optimizer is None and is_lngd(self.args):
+            model = kwargs.get("model", args[0] if args else None)
             model = self.model if model is None else model
-            self.optimizer = create_lngd_optimizer(model, self.args, layout="auto", **self._decay_groups(model))
+            entries, outside = split_groups(model, self._groups_of_trainer(model))
+            entries += self._decay_groups(model, {p for entry in entries for p in entry["params"]})
+            self.optimizer = create_lngd_optimizer(model, self.args, layout="auto", param_groups=entries)
+            beside = add_outside(self.optimizer, outside)
         lngd = lngd_of(self.optimizer)
-        if lngd is not None and not self._routing_is_told:
-            self._routing_is_told = True
+        if lngd is not None and not self._is_told:
+            self._is_told = True
             if self.is_world_process_zero():
-                print(lngd.routing_table(), flush=True)
-        return super().create_optimizer(model)
+                print(lngd.routing_table(), beside, sep="", flush=True)
+        return super().create_optimizer(*args, **kwargs)
 
-    def _decay_groups(self, model: Any) -> dict[str, Any]:
+    def _groups_of_trainer(self, model: Any) -> Any:
+        """The groups that a trainer with a `get_optimizer_cls_and_kwargs` of its own makes, shown another optimizer."""
+        args = copy.copy(self.args)
+        args.optim, args.optim_args = STAND_IN, None
+        made = super().get_optimizer_cls_and_kwargs(args, model)[1]
+        return made.get("optimizer_dict") or made.get("params") or ()
+
+    def _decay_groups(self, model: Any, taken: set[Any]) -> list[dict[str, Any]]:
         """What a Trainer with a `get_decay_parameter_names` of its own leaves without weight decay."""
         own = type(self).get_decay_parameter_names
         if own in (Trainer.get_decay_parameter_names, Seq2SeqTrainer.get_decay_parameter_names):
-            return {}  # LNGD knows more kinds of norms
+            return []  # LNGD knows more kinds of norms
         decayed = set(self.get_decay_parameter_names(model))
-        rest = [name for name, p in model.named_parameters() if p.requires_grad and name not in decayed]
-        entry = {"params": [plain_name(name) for name in rest], "weight_decay": 0.0, "name": "no_decay"}
-        return {"param_groups": [entry]} if rest else {}
+        named = model.named_parameters()
+        rest = [plain_name(name) for name, p in named if p.requires_grad and name not in decayed and p not in taken]
+        return [{"params": rest, "weight_decay": 0.0, "name": "no_decay"}] if rest else []
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, with the number of the loss's terms in place of that of labels where it differs."""
+        batches, number = super().get_batch_samples(*args, **kwargs)
+        return batches, number if self._exact_loss is None else self._exact_loss.number(batches, number)
+
+    def _loss_of(self, model: Any, batch: dict[str, Any], number: Any) -> Tensor:
+        """The Trainer's own loss of a batch as the data loader gives it."""
+        with self.compute_loss_context_manager():
+            return super().compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=number)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """As the Trainer's, and gives LNGD what it cannot see: the labels, and a second pass where it needs one."""
-        labels_leave = self.label_smoother is not None or self.compute_loss_func is not None
-        # a copy: the Trainer takes the labels out of what it is given
-        batch = dict(with_decoder_inputs(self.model, inputs) if labels_leave else inputs)
-        labels: Any = batch.get("labels")
+        exact, number = self._exact_loss, num_items_in_batch
+        terms = None if exact is None else exact.terms(inputs, number)
+        given = {} if terms is not None or number is None else {"num_items_in_batch": number}
+        labels: Any = inputs.get("labels") if isinstance(inputs, Mapping) else None
         lngd = lngd_of(self.optimizer) if model.training else None
-        if lngd is not None:
-            lngd.set_batch(batch)
-        loss, outputs = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        if lngd is not None and lngd.needs_fisher_pass:
+        if lngd is not None and isinstance(inputs, Mapping):
+            lngd.set_batch(inputs)
+        second_pass = lngd is not None and lngd.needs_fisher_pass
+        result = super().compute_loss(model, inputs, return_outputs or second_pass, **given)
+        loss, outputs = result if return_outputs or second_pass else (result, None)
+        if lngd is not None and second_pass:
             logits = outputs.get("logits") if isinstance(outputs, dict) else None
             if logits is None:
                 others = other_fishers(lngd.config)
                 raise ValueError(f"optim_args: fisher: got 'true' for a model without logits, accepted: {others}")
             fits = isinstance(labels, Tensor) and labels.shape == logits.shape[:-1]
             lngd.fisher_backward(logits, labels.ne(IGNORED_LABEL) if fits else None)
+        if exact is not None and terms is not None:
+            loss = exact.scaled(loss, terms, number)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; names, once, parameters beside the model that get a gradient and are not trained."""
+        loss = super().training_step(*args, **kwargs)
+        if (lngd := lngd_of(self.optimizer)) is not None and not self._has_looked:
+            self._has_looked = True
+            warn_of_untrained(self, lngd)
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's; training logs carry LNGD's diagnostics, to four digits: they share a line with the loss."""
@@ -209,9 +258,10 @@ class LNGDTrainerMixin(_ATrainer):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
         if not self._load_weights(self.model if model is None else model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
         if not self._load_weights(self.model, self.state.best_model_checkpoint):

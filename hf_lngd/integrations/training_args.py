@@ -16,7 +16,7 @@ from ..config import LNGDConfig
 
 LNGD_NAME = "lngd"
 # What the parent class is shown in place of "lngd" while it checks itself: an optimizer it makes no demands on.
-_STAND_IN = OptimizerNames.ADAMW_TORCH.value
+STAND_IN = OptimizerNames.ADAMW_TORCH.value
 _OPTIM_HELP = (
     "The optimizer: lngd (layer-wise natural gradient; AdamW for all other parameters) or any of transformers'."
 )
@@ -108,7 +108,7 @@ class LNGDArgumentsMixin(_SomeArguments):
             raise ValueError(f"optim: got {name!r}{hint}, accepted: {', '.join(accepted)}")
         if name == LNGD_NAME:
             lngd_settings(self)
-            self.optim = _STAND_IN
+            self.optim = STAND_IN
         super().__post_init__()
         if name == LNGD_NAME:
             self.optim = LNGD_NAME
@@ -127,14 +127,6 @@ class LNGDArgumentsMixin(_SomeArguments):
         made = memo[id(self)] = copy.copy(self)
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
-
-    def set_optimizer(self, name: str = LNGD_NAME, *args: Any, **kwargs: Any) -> Any:
-        """As `TrainingArguments.set_optimizer`, where ``lngd`` is a name too."""
-        super().set_optimizer(_STAND_IN if name == LNGD_NAME else name, *args, **kwargs)
-        if name == LNGD_NAME:
-            self.optim = LNGD_NAME
-            lngd_settings(self)
-        return self
 
 
 @dataclass

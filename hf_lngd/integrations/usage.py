@@ -76,23 +76,20 @@ class UsageParser(HfArgumentParser):
         except LOAD_ERRORS as error:
             raise self._explain(str(error)) from error
 
-    def names(self) -> set[str]:
-        """Names of all arguments."""
-        return {action.dest for action in self._actions}
-
     def _explain(self, message: str) -> UsageError:
         """An error of argparse's or of a dataclass's own check: the field stands in front, or is mentioned."""
+        names = {action.dest for action in self._actions}
         unused = re.match(r"Some .* are not used by the HfArgumentParser: \['(.*?)'", message)
         if unused:
             name = unused[1].lstrip("-").partition("=")[0]
-            close = difflib.get_close_matches(name.replace("-", "_"), self.names(), n=3, cutoff=0.6)
+            close = difflib.get_close_matches(name.replace("-", "_"), names, n=3, cutoff=0.6)
             hint = f"did you mean --{' or --'.join(close)}?" if close else "see --help"
             return UsageError(name, f"unknown argument; {hint}")
         front = re.match(r"(\w+): (.*)", message, re.DOTALL)
-        if front and (front[1] in self.names() or "accepted" in front[2]):
+        if front and (front[1] in names or "accepted" in front[2]):
             return UsageError(front[1], front[2])
         words = re.findall(r"--([a-z][a-z0-9_]+)", message) + re.findall(r"[a-z][a-z0-9]*_[a-z0-9_]+", message)
-        return UsageError(next((word for word in words if word in self.names()), "arguments"), message)
+        return UsageError(next((word for word in words if word in names), "arguments"), message)
 
 
 def option(default: Any, help: str) -> Any:

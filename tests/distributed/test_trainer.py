@@ -54,6 +54,15 @@ def test_many_processes_train_as_one(kind: str, values: Any, layouts: Any, pools
             assert all(torch.equal(w, found[0]["weights"][name]) for name, w in other["weights"].items())
 
 
+def test_the_weights_of_a_loss_are_trained_as_on_one_process(pools: Pools, tmp_path: Path) -> None:
+    """No DDP averages their gradients."""
+    one = trainers.train_beside(str(tmp_path), ranks=1, size=8)
+    found = pools[2].run(trainers.train_beside, folder=str(tmp_path), ranks=2, size=4)
+    for name, value in one.items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: name + text)
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [("marian", "preset=lngd_lr,factor_interval=2"), ("images", "fisher=sampled")],

@@ -22,6 +22,7 @@ from hf_lngd.capture import Capture
 from hf_lngd.integrations import fsdp
 from tests.distributed import loops
 from tests.hf_helpers import hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
+from tests.integration.test_other_trainers import make as make_beside
 
 # No multiple of a step's rows, so that the last window of accumulation is a short one; a multiple of a round of
 # micro-batches, which accelerate would otherwise fill up with rows that were seen already.
@@ -90,6 +91,15 @@ def train(
     result = {"weights": weights, "start": start, "losses": losses, "steps": trainer.state.global_step}
     state = trainer.optimizer.optimizer.state_dict() if hasattr(trainer.optimizer, "optimizer") else {}
     return result | {"state": state.get("lngd"), "rate": trainer.lr_scheduler.get_last_lr()}
+
+
+def train_beside(folder: str, ranks: int, size: int) -> dict[str, torch.Tensor]:
+    """Weights of a model and of a loss beside it, which no DDP wraps, after training."""
+    settings = {"ddp_backend": "gloo"} if ranks > 1 else {}
+    trainer = make_beside("mixin", Path(folder), per_device_train_batch_size=size, save_strategy="no", **settings)
+    trainer.train()
+    head = {f"head.{name}": p.detach().clone() for name, p in trainer.loss.head.named_parameters()}
+    return head | {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
 def fsdp2_environment() -> dict[str, str]:

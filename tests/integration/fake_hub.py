@@ -9,12 +9,11 @@ from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
+import run_hub as hub_module
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, httpx
-
-from hf_lngd.integrations import hub as hub_module
 
 TOKEN = "hf_WriteSecret"
 

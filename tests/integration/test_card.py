@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from run_shared import LOSSES, draw_losses
 
 from hf_lngd import LNGDConfig, LNGDTrainingArguments
 from hf_lngd.integrations.card import (
     CardFacts,
     Score,
     command_of,
-    inputs,
     optimizer_options,
     without_authors,
     write_model_card,
@@ -108,12 +108,8 @@ def test_what_is_the_authors_alone_is_left_out(given: list[str]) -> None:
     assert without_authors([*kept[:2], *given, *kept[2:]]) == kept
 
 
-def test_a_command_from_a_file_and_of_many_processes(tmp_path: Path) -> None:
-    file = tmp_path / "run.json"
-    given = {"do_train": True, "learning_rate": 0.1, "report_to": ["none"], "seed": None, "hub_token": "hf_abc"}
-    file.write_text(json.dumps({**given, "source_prefix": "to German: "}), encoding="utf-8")
-    options = ["--do_train", "true", "--learning_rate", "0.1", "--report_to", "none", "--source_prefix", "to German: "]
-    assert command_of(["train.py", str(file)]) == ["python", "train.py", *options]
+def test_a_command_of_many_processes() -> None:
+    assert command_of(["train.py", "--seed", "3"]) == ["python", "train.py", "--seed", "3"]
     assert command_of(["train.py"], 2, 2) == ["torchrun", "--nproc_per_node", "2", "train.py"]
     assert command_of(["train.py"], 8, 4) == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4", "train.py"]
 
@@ -129,26 +125,26 @@ def test_the_optimizers_options_give_its_settings_back(optim_args: str | None, t
 
 
 def test_an_evaluation_claims_no_training(tmp_path: Path) -> None:
-    (tmp_path / "loss_curves.png").write_bytes(b"of another run")
-    card = card_of(tmp_path, trained=False, log_history=LOG)
+    card = card_of(tmp_path, trained=False, curves=LOSSES)
     assert "`someone/model`, evaluated." in card.text and "gives these results again" in card.text
     assert "## Training" not in card.text and "optimizer" not in card.text and "loss_curves" not in card.text
+
+
+def test_curves_and_no_curves(tmp_path: Path) -> None:
+    assert draw_losses(tmp_path, LOG, "tiny") and "(loss_curves.png)" in card_of(tmp_path, curves=LOSSES).text
+    assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "loss_curves" not in card_of(tmp_path).text
+    assert not draw_losses(tmp_path, [{"step": 1, "loss": 1.0}], "tiny")
+    assert not (tmp_path / "loss_curves.png").exists()
+
+
+def test_it_tells_data_and_attribution(tmp_path: Path) -> None:
+    text = card_of(tmp_path).text
+    data = text.split("## Training data")[1].split("## Training")[0]
+    assert "WMT16, de-en: 1,234 examples." in data and "Sentences: tatoeba.org." in data
 
 
 @pytest.mark.parametrize("missing", ["attribution", "license", "routing"])
 def test_what_is_not_known_is_left_out(missing: str, tmp_path: Path) -> None:
     card_of(tmp_path, **{missing: None})
     assert "None" not in (tmp_path / "README.md").read_text(encoding="utf-8")
-
-
-def test_what_a_command_reads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for folder in ("model", "images", "out", "en"):
-        (tmp_path / folder).mkdir()
-    Path("train.json").write_text("", encoding="utf-8")
-    command = ["python", "run.py", "--model_name_or_path", "model", "--train-file=train.json", "--train_dir", "images"]
-    command += ["--config_name", "model", "--test_file", "gone.json", "--output_dir", "out", "--source_lang", "en"]
-    assert inputs(command) == ["model", "train.json", "images"]
-    text = card_of(tmp_path, command=command).text
-    assert "With the versions below and `model`, `train.json`, `images` where it is run, this makes" in text
-    assert "With the versions below, this makes" in card_of(tmp_path, command=["python", "run.py", "--do_train"]).text

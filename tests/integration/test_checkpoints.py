@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from run_shared import find_checkpoint
 from safetensors.torch import save_file
 
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments
-from hf_lngd.integrations.checkpoints import check_checkpoint, find_checkpoint, last_checkpoint, problem_of
+from hf_lngd.integrations.checkpoints import check_checkpoint, last_checkpoint, problem_of
 from hf_lngd.integrations.usage import UsageError
 from hf_lngd.parallel.checkpoint import write_tensors
 from tests.helpers import keeping

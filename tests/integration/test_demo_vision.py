@@ -31,7 +31,7 @@ def test_digits_are_not_mirrored_and_the_arguments_are_the_scripts() -> None:
     parser = UsageParser([ModelArguments, DataArguments, LNGDTrainingArguments])
     for given in commands():
         assert given[given.index("--augment") + 1] == "crop"
-        assert {part[2:] for part in given if part.startswith("--")} <= parser.names()
+        assert {part[2:] for part in given if part.startswith("--")} <= {action.dest for action in parser._actions}
 
 
 def test_the_data_are_all_digits_each_once(tmp_path: Path) -> None:

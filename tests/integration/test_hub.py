@@ -19,10 +19,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx
 from PIL import Image
+from run_hub import check_hub, check_repository, push, refusal
 from transformers import ResNetConfig
 
 from hf_lngd import LNGDTrainingArguments
-from hf_lngd.integrations.hub import check_hub, check_repository, push, refusal
 from hf_lngd.integrations.usage import RunError, UsageError, exit_on_usage_error
 from tests.hf_helpers import hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_write_pairs
 from tests.integration.fake_hub import TOKEN, FakeHub, http_error

@@ -29,9 +29,10 @@ def test_targets(tmp_path: Path) -> None:
     for target, needed in (
         ("demo", ("tools/make_env.py", "scripts/demo.py")),
         ("demo-vision", ("scripts/demo_vision.py",)),
-        ("test", ("-m pytest", "--ignore=tests/studies", '-m "not slow"')),
+        ("test", ("-m pytest", "--ignore=tests/studies", "--ignore=tests/compat", '-m "not slow"')),
         ("test-studies", ("-m pytest", "tests/studies")),
-        ("test-all", ("-m pytest",)),
+        ("test-all", ("-m pytest", "--ignore=tests/compat")),
+        ("test-compat", ("tools/make_env.py", f"{environment}/compat compat,test", "-m pytest", "tests/compat")),
         ("lint", ("-m ruff check", "-m mypy")),
         ("audit", (f"PIPAPI_PYTHON_LOCATION={environment}/bin/python {environment}/audit/bin/python -m pip_audit",)),
     ):

@@ -41,7 +41,6 @@ def test_every_way_in(cls: Any, tmp_path: Path) -> None:
     same(pickle.loads(pickle.dumps(parsed)))
     as_dict = parsed.to_dict()
     assert json.loads(json.dumps(as_dict))["optim"] == "lngd"
-    same(cls("out").set_optimizer("lngd", learning_rate=0.01, args=TEXT))
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -1,28 +1,34 @@
-"""What both scripts in `scripts/` share: checks of arguments, configurations, training, the card."""
+"""What run_translation.py and run_image_classification.py share: checks of arguments, configurations, training, the
+card. Whoever copies one of them copies this file, too."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
+import logging
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+from run_hub import HUB_ERRORS, check_hub, check_repository, push, refusal, repository_of
 from transformers import AutoConfig
 
-from .card import CardFacts, Score, command_of, write_model_card
-from .checkpoints import find_checkpoint
-from .hub import HUB_ERRORS, check_hub, check_repository, push, refusal, repository_of
-from .trainer import lngd_of
-from .usage import UsageError, blame, refuse_if
+from hf_lngd.integrations.card import CardFacts, Score, command_of, write_model_card
+from hf_lngd.integrations.checkpoints import STATE, last_checkpoint, numbered, problem_of
+from hf_lngd.integrations.trainer import lngd_of
+from hf_lngd.integrations.usage import UsageError, blame, refuse_if
 
+logger = logging.getLogger(__name__)
+
+LOSSES = "loss_curves.png"
 # The parts of the data, and the arguments that limit them.
 LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 # Training arguments that transformers checks in the middle of a run only, and their least values.
@@ -63,6 +69,26 @@ def check_training(model: Any, training: Any) -> None:
     refuse_if(endless, "num_train_epochs", "got 0, accepted: above 0, or --max_steps")
     check_hub(training)
     training.resume_from_checkpoint = find_checkpoint(training)
+
+
+def find_checkpoint(training: Any) -> str | None:
+    """The folder to resume from; ``true`` and ``last``: the last one in `output_dir`.
+
+    ``last`` is for a command that is run again until it is through: without a checkpoint it starts anew, and warns.
+    """
+    field, given, folder = "resume_from_checkpoint", training.resume_from_checkpoint, training.output_dir
+    if not given or str(given).lower() not in ("true", "last"):
+        problem = problem_of(given) if given else None
+        refuse_if(problem, field, f"got {given!r}, which {problem}, accepted: a folder checkpoint-N, or last")
+        return str(given) if given else None
+    last, finished = last_checkpoint(folder), next((p for p in numbered(folder) if (p / STATE).is_file()), None)
+    if last is None and finished is not None:  # to start anew would be to lose what it held
+        what = f"got {given!r}, but {finished} {problem_of(finished)}, accepted: a whole checkpoint (or none at all)"
+        raise UsageError(field, what)
+    if last is None:
+        refuse_if(str(given).lower() == "true", field, f"got {given!r}, but {folder} has no checkpoint")
+        logger.warning("%s has no checkpoint yet: training starts at the beginning (resume_from_checkpoint)", folder)
+    return last
 
 
 def wanted_parts(training: Any) -> list[str]:
@@ -163,6 +189,42 @@ def train(trainer: Any) -> None:
         path.write_text(json.dumps(routing, indent=2) + "\n", encoding="utf-8")
 
 
+@functools.cache
+def pyplot() -> Any:
+    """matplotlib's pyplot, which draws into files; None, and a warning once, where that extra is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("no pictures: matplotlib is not installed; pip install 'hf_lngd[plot]'")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def draw_losses(folder: str | Path, history: Sequence[Mapping[str, Any]], title: str) -> bool:
+    """Draw :data:`LOSSES`, loss against steps of a Trainer's log, into a model's folder; True if it is there now.
+    Without two training losses there is no curve, and an old picture is removed."""
+    path = Path(folder) / LOSSES
+    plt = pyplot() if sum("loss" in entry for entry in history) > 1 else None
+    if plt is None:
+        path.unlink(missing_ok=True)
+        return False
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for key, name, colour in (("loss", "training", "#0f766e"), ("eval_loss", "validation", "#d97706")):
+        points = {entry["step"]: entry[key] for entry in history if key in entry}
+        if points:
+            marker = "o" if len(points) <= 20 else None
+            axis.plot(list(points), list(points.values()), label=name, color=colour, marker=marker)
+    axis.set(xlabel="step", ylabel="loss, nats", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
 class CardWriter:
     """Takes the metrics of each part of the data, and writes the card; the Trainer calls it before it pushes.
 
@@ -198,8 +260,10 @@ class CardWriter:
             return path
         self._written = True
         name, config = self.data.dataset_name, self.data.dataset_config_name
+        title = repository_of(args).split("/")[-1]
+        curves = args.do_train and draw_losses(args.output_dir, self.trainer.state.log_history, title)
         facts = CardFacts(
-            name=repository_of(args).split("/")[-1],
+            name=title,
             dataset_config=config,
             dataset_on_hub=bool(name) and not Path(name).exists(),
             examples=len(self.trainer.train_dataset or ()),
@@ -211,7 +275,7 @@ class CardWriter:
             architecture=type(net).__name__,
             parameters=sum(p.numel() for p in net.parameters()),
             routing=None if lngd is None else lngd.routing_table(),
-            log_history=self.trainer.state.log_history,
+            curves=LOSSES if curves else None,
             trained=args.do_train,
             **self.facts,
         )
