@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from .torch_internals import plain_name, uncompiled
 
 LNGD_OWNER, FALLBACK_OWNER, FROZEN_OWNER = "lngd", "fallback", "frozen"
 EXACT_EMBEDDING = "embedding, exact"
+# A linear layer with so many outputs, so many times more than inputs, is taken for an output layer over a vocabulary.
+VOCABULARY, VOCABULARY_RATIO = 1000, 16
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 homes.setdefault(id(parameter), []).append((name, module, attribute))
+    vocabularies = vocabulary_layers(model)
     routing, layer_of = Routing([], [], [], {}, {}), dict[int, Layer]()
     for compiled_name, parameter in model.named_parameters():
         name = plain_name(compiled_name)
@@ -108,7 +111,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
         modules = homes.setdefault(id(parameter), [(module_name, around[module_name], attribute)])
         routing.parameters[name], routing.homes[name] = parameter, modules[0][1:]
         _check(name, parameter, modules)
-        owner, reason, decays = _decide(name, parameter, homes, config, around)
+        owner, reason, decays = _decide(name, parameter, homes, config, around, vocabularies)
         if reason == EXACT_EMBEDDING:
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
         elif owner == LNGD_OWNER:
@@ -143,9 +146,24 @@ def check_precision(name: str, weight: torch.Tensor) -> None:
         )
 
 
+def vocabulary_layers(model: nn.Module) -> set[nn.Module]:
+    """The output layers over a vocabulary, which AdamW takes: those that transformers' models name, and linear layers
+    of such a shape. In LNGD they cost the most and end higher (`benchmarks.studies.output_layers`)."""
+    found = set()
+    for module in model.modules():
+        tell = getattr(module, "get_output_embeddings", None)
+        if callable(tell) and isinstance(layer := tell(), nn.Module):
+            found.add(layer)
+        if isinstance(module, nn.Linear):
+            outputs, inputs = module.out_features, module.in_features
+            found |= {module} if outputs >= max(VOCABULARY, VOCABULARY_RATIO * inputs) else set()
+    return found
+
+
 def _decide(
-    name: str, parameter: nn.Parameter, homes: dict[int, Homes], config: LNGDConfig, around: Mapping[str, nn.Module]
-) -> tuple[str, str, bool]:
+    name: str, parameter: nn.Parameter, homes: dict[int, Homes], config: LNGDConfig, around: Mapping[str, nn.Module],
+    vocabularies: Collection[nn.Module],
+) -> tuple[str, str, bool]:  # fmt: skip
     """(owner, reason, weight decay)."""
     if not parameter.requires_grad:
         return FROZEN_OWNER, "frozen", False
@@ -166,6 +184,8 @@ def _decide(
         if position or config.embedding == "fallback":
             return FALLBACK_OWNER, "position" if position else "embedding", True
         return LNGD_OWNER, EXACT_EMBEDDING, True
+    if attribute == "weight" and any(m in vocabularies for _, m, _ in modules):
+        return FALLBACK_OWNER, "output layer over a vocabulary", True
     geometries = {None if _inside_attention(m) else geometry_of(m) for _, m, _ in modules}
     geometry = geometries.pop() if len(geometries) == 1 else None
     if geometry is not None:
@@ -175,7 +195,7 @@ def _decide(
             # a weight that several modules share, or an embedding's, has no one bias for its last column
             weight, weight_name = module._parameters["weight"], f"{module_name}.weight".removeprefix(".")
             if weight is not None and len(homes[id(weight)]) == 1:
-                its_owner, its_reason, _ = _decide(weight_name, weight, homes, config, around)
+                its_owner, its_reason, _ = _decide(weight_name, weight, homes, config, around, vocabularies)
                 if (its_owner, its_reason) == (LNGD_OWNER, _kind(geometry)):
                     return LNGD_OWNER, "bias in the factor", False
     if attribute == "bias" or plain:

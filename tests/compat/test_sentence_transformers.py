@@ -104,7 +104,6 @@ def test_losses(name: str, way: str, tmp_path: Path) -> None:
     assert head <= changed and bool(head) is (name == "Softmax")
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the real forward runs in a backward hook: see capture.py")
 @pytest.mark.parametrize("way", WAYS)
 def test_cached_losses(way: str, tmp_path: Path) -> None:
     assert train(make(way, tmp_path, CACHED, PAIRS))

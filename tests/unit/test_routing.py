@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_lngd import LNGD, LNGDConfig
-from hf_lngd.routing import format_rates, format_routes, route
+from hf_lngd.routing import FALLBACK_OWNER, LNGD_OWNER, format_rates, format_routes, route
 from tests.helpers import tiny_marian
 
 
@@ -166,3 +167,17 @@ def test_parameters_that_cannot_be_trained_here() -> None:
             route(model, LNGDConfig())
     for model in (half, sparse, complex_):
         assert {owner for owner, _ in routes(model.requires_grad_(False)).values()} == {"frozen"}
+
+
+def test_output_layers_over_a_vocabulary_are_adamws() -> None:
+    """Those that transformers' models name, of any size, and linear layers of such a shape; no classifier's head."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=50, tie_word_embeddings=False))
+    plain = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 1000), nn.Linear(8, 512), nn.Linear(64, 1024))
+    reasons = {}
+    for model in (llama, plain):
+        reasons |= {r.parameter: (r.owner, r.reason) for r in route(model, LNGDConfig()).routes}
+    adamw = (FALLBACK_OWNER, "output layer over a vocabulary")
+    assert reasons["lm_head.weight"] == reasons["3.weight"] == adamw
+    assert all(reasons[f"{i}.weight"][0] == LNGD_OWNER for i in range(3))
+    assert reasons["model.layers.0.mlp.up_proj.weight"] == (LNGD_OWNER, "linear")
