@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import LNGDConfig
 from .layers import Layer
+from .linalg import state_dtype
 from .routing import Routing
 
 Rate = float | Tensor
@@ -164,17 +165,17 @@ class StepOptions:
 
     def of(self, layers: Sequence[Layer], name: str) -> Any:
         """An option of these layers: a number, or [n] where they differ."""
-        return alike((getattr(self[layer.weight], name) for layer in layers), layers[0].like)
+        return alike((getattr(self[layer.weight], name) for layer in layers), layers[0].weight)
 
 
-def alike(values: Iterable[Rate], like: Tensor) -> Rate:
-    """Values of layers, as one number where they are the same, else as a tensor [n] with the dtype of `like`."""
+def alike(values: Iterable[Rate], weight: Tensor) -> Rate:
+    """Values of layers, as one number where they are the same, else as a tensor [n] for the state of `weight`."""
     values = list(values)
     first = values[0]
     if all(value is first for value in values):
         return first
+    dtype, device = state_dtype(weight.dtype), weight.device
     if not any(isinstance(value, Tensor) for value in values):
-        if all(value == first for value in values):
-            return first
-        return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
-    return torch.stack([torch.as_tensor(value).to(like.device, like.dtype) for value in values])
+        same = all(value == first for value in values)
+        return first if same else torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    return torch.stack([torch.as_tensor(value).to(device, dtype) for value in values])

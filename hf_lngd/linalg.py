@@ -228,6 +228,7 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
+@lru_cache
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the state of weights of this one: at least float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -43,7 +43,9 @@ IGNORED = -100
 SINGLE_FIELDS = {**LNGD_FIELDS, "embedding": "fallback", "direction": "natural"}
 # ‖θ − θ'‖ / ‖θ'‖ of accumulation; some models compute in float32 in between (SigLIP 2 resizes its positions in it).
 NEAR = 1e-5
-LARGEST = 20  # learning rates, that an entry may move by in a step; where AdamW is, its rate is three times as high
+# Learning rates that an entry may move by in a step. Embeddings have three, rows of rare tokens four times those, and
+# an entry of a row up to twice its root mean square.
+LARGEST = 3 * 4 * 2
 # Arrays that are looked up or added, not multiplied with: tables of positions, tokens, latents.
 _TABLES = re.compile(r"position|pos_embed|relative|attention_bias|token|latents|probe", re.IGNORECASE)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..batches import Job, LayerBatch
 from ..config import LNGDConfig
 from ..layers import Layer
+from ..linalg import state_dtype
 from ..torch_internals import is_fully_sharded, is_sharded
 from .ranks import Ranks, balanced, by_dtype
 
@@ -94,7 +95,7 @@ class Whole:
         if not layers:
             return []
         parameters = [[get(p) for p in layer.parameters] for layer in layers]
-        dtype = layers[0].like.dtype
+        dtype = state_dtype(layers[0].weight.dtype)
         return [torch.cat([y.matrices(own, dtype) for y, own in zip(layers, parameters, strict=True)])]
 
     def unstack(self, layers: list[Layer], parts: list[Tensor]) -> Iterator[tuple[Layer, list[Tensor]]]:
@@ -233,7 +234,7 @@ class Rows(Owned):
 
     def stack(self, layers: list[Layer], get: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
         kinds = zip(*(layer.parameters for layer in layers), strict=True)
-        return [torch.stack([get(p) for p in kind]).to(layers[0].like.dtype) for kind in kinds]
+        return [torch.stack([get(p) for p in kind]).to(state_dtype(layers[0].weight.dtype)) for kind in kinds]
 
     def unstack(self, layers: list[Layer], parts: list[Tensor]) -> Iterator[tuple[Layer, list[Tensor]]]:
         yield from ((layer, [part[place] for part in parts]) for place, layer in enumerate(layers))

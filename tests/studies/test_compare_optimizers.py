@@ -102,7 +102,7 @@ def test_every_rival_owns_each_parameter_once(name: str) -> None:
         for parameter in group["params"]:
             place = parameter.data_ptr()  # Muon's are views
             assert place not in rates
-            rates[place], decays[place] = group["lr"], group["weight_decay"]
+            rates[place], decays[place] = group["lr"] * group.get("lr_scale", 1.0), group["weight_decay"]
     optimizer.close()
     for members, rate, decay in ((matrices, 1e-3, 0.3), (embeddings, 2e-3, 0.3), (rest, 2e-3, 0.0)):
         assert {rates[p.data_ptr()] for p in members} == {rate}
@@ -282,13 +282,14 @@ def test_lngd_with_two_rates_is_on_muons_scale_and_with_one_as_users_get_it() ->
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
     (two,) = RIVALS["lngd"](model, Settings(0.02, 0.01)).optimizers
     assert (two.config.rate_scale, two.config.weight_decay_scale) == (MUON_SCALE, 1.0)
-    assert {g["name"]: (g["lr"], g["weight_decay"]) for g in two.param_groups} == {
+    assert {g["name"]: (g["lr"] * g["lr_scale"], g["weight_decay"]) for g in two.param_groups} == {
         "lngd": (0.02, 0.1),
         "fallback_no_decay": (0.01, 0.0),
     }
     (one,) = RIVALS["lngd"](model, Settings(1e-3, None)).optimizers
     users = LNGDConfig(momentum=0.9)
-    assert one.config == users and [g["lr"] for g in one.param_groups] == [1e-3, 1e-3 * users.fallback_lr_scale]
+    rates = [g["lr"] * g["lr_scale"] for g in one.param_groups]
+    assert one.config == users and rates == [1e-3, 1e-3 * users.fallback_lr_scale]
 
 
 def test_flat_muon_is_muon_on_matrices() -> None:

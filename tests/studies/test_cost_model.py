@@ -107,7 +107,7 @@ def test_shared_factors_and_positions() -> None:
     assert len(inventory.factors) == 4 + 7
     assert {f.positions for f in inventory.factors} == {15} and inventory.tables == ((60, 32),)
     assert sum(bank.layers for bank in inventory.banks) == 6 + 10
-    assert sorted(f.links for f in inventory.factors) == [0] * 9 + [80] * 2
+    assert {f.links for f in inventory.factors} == {0}
     weights = sum(m * d for m, d in inventory.matrices)
     head = 60 * 32  # tied: no matrix of LNGD's, but a product of the model's
     products = 6 * 15 * (weights + head)  # forward, and backward to inputs and weights
