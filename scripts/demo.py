@@ -111,7 +111,7 @@ def execute(label: str, arguments: list[str], output: Path) -> dict[str, Any]:
     """Runs a script, its progress bar in sight; returns the results that it wrote, and the curves with seconds.
 
     Raises:
-        SystemExit: the run failed; its own message stands above.
+        SystemExit: the run failed, its own message stands above; or it logged no loss.
     """
     print(f"\n$ python {shlex.join(arguments)}\n", flush=True)
     curve = output / "loss_curve.json"
@@ -119,7 +119,10 @@ def execute(label: str, arguments: list[str], output: Path) -> dict[str, Any]:
     if subprocess.run(watched, cwd=ROOT, check=False).returncode:
         sys.exit(f"error: {label}: the run failed, see above")
     results = json.loads((ROOT / output / "all_results.json").read_text(encoding="utf-8"))
-    return {**results, "curves": json.loads((ROOT / curve).read_text(encoding="utf-8"))}
+    curves = json.loads((ROOT / curve).read_text(encoding="utf-8"))
+    if not curves["train"]:
+        sys.exit(f"error: {label}: no loss was logged, accepted: --logging_steps of at most the number of steps")
+    return {**results, "curves": curves}
 
 
 def write_results(results: dict[str, dict[str, Any]], output: Path) -> None:

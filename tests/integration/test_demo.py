@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,3 +130,11 @@ def test_the_whole_demo_in_short(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert out.count("English ") == 10 and "BLEU" in out
     for path in ("lngd/README.md", "adamw/README.md", "loss.png", "results.json", "lngd/model.safetensors"):
         assert (tmp_path / "out" / path).is_file(), path
+
+
+def test_a_run_that_logged_no_loss_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "all_results.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "loss_curve.json").write_text('{"train": [], "validation": []}', encoding="utf-8")
+    monkeypatch.setattr(demo.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(returncode=0))
+    with pytest.raises(SystemExit, match="no loss was logged.*--logging_steps"):
+        demo.execute("LNGD", [], tmp_path)
