@@ -79,13 +79,12 @@ class Expected:
 
 @dataclass(eq=False)
 class Call:
-    """One call of a layer: its input; its output, and the version of its memory as it was then; its group, once that
-    is known; `note`: what a subclass has to remember."""
+    """One call of a layer: its input and output; its group, once that is known; `note`: what a subclass has to
+    remember."""
 
     layer: Layer
     a: Tensor
     output: Tensor
-    version: int
     expected: Expected
     group: Group | None = None
     note: Any = None
@@ -332,7 +331,7 @@ class Capture(Collector):
             self._expect(expected, output)
         else:
             return
-        self.layer_called(Call(layer, a, output, output._version, expected))
+        self.layer_called(Call(layer, a, output, expected))
 
     def _expect(self, expected: Expected, output: Tensor) -> None:
         def take(gradient: Tensor) -> None:

@@ -230,14 +230,14 @@ class LNGD(torch.optim.Optimizer):
         kept = [local(momentum[parameter]) for layer in layers for parameter in layer.parameters]
         new = [value for _, values in layout.unstack(layers, parts) for value in values]
         tau = self._options.of(layers, "momentum")
-        rates: Any = tau
-        if isinstance(tau, Tensor):  # groups differ
-            rates = [own for layer, own in zip(layers, tau, strict=True) for _ in layer.parameters]
         on_gradient = self.config.momentum_on == "gradient"
+        share: Any = 1 - tau if on_gradient else tau
+        if isinstance(share, Tensor):  # groups differ
+            share = [own for layer, own in zip(layers, share, strict=True) for _ in layer.parameters]
         if on_gradient:
-            torch._foreach_lerp_(kept, new, [1 - own for own in rates] if isinstance(rates, list) else 1 - rates)
+            torch._foreach_lerp_(kept, new, share)
         else:
-            torch._foreach_mul_(kept, rates)
+            torch._foreach_mul_(kept, share)
             torch._foreach_add_(kept, new)
         for i, average in enumerate(layout.stack(layers, lambda parameter: local(momentum[parameter]))):
             part = parts[i]

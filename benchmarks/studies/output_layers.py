@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -88,8 +88,9 @@ def llama(size: int, folder: Path) -> Task:
     )
 
 
+@cache
 def load(name: str, text: Path, images: Path) -> Task:
-    """The task of this name."""
+    """The task of this name, read once."""
     if name.startswith("llama"):
         return llama(int(name.split("-")[1]), text)
     if name == "marian-untied":

@@ -117,6 +117,17 @@ def thrown_away(scene: Scene) -> None:
     assert torch.equal(*found)
 
 
+def spoils_one(value: float) -> Callable[[Tensor], Tensor]:
+    """Puts a value in the place of the first number of what a layer reads."""
+
+    def put(h: Tensor) -> Tensor:
+        mask = torch.zeros_like(h, dtype=torch.bool)
+        mask.view(-1)[0] = True
+        return h.masked_fill(mask, value)
+
+    return put
+
+
 def spoil_once(scene: Scene, change: Callable[[Tensor], Tensor], **fields: Any) -> Tensor:
     """A step in which the first layer reads something else; its factor before."""
     scene.make(**fields)
@@ -133,12 +144,7 @@ for _text, _value in (("NaN", NAN), ("infinity", INF)):
            "its factor of this step is left out, gradients count as zero",
            counts=("skipped_factors", "skipped_gradients"), variants=ALL)  # fmt: skip
     def bad_activation(scene: Scene, value: float = _value) -> None:
-        def put(h: Tensor) -> Tensor:
-            mask = torch.zeros_like(h, dtype=torch.bool)
-            mask.view(-1)[0] = True
-            return h.masked_fill(mask, value)
-
-        assert torch.equal(spoil_once(scene, put), scene.phi("up"))
+        assert torch.equal(spoil_once(scene, spoils_one(value)), scene.phi("up"))
 
 
 @fault(ACTIVATIONS, "NaN in a forward pass whose loss is thrown away, then a good one", "a step as ever",
@@ -156,12 +162,7 @@ def thrown_forward(scene: Scene) -> None:
 @fault(ACTIVATIONS, "1e30 (its square overflows) in what a layer reads", "its factor of this step is left out",
        counts=("skipped_factors",), variants=DIRECTIONS)  # fmt: skip
 def huge(scene: Scene) -> None:
-    def put(h: Tensor) -> Tensor:
-        mask = torch.zeros_like(h, dtype=torch.bool)
-        mask.view(-1)[0] = True
-        return h.masked_fill(mask, 1e30)
-
-    assert torch.equal(spoil_once(scene, put), scene.phi("up"))
+    assert torch.equal(spoil_once(scene, spoils_one(1e30)), scene.phi("up"))
 
 
 @fault(ACTIVATIONS, "activations of 1e-30, whose squares vanish", "a step as ever", variants=ALL)

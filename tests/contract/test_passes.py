@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from hf_lngd import LNGD
 from tests.helpers import EVERY_STEP, factors_of, seeded
 
-FROZEN = ("down",)
 ALL = ("up", "down")
 
 

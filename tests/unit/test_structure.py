@@ -40,7 +40,7 @@ LAZY = ("hf_lngd.core", "method_of", "hf_lngd.paper")
 # What is read of torch's and transformers' own outside `torch_internals`.
 FOREIGN = {
     "hf_lngd.adamw": "_foreach_norm",
-    "hf_lngd.capture": "_parameters _version",
+    "hf_lngd.capture": "_parameters",
     "hf_lngd.integrations.checkpoints": "_keys_to_ignore_on_save",
     "hf_lngd.integrations.doctor": "_model_mapping",
     "hf_lngd.integrations.fsdp": "_save",
