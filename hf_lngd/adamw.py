@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from .config import LNGDConfig
 from .groups import Options
-from .linalg import damping, rms_rate, state_dtype
+from .linalg import damping, rms_rate, squared_norms, state_dtype
 from .torch_internals import Collector, Hook, in_transform, local, run_eagerly
 
 ParameterState = MutableMapping[str, Any]  # what a parameter has, by name
@@ -97,7 +97,7 @@ class AdamW:
         own = [state_of(p, states, partial(self.new_state, p), "exp_avg") for p in parameters]
         first, second = ([local(state[name]) for state in own] for name in ("exp_avg", "exp_avg_sq"))
         gradients = [local(p.grad) for p in parameters]  # type: ignore[arg-type]
-        (squares,) = layout.complete([_squares(gradients)])
+        (squares,) = layout.complete([squared_norms(gradients)])
         bad = (~torch.isfinite(squares)).any().long()
         self.skipped = self.skipped + bad
         with Rounding(states).full(parameters) as whole:
@@ -117,35 +117,26 @@ class AdamW:
             adamw(whole, gradients, first, second, [], [state["step"] for state in own], **how)
 
 
-def _squares(gradients: list[Tensor]) -> Tensor:
-    """‖g‖² of each, on the device of the first."""
-    dtype = torch.float32
-    for gradient in gradients:
-        dtype = torch.promote_types(dtype, gradient.dtype)  # in half precision norms would overflow
-    norms = torch._foreach_norm(gradients, 2, dtype)
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).square()
-
-
 # A row's step is at most this multiple of the table's root mean square: a token seen once in many batches has next
 # to no frequency, and would divide its gradient by the damping alone.
 ROW_CAP = 4.0
 
 
-def embedding_direction(
-    grad: Tensor, frequency: Tensor, lam: Tensor, scale: float, layout: Any = None, size: int = 0
+def embedding_scale(
+    norms: Tensor, frequency: Tensor, lam: Tensor, scale: float, shape: torch.Size, complete: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """D = (diag(f) + λ)⁻¹ G scaled to RMS κ, each row's RMS at most `ROW_CAP`·κ: grad [V, d], frequency [V].
+    """[V], by which the rows of G are multiplied to be D = (diag(f) + λ)⁻¹ G scaled to RMS κ, each row's RMS at most
+    `ROW_CAP`·κ.
 
     Args:
-        layout: of the processes, where they have a table's other rows; V is the number of this one's then.
-        size: numbers in the whole table."""
-    direction = grad / (frequency + lam).unsqueeze(-1)
-    norm = torch.linalg.vector_norm(direction)
-    if layout is not None and layout.shards_rows:
-        norm = layout.complete([norm.square()])[0].sqrt()
-    direction = direction * rms_rate(norm, size or grad.numel(), scale)
-    row_rms, most = direction.square().mean(-1, keepdim=True).sqrt(), ROW_CAP * scale
-    return direction * (most / row_rms.clamp_min(most))
+        norms, frequency: of the rows of G and of their tokens, [V].
+        shape: of the whole table, of which a process may have V rows.
+        complete: a sum of squares of these rows → of all."""
+    inverse = (frequency + lam).reciprocal()
+    lengths = norms * inverse
+    rate = rms_rate(complete(lengths.square().sum()).sqrt(), shape.numel(), scale)
+    most = ROW_CAP * scale * shape[1] ** 0.5
+    return inverse * rate * (most / (lengths * rate).clamp_min(most))
 
 
 class EmbeddingTable(Collector):
@@ -227,17 +218,18 @@ class EmbeddingTable(Collector):
         uniform = torch.full_like(frequency, 1.0 / self.modules[0].num_embeddings)
         frequency = torch.where(weight > 0, frequency / weight.clamp_min(1e-30), uniform)
         lam = damping(frequency.mean(), c.damping, c.damping_rho, c.damping_bounds)
-        momentum, grad = local(state["momentum"]), local(self.weight.grad).to(frequency.dtype, copy=True)
+        momentum, grad = local(state["momentum"]), local(self.weight.grad).to(frequency.dtype)
         (square,) = layout.complete([torch.linalg.vector_norm(grad).square()])
         bad = ~torch.isfinite(square)
         self.skipped = self.skipped + bad
-        grad.masked_fill_(bad, 0.0)
+        grad = torch.where(bad, 0.0, grad)
         if c.momentum_on == "gradient":
             momentum.lerp_(grad, 1 - options.momentum)
-            grad = grad.lerp(momentum, options.momentum)
-        rows, size = layout.rows(frequency.shape[0]), self.weight.numel()
-        update = embedding_direction(grad, frequency[rows], lam, c.rate_scale, layout, size) * options.lr
+            grad.lerp_(momentum, options.momentum)
+        norms, own = torch.linalg.vector_norm(grad, dim=-1), frequency[layout.rows(frequency.shape[0])]
+        scale = embedding_scale(norms, own, lam, c.rate_scale, self.weight.shape, lambda t: layout.complete([t])[0])
+        scale = (scale * options.lr).unsqueeze(-1)
         if c.momentum_on == "update":
-            update = momentum.mul_(options.momentum).add_(update)
+            grad, scale = momentum.mul_(options.momentum).addcmul_(grad, scale), torch.ones_like(scale)
         with Rounding(states).full([self.weight]) as (whole,):
-            whole.mul_(1 - options.lr * options.weight_decay).sub_(update)
+            whole.mul_(1 - options.lr * options.weight_decay).addcmul_(grad, scale, value=-1)

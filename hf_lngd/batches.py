@@ -54,10 +54,11 @@ class LayerBatch:
 @dataclass
 class Job:
     """A batch in one step: the `members` that have a gradient, of all processes; `layers`: those of them that this one
-    computes."""
+    computes; `unusable`: [n], of those whose momentum it has, where the gradient is not finite; None: nowhere."""
 
     batch: LayerBatch
     members: list[Layer]
+    unusable: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.layers = [layer for layer in self.members if layer in self.batch.place]
@@ -77,7 +78,7 @@ def layer_batches(
     keyed: dict[Hashable, list[Layer]] = {}
     for layer in layers:
         like, kind, shape = layer.like, layer.geometry.kind, (layer.units, layer.m, tuple(layer.weight.shape))
-        key = (*shape, layer.bias is None, kind, like.device, like.dtype, key_of(layer))
+        key = (*shape, layer.heads, layer.bias is None, kind, like.device, like.dtype, key_of(layer))
         keyed.setdefault(key, []).append(layer)
     batches = []
     for members in keyed.values():

@@ -69,6 +69,7 @@ _POSITIVE = _number("above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("at least 0", lambda x: x >= 0)
 _FRACTION = _number("in [0, 1)", lambda x: 0 <= x < 1)
 _AUTO = _must("auto or an integer, at least 1", lambda x: x == "auto" or (_is(x, int) and x >= 1))
+_DECAY = _must("auto or a number, at least 0", lambda x: x == "auto" or (_is(x, int, float) and 0 <= x < math.inf))
 _BETAS = _pair("two numbers in [0, 1), written 0.9:0.999 in optim_args", lambda a, b: 0 <= a < 1 and 0 <= b < 1)
 _BOUNDS = _pair("two numbers, 0 < ν1 ≤ ν2, written 1e-5:1e-2 in optim_args", lambda a, b: 0 < a <= b)
 
@@ -78,11 +79,15 @@ def _option(default: Any, check: Check, help: str) -> Any:
     return field(default=_FROM_PRESET, metadata={"default": default, "check": check, "help": help})
 
 
+# Weight decay where none is given: of LNGD's layers, less as they shrink to this share of their first norm (see
+# `decay`), and of all other parameters.
+LAYER_DECAY, DECAY_FLOOR, OTHER_DECAY = 1.5, 0.5, 0.1
+
 # Presets: what differs from the defaults below, which are those of ``fast``.
 _PAPER: dict[str, Any] = {
     "fisher": "sampled", "direction": "natural", "rate": "adaptive", "damping": "paper",
     "momentum": 0.9, "momentum_on": "update", "factor_interval": 100, "inverse_interval": 100,
-    "weight_decay": 0.004, "weight_decay_scale": 1.0, "fallback_lr_scale": 1.0,
+    "weight_decay": 0.004, "fallback_lr_scale": 1.0,
     "bias": "factor", "max_factor_dim": 1 << 20, "embedding": "fallback",  # factors are whole
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
@@ -117,8 +122,10 @@ class LNGDConfig:
         "no second pass. sampled: one draw of it a position (the paper). true: labels drawn from the model, needs "
         "LNGD.fisher_backward. empirical: the loss's gradients.")
     direction: str = _option("polar", _choice("polar", "natural"),
-        "polar: the momentum, orthogonalised in coordinates in which the layer's inputs are white; φ' is taken as 1. "
-        "natural: Ψ⁻¹GΦ⁻¹ (the paper), with φ' of the activation that follows the layer.")
+        "polar: the momentum, orthogonalised in coordinates in which the layer's inputs and gradients are white; φ' is "
+        "taken as 1. natural: Ψ⁻¹GΦ⁻¹ (the paper), with φ' of the activation that follows the layer.")
+    whiten: str = _option("both", _choice("both", "inputs", "none"),
+        "of polar: both: by Φ and a Ψ of gradients; inputs: by Φ alone; none: neither, as in Muon (for comparison).")
     rate: str = _option("rms", _choice("rms", "adaptive", "none"),
         "the layer's rate α_l. rms: rate_scale / RMS(D). adaptive: Eq. 12-13 over the rows of the batch (keeps every "
         "layer's inputs and gradients, each step). none: 1.")
@@ -136,10 +143,9 @@ class LNGDConfig:
     ema_decay: float = _option(0.95, _FRACTION, "ε of Eq. 14, the weight of the old factor.")
     factor_interval: int = _option(20, _integer(1), "T_FIM, steps between two updates of the factors.")
     inverse_interval: int = _option(20, _integer(1), "T_INV, steps between two inverses of the factors.")
-    weight_decay: float = _option(0.1, _NOT_NEGATIVE, "decoupled, never on norms and biases.")
-    weight_decay_scale: float = _option(15.0, _NOT_NEGATIVE,
-        "LNGD's layers take this multiple of weight_decay. Weights settle where steps and decay balance, at "
-        "κ · sqrt(lr / 2 decay): at AdamW's size with (κ / 0.2)² = 25 times its decay.")
+    weight_decay: float | str = _option("auto", _DECAY,
+        "decoupled, never on norms and biases. A number: as with AdamW, for all. auto: 1.5 for LNGD's layers, less as "
+        "their weights shrink, none below half of their first norm; 0.1 for all other parameters.")
     bias: str = _option("fallback", _choice("factor", "fallback"),
         "factor: a last column of the layer's factor; fallback: AdamW.")
     max_factor_dim: int | str = _option("auto", _AUTO,
@@ -284,7 +290,7 @@ def _value_of(text: str, default: Any) -> Any:
         if isinstance(default, tuple):
             return tuple(float(part) for part in text.split(":"))
         if default == "auto":
-            return text.lower() if text.lower() == "auto" else int(text)
+            return text.lower() if text.lower() == "auto" else int(text) if text.isdecimal() else float(text)
         return type(default)(text)
     except ValueError:
         return text

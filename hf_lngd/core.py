@@ -16,6 +16,7 @@ from .adamw import AdamW, EmbeddingTable, States
 from .batches import LayerBatch, layer_batches
 from .capture import Capture, Coming
 from .config import LNGDConfig
+from .decay import FadingDecay
 from .directions import Polar
 from .factors import Bank, FactorSpec, factor_banks
 from .layers import Layer, factor_blocks
@@ -94,7 +95,7 @@ class Core:
         self.config, self.routing, self.layout, self.states = config, routing, layout, states
         self.method = method_of(config)
         self.capture = self.method.capture(model, routing.layers, config)
-        self.adamw = AdamW()
+        self.adamw, self.decay = AdamW(), FadingDecay()
         self.embeddings = [
             EmbeddingTable(name, routing.parameters[name], modules, config) for name, modules in routing.embeddings
         ]
@@ -247,7 +248,10 @@ class Core:
         if group in self.built.bank_of:
             bank = self.built.bank_of[group]
             rows = torch.tensor(bank.rows_of([group]), device=layer.weight.device)
-            found = self.method.direction.factors(layer, bank, rows)
+            batch = next(batch for batch in self.batches if layer in batch.place)
+            first = batch.place[layer] * layer.units
+            own = {key: value[first : first + layer.units] for key, value in batch.state.items()}
+            found = self.method.direction.factors(layer, bank, rows, own)
             found = {key: value if layer.units > 1 else value[0].clone() for key, value in found.items()}
         owner = self.layout.owner(group)
         if owner is not None:
@@ -282,7 +286,7 @@ class Core:
 
 
 def _kept(layer: Layer, batch: LayerBatch, group: str) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name and view of what the owner of a layer keeps of it, its row scales and curvature, of two dimensions, so that
+    """Name and view of what the owner of a layer keeps of it and of its group, of two dimensions, so that
     they can be sharded by rows as parameters are; and whether it is its group's."""
     assert batch.bank is not None
     first = batch.place[layer] * layer.units

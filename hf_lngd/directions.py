@@ -10,9 +10,27 @@ import torch
 from torch import Tensor
 
 from .config import LNGDConfig
-from .factors import Bank
-from .layers import Layer
-from .linalg import along, apply_right, matmul_dtype, orthogonalize, rms_rate
+from .factors import Bank, block_diagonal
+from .layers import Layer, output_blocks
+from .linalg import (
+    add_damping,
+    along,
+    apply_left,
+    apply_right,
+    kept_dtype,
+    matmul_dtype,
+    pack,
+    packed_shape,
+    polar_root,
+    rms_rate,
+    row_blocks,
+    trace,
+    unpack,
+    whitener,
+)
+
+# Ψ of `Polar`: decay of its running average, steps between two updates, and its damping.
+PSI_DECAY, PSI_INTERVAL, PSI_DAMPING = 0.9, 5, 0.3
 
 
 @dataclass
@@ -23,6 +41,7 @@ class Inputs:
         gradient: [n · units, m, columns], the averaged gradient, in the state's dtype.
         bank: their factors, and `rows` [n · units] of it.
         state: the direction's own, of these layers: name → [n · units, …], to be updated in place.
+        step: steps made before this one.
         lr, beta2: effective rate and decay of the row scale, numbers or [n]."""
 
     gradient: Tensor
@@ -30,6 +49,7 @@ class Inputs:
     bank: Bank
     rows: Tensor
     state: Mapping[str, Tensor]
+    step: int
     lr: float | Tensor
     beta2: float | Tensor
 
@@ -55,8 +75,9 @@ class Direction(Protocol):
     def new_state(self, layer: Layer) -> dict[str, Tensor]:
         """What it keeps of a layer between steps, each [units, …], before the first one."""
 
-    def factors(self, layer: Layer, bank: Bank, rows: Tensor) -> dict[str, Tensor]:
-        """The factors of a layer as its method defines them, [units, …] each, see `LNGD.factors`."""
+    def factors(self, layer: Layer, bank: Bank, rows: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The factors of a layer as its method defines them, [units, …] each, see `LNGD.factors`. `state`: its own of
+        this layer."""
 
     def __call__(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
         """What is subtracted from the weights, lr · α_l · D [n · units, m, columns], and α_l [n]. Or D and None: its
@@ -64,42 +85,55 @@ class Direction(Protocol):
 
 
 class Polar:
-    """D = polar(M Vᵀ) V with VᵀV = Φ̂⁻¹: the momentum orthogonalised where the layer's inputs are white. Each row is
-    divided by the root of its running mean square (Li et al. 2025, NorMuon: a Ψ estimated from updates), and the whole
-    scaled to root mean square lr · κ.
+    """D = Uᵀ polar(U M Vᵀ) V with VᵀV = Φ̂⁻¹ and UᵀU = Ψ̂⁻¹: the momentum orthogonalised where the layer's inputs and its
+    gradients are white; in an attention head by head (blocks of rows).
 
-    Any V with VᵀV = Φ̂⁻¹ does: the polar factor of M Vᵀ turns with V, and the last product turns it back."""
+    Ψ ← β Ψ + (1 − β) M Φ̂⁻¹ Mᵀ / tr in every `PSI_INTERVAL`-th step: given Φ the factor that minimises the KL divergence
+    of Gaussians (Lin et al. 2025, arXiv:2509.03378), of the momentum in place of the gradient; it is damped by λ =
+    `PSI_DAMPING` tr Ψ / m, and cut into diagonal blocks as Φ is, or one a head. Each row of D is divided by the root of
+    its running mean square (Li et al. 2025, NorMuon), and the whole scaled to root mean square lr · κ.
+
+    Any U and V of these products do: polar(U M Vᵀ) turns with them, and the outer products turn it back."""
 
     factor = "whitener"
 
     def __init__(self, config: LNGDConfig) -> None:
         self._rate, self._scale = config.rate, config.rate_scale
+        self._limit, self._whiten = config.max_factor_dim, config.whiten
 
     def new_state(self, layer: Layer) -> dict[str, Tensor]:
-        """``row_square`` [units, m]: the running mean square of each row of D."""
-        return {"row_square": layer.like.new_zeros(layer.units, layer.m)}
+        """``row_square`` [units, m]: the running mean square of each row of D; ``psi_blocks`` [units, k, …], packed,
+        and ``psi_whitener`` [units, k, b, b]: Ψ and U."""
+        found = {"row_square": layer.like.new_zeros(layer.units, layer.m)}
+        if self._whiten == "both":
+            k, b = output_blocks(layer, self._limit)
+            eye = torch.eye(b, dtype=kept_dtype(layer.like.dtype), device=layer.like.device)
+            found["psi_blocks"] = layer.like.new_zeros(layer.units, k, *packed_shape(b))
+            found["psi_whitener"] = eye.repeat(layer.units, k, 1, 1)
+        return found
 
-    def factors(self, layer: Layer, bank: Bank, rows: Tensor) -> dict[str, Tensor]:
-        """Φ = m · E[a aᵀ], and Ψ = 1/m throughout."""
+    def factors(self, layer: Layer, bank: Bank, rows: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Φ = m · E[a aᵀ], and Ψ of trace 1, I/m where there is none."""
         phi = bank.dense(rows)["phi"] * layer.m
-        return {"phi": phi, "psi": phi.new_full((len(phi), layer.m), 1.0 / layer.m)}
+        eye = torch.eye(layer.m, dtype=phi.dtype, device=phi.device)
+        if "psi_blocks" not in state:
+            return {"phi": phi, "psi": (eye / layer.m).expand(len(phi), -1, -1)}
+        blocks = unpack(state["psi_blocks"], output_blocks(layer, self._limit)[1])
+        sums = along(trace(blocks), eye.expand(len(phi), -1, -1))
+        return {"phi": phi, "psi": torch.where(sums > 0, block_diagonal(blocks, layer.m) / sums, eye / layer.m)}
 
     def __call__(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
-        grad = x.gradient
-        dtype = matmul_dtype(grad.dtype, grad.device)
-        v = x.bank.whitener(x.rows, dtype)  # type: ignore[attr-defined]
-        white = apply_right(grad.to(dtype), v.mT)
-        direction = apply_right(orthogonalize(white), v).to(grad.dtype)
+        direction = self._direction(x).to(x.gradient.dtype)
         sizes = torch.linalg.vector_norm(direction, dim=-1) / direction.shape[-1] ** 0.5
         scale = self._row_scale(sizes, x)
-        rate: Tensor | None = None
+        if self._rate == "adaptive":
+            return direction.mul_(scale.unsqueeze(-1)), None
         if self._rate == "rms":  # which needs but the rows' sizes: one pass over D is enough
             sizes = (sizes * scale).view(len(x.layers), -1)
             rate = rms_rate(torch.linalg.vector_norm(sizes, dim=-1), sizes.shape[1], self._scale)
-        elif self._rate == "none":
+        else:
             rate = sizes.new_ones(len(x.layers))
-        if rate is not None:
-            scale = scale * of_units(rate * x.lr, x.units)[:, None]
+        scale = scale * of_units(rate * x.lr, x.units)[:, None]
         return direction.mul_(scale.unsqueeze(-1)), rate
 
     def _row_scale(self, sizes: Tensor, x: Inputs) -> Tensor:
@@ -109,3 +143,44 @@ class Polar:
         new = along(1 - decay, sizes) if isinstance(decay, Tensor) else 1 - decay
         average = x.state["row_square"].lerp_(sizes.square(), new)
         return (average + torch.finfo(average.dtype).tiny).rsqrt()
+
+    def _direction(self, x: Inputs) -> Tensor:
+        """D. Of X = U M Vᵀ only the Gram matrix of the short side is iterated: for wide matrices W = M Vᵀ, R = U WWᵀ Uᵀ
+        and D = (Uᵀ R^(-½) U) W V; for tall ones W = U M, R = V WᵀW Vᵀ and D = Uᵀ W (Vᵀ R^(-½) V)."""
+        heads, (_, m, columns) = x.layers[0].heads, x.gradient.shape
+        dtype = matmul_dtype(x.gradient.dtype, x.gradient.device)
+        grad = x.gradient.to(dtype)
+        v = None if self._whiten == "none" else x.bank.whitener(x.rows, dtype)  # type: ignore[attr-defined]
+        if self._whiten == "both" and x.step % PSI_INTERVAL == 0:
+            self._update_psi(grad if v is None else apply_right(grad, v.mT), x)
+        u = x.state["psi_whitener"].to(dtype) if self._whiten == "both" else None
+        if m > columns and heads == 1:
+            w = grad if u is None else apply_left(u, grad)
+            direction = w @ _root(w.mT @ w, v)
+            return direction if u is None else apply_left(u.mT, direction)
+        w = (grad if v is None else apply_right(grad, v.mT)).view(-1, m // heads, columns)
+        u = u if u is None or heads == 1 else u.flatten(0, 1).unsqueeze(1)
+        direction = (_root(w @ w.mT, u) @ w).view(grad.shape)
+        return direction if v is None else apply_right(direction, v)
+
+    def _update_psi(self, white: Tensor, x: Inputs) -> None:
+        """Take M Vᵀ [n · units, m, columns] into Ψ, and derive U."""
+        psi, (k, b) = x.state["psi_blocks"], output_blocks(x.layers[0], self._limit)
+        rows = row_blocks(white, k, b)
+        new = (rows @ rows.mT).to(psi.dtype)
+        tiny = torch.finfo(psi.dtype).tiny
+        new /= along(trace(new).clamp_min(tiny), new)
+        psi.lerp_(pack(new), 1 - PSI_DECAY)  # its start-up bias cancels below
+        average = unpack(psi, b)
+        average /= along((trace(average) / white.shape[1]).clamp_min(tiny), average)
+        value, ok, _ = whitener(add_damping(average, average.new_full(average.shape[:2], PSI_DAMPING)))
+        u = x.state["psi_whitener"]
+        u.copy_(torch.where(along(ok.all(1), u), value.to(u.dtype), u))
+
+
+def _root(gram: Tensor, factor: Tensor | None) -> Tensor:
+    """Sᵀ (S R Sᵀ)^(-½) S of R [..., m, m] and S = blockdiag(factor [..., k, b, b])."""
+    if factor is None:
+        return polar_root(gram)
+    root = polar_root(apply_right(apply_left(factor, gram), factor.mT))
+    return apply_right(apply_left(factor.mT, root), factor)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import LNGDConfig
+from .config import DECAY_FLOOR, LAYER_DECAY, OTHER_DECAY, LNGDConfig
 from .layers import Layer
 from .linalg import state_dtype
 from .routing import Routing
@@ -35,10 +35,13 @@ def options_of(kind: str, config: LNGDConfig, lr: Rate, weight_decay: float | No
     of_layers, betas = kind in ("lngd", "lngd_bias"), config.betas
     if of_layers or kind == "embedding":
         betas = (config.momentum, ROW_DECAY if of_layers else betas[1])
-    decay = config.weight_decay if weight_decay is None else weight_decay
-    scale = {"lngd": config.weight_decay_scale, "embedding": 1.0, "fallback": 1.0}.get(kind, 0.0)
+    decay, floor = config.weight_decay if weight_decay is None else weight_decay, 0.0
+    if decay == "auto":
+        decay, floor = (LAYER_DECAY, DECAY_FLOOR) if kind == "lngd" else (OTHER_DECAY, 0.0)
+    decay = decay if kind in ("lngd", "embedding", "fallback") else 0.0
     lr_scale = 1.0 if of_layers or kind not in KINDS else config.fallback_lr_scale
-    return {"lr": lr, "lr_scale": lr_scale, "weight_decay": decay * scale, "betas": betas, "eps": config.eps}
+    rates = {"lr": lr, "lr_scale": lr_scale, "weight_decay": decay, "decay_floor": floor}
+    return {**rates, "betas": betas, "eps": config.eps}
 
 
 def make_groups(
@@ -110,20 +113,22 @@ def _names_in(entry: dict[str, Any], number: int, routing: Routing) -> list[str]
 @dataclass(frozen=True)
 class Options:
     """What a group says of its parameters in this step: `lr` is the effective rate, lr · lr_scale, `momentum` τ or
-    β₁."""
+    β₁; `decay_floor`: see `decay`."""
 
     lr: Rate
     weight_decay: float
     momentum: float
     beta2: float
     eps: float
+    decay_floor: float = 0.0
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> Options:
         """Those of a group; a key ``momentum`` stands above betas[0]."""
         beta1, beta2 = group["betas"]
         lr = group["lr"] * group["lr_scale"]
-        return cls(lr, group["weight_decay"], group.get("momentum", beta1), beta2, group["eps"])
+        rates = lr, group["weight_decay"], group.get("momentum", beta1), beta2, group["eps"]
+        return cls(*rates, group.get("decay_floor", 0.0))
 
 
 class StepOptions:

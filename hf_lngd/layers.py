@@ -164,7 +164,8 @@ class Layer:
     Attributes:
         name: of the first of its modules.
         weight, bias: the parameters that are trained; under FSDP2 the sharded ones. No bias: not in the factor.
-        modules: (name, module) of all that share the weight."""
+        modules: (name, module) of all that share the weight.
+        heads: blocks of rows that are orthogonalised each by itself, see `heads`."""
 
     name: str
     geometry: Geometry
@@ -173,6 +174,7 @@ class Layer:
     bias_name: str | None = None
     bias: nn.Parameter | None = None
     modules: list[tuple[str, nn.Module]] = field(default_factory=list)
+    heads: int = 1
 
     @property
     def units(self) -> int:
@@ -270,3 +272,11 @@ def factor_blocks(layer: Layer, max_factor_dim: int | str) -> tuple[int, int]:
         return block_layout(layer.columns, max_factor_dim)
     limit = min(layer.d, layer.m) + layer.columns - layer.d
     return block_layout(layer.columns, max(limit, SMALLEST_BLOCK))
+
+
+def output_blocks(layer: Layer, max_factor_dim: int | str) -> tuple[int, int]:
+    """(k, b) of a layer's full Ψ: its heads, or as :func:`factor_blocks` on the other side."""
+    if layer.heads > 1:
+        return layer.heads, layer.m // layer.heads
+    narrow = max(min(layer.d, layer.m), SMALLEST_BLOCK)
+    return block_layout(layer.m, max_factor_dim if isinstance(max_factor_dim, int) else narrow)

@@ -37,13 +37,19 @@ def apply_right(x: Tensor, blocks: Tensor) -> Tensor:
     return from_blocks(to_blocks(x, blocks.shape[-3], blocks.shape[-1]) @ blocks, x.shape[-1])
 
 
+def row_blocks(x: Tensor, k: int, b: int) -> Tensor:
+    """[..., n, d] → [..., k, b, d]: rows cut into blocks, zeros after the last."""
+    missing = k * b - x.shape[-2]
+    return (pad(x, (0, 0, 0, missing)) if missing else x).unflatten(-2, (k, b))
+
+
 def apply_left(blocks: Tensor, x: Tensor) -> Tensor:
     """blockdiag(blocks) · x: blocks [..., k, b, b], x [..., n, d] → [..., n, d]."""
     k, b, rows = blocks.shape[-3], blocks.shape[-1], x.shape[-2]
     if k == 1:
         return blocks.squeeze(-3) @ x
-    cut = pad(x, (0, 0, 0, k * b - rows)).unflatten(-2, (k, b))
-    return (blocks @ cut).flatten(-3, -2)[..., :rows, :].contiguous()
+    found = (blocks @ row_blocks(x, k, b)).flatten(-3, -2)
+    return found if found.shape[-2] == rows else found[..., :rows, :].contiguous()
 
 
 def trace(blocks: Tensor) -> Tensor:
@@ -137,34 +143,40 @@ def eye_like(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
-# Polar Express (Amsel, Persson, Musco, Gower 2025): the minimax quintic of each step for singular values in [1e-3, 1].
-# The quintics diverge above 1, where rounding in half precision lifts values: all but the last are of x / 1.01.
-_SAFETY = 1.01
-_POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+# Polar Express (Amsel, Persson, Musco, Gower 2025): the minimax quintic of each step for singular values in [0.05, 1].
+QUINTICS = (
+    (6.68552007671117, -17.8112697677008, 12.6195413037955),
+    (2.51273712828626, -1.81954295890403, 0.419863121622494),
+    (1.92697853828797, -1.3066162336211, 0.380705135148909),
 )
-QUINTICS = [(a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _POLAR_EXPRESS[:4]] + [_POLAR_EXPRESS[4]]
+# The quintics diverge above 1, where rounding lifts values.
+_SAFETY = 1.01
 
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """≈ U Vᵀ of X = U S Vᵀ by Newton-Schulz iterations with Polar Express's coefficients: [L, m, n] → [L, m, n].
+def polar_root(gram: Tensor) -> Tensor:
+    """≈ (XXᵀ)^(-½) of R = XXᵀ, with which PX is the polar factor of X: [L, m, m] → the same, by three of Polar
+    Express's quintics.
 
-    Singular values above 1e-3 of the norm of X end in about 0.87 … 1.13; a single row or column is normalised exactly.
-    Fewer iterations, which lift less of the small ones, cost a ViT a tenth of a nat."""
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    # in float64: squares of small entries would vanish
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    x = x / norm.clamp_min(torch.finfo(x.dtype).tiny).to(x.dtype)
-    if x.shape[-2] > 1:
-        for a, b, c in QUINTICS:
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    X is divided by a bound of its largest singular value, ‖R²‖^¼, which is twice as large for 256 alike. Values above
+    0.05 of that end in 0.99 … 1.01, smaller ones at up to 32 times what they were. Each quintic is X ← ZX with Z = aI +
+    bR + cR²; R and the product of the Zs are iterated (https://github.com/Dao-AILab/gram-newton-schulz)."""
+    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(torch.finfo(gram.dtype).tiny)
+    gram = gram / size
+    if gram.shape[-1] == 1:
+        return gram * size.rsqrt()
+    z = gram @ gram
+    bound = torch.linalg.vector_norm(z, dim=(-2, -1), keepdim=True).sqrt() * _SAFETY**2
+    bound = bound.clamp_min(1 / gram.shape[-1])  # what it is at the least, but of zeros
+    gram, z = gram / bound, z / bound.square()
+    product: Tensor | None = None
+    for i, (a, b, c) in enumerate(QUINTICS):
+        z = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) if i else z.mul_(c).add_(gram, alpha=b)
+        z.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = z if product is None else product @ z
+        if i + 1 < len(QUINTICS):
+            gram = z @ gram @ z
+    assert product is not None
+    return product * (bound * size).rsqrt()
 
 
 def running_average(old: Tensor, new: Tensor, old_weight: Tensor, decay: float) -> tuple[Tensor, Tensor]:
@@ -198,8 +210,14 @@ def add_damping(blocks: Tensor, lam: Tensor) -> Tensor:
 
 def rms_rate(norms: Tensor, numel: int, scale: float) -> Tensor:
     """α = κ / RMS(D) from the norms ‖D‖ [...] of tensors of `numel` entries; 0 where D is 0."""
-    rms = norms / numel**0.5
-    return torch.where(rms > 0, scale / rms, 0.0)
+    return (scale * numel**0.5 / norms).nan_to_num(posinf=0.0)
+
+
+def squared_norms(tensors: list[Tensor]) -> Tensor:
+    """‖t‖² of each, [n] in at least float32 (in half precision it would overflow), on the device of the first."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    norms = torch._foreach_norm(tensors, 2, dtype)
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).square()
 
 
 # Any of these instructions makes matmuls in bfloat16 faster than in float32. Without one they are emulated: four times

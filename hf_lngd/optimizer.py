@@ -20,8 +20,8 @@ from .batches import Job
 from .config import LNGDConfig, settings_of
 from .core import Core
 from .directions import Inputs, of_units
-from .groups import StepOptions, check_lr, make_groups, options_of
-from .linalg import along
+from .groups import Options, StepOptions, check_lr, make_groups, options_of
+from .linalg import along, squared_norms
 from .parallel.adopt import adopt_shards
 from .parallel.layout import make_layout
 from .routing import LNGD_OWNER, Route, format_rates, format_routes, route, unwrapped
@@ -55,7 +55,8 @@ class LNGD(torch.optim.Optimizer):
             DDP was given. Make LNGD after ``init_process_group``. Under FSDP2 (`fully_shard`, best before LNGD is made)
             it is that of the mesh.
 
-    Groups have ``name``, ``lr``, ``lr_scale``, ``weight_decay``, ``betas`` and ``eps``, which are read in each step.
+    Groups have ``name``, ``lr``, ``lr_scale``, ``weight_decay``, ``decay_floor`` (below that share of their first norm
+    weights decay no more; 0: always), ``betas`` and ``eps``, which are read in each step.
     They are named after their kind: ``lngd``, ``lngd_bias``, ``embedding``, ``fallback``, ``fallback_no_decay``. A
     parameter's rate is lr · lr_scale: `lr` is the same for all kinds, so that schedulers which write absolute rates
     keep the ratio. ``betas[0]`` is the momentum; ``betas[1]`` of ``lngd`` is the decay of the row scale.
@@ -145,6 +146,8 @@ class LNGD(torch.optim.Optimizer):
             except BaseException:
                 self._arm()  # a step that raised is over: the next one begins anew
                 raise
+            if self._is_factor_step():
+                self._measure_decay()
             self._seconds += time.perf_counter() - start + in_hooks
             core.capture.seconds = 0.0
             self._step_layers()
@@ -180,6 +183,7 @@ class LNGD(torch.optim.Optimizer):
             present = [y for y in batch.members if y.weight.grad is not None and y.weight in self._options]
             if present:
                 jobs.append(Job(batch, present))
+        self._find_unusable(jobs)
         for together in self.core.layout.rounds(jobs):
             self._step_jobs(together)
 
@@ -187,7 +191,10 @@ class LNGD(torch.optim.Optimizer):
         core, layout, rate_of = self.core, self.core.layout, self.core.method.rate
         on_gradient = self.config.momentum_on == "gradient"
         parts = [layout.stack(layout.with_momentum(job), _gradient) for job in jobs]
-        self._mask_unusable(parts)
+        for job, own in zip(jobs, parts, strict=True):
+            if (bad := job.unusable) is not None:
+                for part in own:
+                    part.masked_fill_(along(of_units(bad, len(part) // len(bad)), part), 0.0)
         for job, own in zip(jobs, parts, strict=True) if on_gradient else ():
             self._average(job, own)
         gradients = layout.to_owners(jobs, parts)
@@ -209,16 +216,22 @@ class LNGD(torch.optim.Optimizer):
                 self._average(job, own)
             self._subtract(job, own)
 
-    def _mask_unusable(self, parts: list[list[Tensor]]) -> None:
-        """Zero gradients that are not finite, or whose squares overflow: they would stay in the momentum for good."""
-        some = [own for own in parts if own]
-        norms = [[torch.linalg.vector_norm(p.flatten(1), dim=1) for p in own] for own in some]
-        squares = self.core.layout.complete([torch.stack(own).square().sum(0) for own in norms])
-        for own, square in zip(some, squares, strict=True):
-            bad = ~torch.isfinite(square)
-            for part in own:
-                part.masked_fill_(along(bad, part), 0.0)
-            self.core.skipped_gradients = self.core.skipped_gradients + bad.sum()
+    def _find_unusable(self, jobs: list[Job]) -> None:
+        """Tell each job whose gradient is not finite, or overflows squared: zeros take its place, as it would stay in
+        the momentum for good."""
+        layout = self.core.layout
+        layers = [layout.with_momentum(job) for job in jobs]
+        gradients = [_gradient(p) for own in layers for layer in own for p in layer.parameters]
+        if not gradients:
+            return
+        (squares,) = layout.complete([squared_norms(gradients)])
+        bad = ~torch.isfinite(squares)
+        if bad.device.type == "cpu" and not bad.any():  # a device would have to be waited for
+            return
+        sizes = [len(own) * len(own[0].parameters) if own else 0 for own in layers]
+        for job, own, some in zip(jobs, layers, bad.split(sizes), strict=True):
+            job.unusable = some.view(len(own), -1).any(1).to(job.batch.rate.device) if own else some
+        self.core.skipped_gradients = self.core.skipped_gradients + bad.sum()
 
     def _average(self, job: Job, parts: list[Tensor]) -> None:
         """Of gradients: M ← τ M + (1 − τ) G; parts become τ M + (1 − τ) G once more (Nesterov). Of updates: M ← τ M +
@@ -228,28 +241,26 @@ class LNGD(torch.optim.Optimizer):
         layout, momentum = self.core.layout, self.core.built.momentum
         layers = layout.with_momentum(job)
         kept = [local(momentum[parameter]) for layer in layers for parameter in layer.parameters]
-        new = [value for _, values in layout.unstack(layers, parts) for value in values]
+        new = [value for _, values in layout.unstack(layers, parts) for value in values]  # views of parts
         tau = self._options.of(layers, "momentum")
-        on_gradient = self.config.momentum_on == "gradient"
-        share: Any = 1 - tau if on_gradient else tau
-        if isinstance(share, Tensor):  # groups differ
-            share = [own for layer, own in zip(layers, share, strict=True) for _ in layer.parameters]
-        if on_gradient:
-            torch._foreach_lerp_(kept, new, share)
+        if isinstance(tau, Tensor):  # groups differ
+            tau = [own for layer, own in zip(layers, tau, strict=True) for _ in layer.parameters]
+        if self.config.momentum_on == "gradient":
+            torch._foreach_lerp_(kept, new, [1 - own for own in tau] if isinstance(tau, list) else 1 - tau)
+            torch._foreach_lerp_(new, kept, tau)
         else:
-            torch._foreach_mul_(kept, share)
+            torch._foreach_mul_(kept, tau)
             torch._foreach_add_(kept, new)
-        for i, average in enumerate(layout.stack(layers, lambda parameter: local(momentum[parameter]))):
-            part = parts[i]
-            weight = along(of_units(tau, len(part) // len(layers)), part) if isinstance(tau, Tensor) else tau
-            parts[i] = part.lerp_(average, weight) if on_gradient else average
+            torch._foreach_copy_(new, kept)
 
     def _direction(self, job: Job, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         batch, layers, index = job.batch, job.layers, job.batch.index(job.layers)
         own = {key: value[index] for key, value in batch.state.items()}  # views, where it is a slice
         assert batch.bank is not None
         lr, beta2 = self._options.of(layers, "lr"), self._options.of(layers, "beta2")
-        found = self.core.method.direction(Inputs(gradient, layers, batch.bank, batch.rows[index], own, lr, beta2))
+        found = self.core.method.direction(
+            Inputs(gradient, layers, batch.bank, batch.rows[index], own, self.core.steps, lr, beta2)
+        )
         for key, value in own.items() if not isinstance(index, slice) else ():
             batch.state[key][index] = value
         return found
@@ -265,12 +276,20 @@ class LNGD(torch.optim.Optimizer):
                 biases.append((layer.bias, bias_change[0] * _share(own.lr, other.lr), other))
         for changes in (weights, biases) if biases else (weights,):
             with Rounding(self.core.states).full([parameter for parameter, _, _ in changes]) as values:
-                decayed = [(value, own) for value, (_, _, own) in zip(values, changes, strict=True) if own.weight_decay]
-                if decayed:
-                    kept: list[Any] = [1 - own.lr * own.weight_decay for _, own in decayed]
-                    same = all(own is decayed[0][1] for _, own in decayed)
-                    torch._foreach_mul_([value for value, _ in decayed], kept[0] if same else kept)
+                decays = [self._decay_of(parameter, own) for parameter, _, own in changes]
+                if any(decays):
+                    kept: Any = [1 - own.lr * decay for (_, _, own), decay in zip(changes, decays, strict=True)]
+                    torch._foreach_mul_(values, kept)
                 torch._foreach_sub_(values, [change for _, change, _ in changes])
+
+    def _measure_decay(self) -> None:
+        own = [layer.weight for layer in self.core.routing.layers if layer.weight in self._options]
+        fading = [p for p in own if self._options[p].decay_floor and self._options[p].weight_decay]
+        self.core.decay.measure(fading, self.core.states, self.core.layout)
+
+    def _decay_of(self, parameter: nn.Parameter, own: Options) -> float:
+        floor = own.decay_floor
+        return own.weight_decay * (self.core.decay.share(parameter, floor, self.core.states) if floor else 1.0)
 
     def _step_others(self) -> None:
         """AdamW, and embeddings by token frequency."""

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from .config import LNGDConfig
+from .config import DECAY_FLOOR, LAYER_DECAY, OTHER_DECAY, LNGDConfig
+from .heads import heads_of
 from .layers import Geometry, Layer, geometry_of
 from .torch_internals import plain_name, uncompiled
 
@@ -115,7 +116,8 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
         if reason == EXACT_EMBEDDING:
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
         elif owner == LNGD_OWNER:
-            _place(name, parameter, modules, layer_of, routing)
+            layer = _place(name, parameter, modules, layer_of, routing, around)
+            reason += f", {layer.heads} heads" if layer.heads > 1 and decays and config.direction == "polar" else ""
         shape = tuple(parameter.shape)
         routing.routes.append(Route(name, owner, modules[0][0], reason, shape, parameter.numel(), decays))
     return routing
@@ -219,13 +221,19 @@ def _inside_attention(module: nn.Module) -> bool:
     return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 
-def _place(name: str, parameter: nn.Parameter, modules: Homes, layer_of: dict[int, Layer], routing: Routing) -> None:
+def _place(
+    name: str, parameter: nn.Parameter, modules: Homes, layer_of: dict[int, Layer], routing: Routing,
+    around: Mapping[str, nn.Module],
+) -> Layer:  # fmt: skip
+    """The layer of a parameter; made where this is the first of its module."""
     module_name, module, attribute = modules[0]
     layer = layer_of.get(id(module))
     if layer is None:
         geometry = geometry_of(module)
         assert geometry is not None
         layer = layer_of[id(module)] = Layer(module_name, geometry, name, parameter)  # weight or bias may come first
+        if geometry.window is None:
+            layer.heads = heads_of(module_name, geometry.out_features, around)
         routing.layers.append(layer)
     if attribute == "weight":
         layer.weight_name, layer.weight = name, parameter
@@ -234,6 +242,7 @@ def _place(name: str, parameter: nn.Parameter, modules: Homes, layer_of: dict[in
             layer_of[id(m)] = layer
     else:
         layer.bias_name, layer.bias = name, parameter
+    return layer
 
 
 # PEFT's adapters. LoRA's A and B are linear layers, called like any other, and need nothing of this. Told by the
@@ -303,8 +312,12 @@ def format_routes(routes: list[Route]) -> str:
 
 def format_rates(config: LNGDConfig) -> str:
     """What a rate `lr` means for each owner, and the weight decays: two short sentences."""
-    own = config.weight_decay * config.weight_decay_scale
+    own = others = config.weight_decay
+    fades = ""
+    if own == "auto":
+        own, others = LAYER_DECAY, OTHER_DECAY
+        fades = f" (less as weights shrink, none below {DECAY_FLOOR:g} of their first norm)"
     return (
-        f"Rate of LNGD's layers: lr, weight decay {own:g}. Of all other parameters: {config.fallback_lr_scale:g} × lr, "
-        f"weight decay {config.weight_decay:g}; none on norms and biases."
+        f"Rate of LNGD's layers: lr, weight decay {own:g}{fades}. Of all other parameters: "
+        f"{config.fallback_lr_scale:g} × lr, weight decay {others:g}; none on norms and biases."
     )

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .config import LNGDConfig
 from .core import Built, Core, Entry
+from .decay import NORMS
 from .topology import Topology
 from .torch_internals import is_sharded, local
 
-VERSION = 6
+VERSION = 7
 _KINDS: dict[str, type] = {"config": dict, "parameters": dict, "topology": list, "steps": int}
 
 ByParameter = dict[nn.Parameter, dict[str, Any]]
@@ -104,9 +105,10 @@ def _check_others(core: Core, states: ByParameter) -> None:
     names = {parameter: name for name, parameter in core.routing.parameters.items()}
     for parameter, state in states.items():
         name = names.get(parameter, f"an added parameter {list(parameter.shape)}")
-        if "lost" in state:
-            _check_tensor(f"{name}.lost", state["lost"], parameter.shape)
-        if parameter not in core.in_layers and set(state) - {"lost"}:
+        for key, shape in {"lost": parameter.shape, **dict.fromkeys(NORMS, torch.Size())}.items():
+            if key in state:
+                _check_tensor(f"{name}.{key}", state[key], shape)
+        if parameter not in core.in_layers and set(state) - {"lost", *NORMS}:
             for key, like in core.new_state(parameter).items():
                 _check_tensor(f"{name}.{key}", state.get(key), like.shape)
 
@@ -155,6 +157,7 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
     core.started = core.inverted = _any(core, any(bool((bank.weight > 0).any()) for bank in core.banks))
     for bank in core.banks:
         bank.inverted = core.inverted
+    core.decay.forget()
     core.bind()
 
 
@@ -181,6 +184,7 @@ def clear(core: Core) -> None:
     """Start anew, as before the first step; who shares an input is the model's, and stays known."""
     core.built = Built()
     core.started = core.inverted = False
+    core.decay.forget()
     core.count.zero_()
 
 
@@ -201,11 +205,12 @@ def _of_others(core: Core, parameter: nn.Parameter, state: Mapping[str, Any]) ->
     """A copy of what is kept of a parameter besides its layer's tensors, on its device, sharded as it is."""
     found = {}
     for key, value in state.items():
-        if parameter in core.in_layers and key != "lost":
+        if parameter in core.in_layers and key not in ("lost", *NORMS):
             continue
         if isinstance(value, Tensor):
             sharded = is_sharded(parameter) and value.shape == parameter.shape
-            own = _share(core, value.detach(), sharded).to(parameter.device, copy=True)
+            device = "cpu" if key in NORMS else parameter.device
+            own = _share(core, value.detach(), sharded).to(device, copy=True)
             value = core.layout.as_sharded(own, parameter.shape) if sharded else own
         found[key] = value
     return found
@@ -215,12 +220,10 @@ def memory_usage(core: Core) -> dict[str, int]:
     """Bytes of this process by kind, as `LNGD.memory_usage` promises."""
     usage = {"momentum": 0, "factors": 0, "inverses": 0, "embeddings": 0, "fallback": 0, "rounding": 0}
     usage["momentum"] = sum(map(_bytes, core.built.momentum.values()))
-    for batch in core.batches:
-        usage["factors"] += sum(map(_bytes, batch.state.values()))
-    for bank in core.banks:
-        for key, tensor in bank.tensors().items():
-            derived = key.startswith(("whitener", "inverse", "basis"))
-            usage["inverses" if derived else "factors"] += _bytes(tensor)
+    tensors = [batch.state for batch in core.batches] + [bank.tensors() for bank in core.banks]
+    for key, tensor in (item for own in tensors for item in own.items()):
+        derived = key.startswith(("whitener", "psi_whitener", "inverse", "basis"))
+        usage["inverses" if derived else "factors"] += _bytes(tensor)
     for parameter, state in core.states.items():
         kind = "embeddings" if parameter in core.tables else "fallback"
         for key, tensor in state.items():

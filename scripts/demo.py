@@ -36,7 +36,7 @@ Curve = list[tuple[int, float, float]]
 @dataclass(frozen=True)
 class Run:
     """One of the two runs: what it is called, its optimizer, the rates that `--tune` tries, and at the best of them the
-    weight decays. A decay of 0 is the Trainer's default, and LNGD's own is used."""
+    weight decays. A decay of 0 is not given: LNGD has a rule of its own."""
 
     label: str
     optim: str
@@ -82,7 +82,7 @@ def command(run: Run, output: Path, seed: int, extra: list[str]) -> list[str]:
         "num_beams": 4,
         "optim": run.optim,
         "learning_rate": run.learning_rate,
-        "weight_decay": run.weight_decay,
+        **({"weight_decay": run.weight_decay} if run.weight_decay else {}),
         "num_train_epochs": 4,
         "warmup_steps": 100,
         "lr_scheduler_type": "linear",

@@ -40,15 +40,18 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
     return vectors @ torch.diag(values.clamp_min(0) ** exponent) @ vectors.T
 
 
-# Of the mean square of each row of the polar direction.
-ROW_DECAY = 0.95
+# Of the mean square of each row of the polar direction; of its Ψ, which every fifth step updates.
+ROW_DECAY, PSI_DECAY, PSI_INTERVAL, PSI_DAMPING = 0.95, 0.9, 5, 0.3
 
 
 class NaiveLayer:
-    """One layer under LNGD, as plainly as possible: a factor estimate and a gradient a step."""
+    """One layer under LNGD, as plainly as possible: a factor estimate and a gradient a step. `time`: steps made by the
+    optimizer; `heads`: blocks of rows of an attention."""
 
-    def __init__(self, weight: Tensor, config) -> None:
-        self.w, self.c = weight.double().clone(), config
+    def __init__(self, weight: Tensor, config, heads: int = 1) -> None:
+        self.w, self.c, self.heads, self.time = weight.double().clone(), config, heads, 0
+        self.left = torch.zeros(len(weight), len(weight)).double()
+        self.u = torch.eye(len(weight)).double()
         m, d = weight.shape
         self.phi, self.psi, self.seen = torch.zeros(d, d).double(), torch.zeros(m).double(), 0.0
         self.momentum = torch.zeros(m, d).double()
@@ -96,8 +99,18 @@ class NaiveLayer:
         if c.direction == "natural":
             lam_psi = damping_of(float(psi.mean()), c.damping, c.damping_rho, *c.damping_bounds)
             return torch.diag(1 / (psi + lam_psi)) @ g @ power(damped, -1)
-        white = power(damped / (phi.trace() / d), -0.5)
-        return newton_schulz(g @ white) @ white
+        white = torch.eye(d).double() if c.whiten == "none" else power(damped / (phi.trace() / d), -0.5)
+        if c.whiten == "both" and self.time % PSI_INTERVAL == 0 and g.any():
+            self.update_psi(g @ white)
+        heads = (self.u @ g @ white).chunk(self.heads)
+        return self.u @ torch.cat([newton_schulz(head) for head in heads]) @ white
+
+    def update_psi(self, white: Tensor) -> None:
+        """Ψ of gradients in coordinates in which the inputs are white, and U = (Ψ m / tr Ψ + 0.3)^(-½)."""
+        m = len(white)
+        new = blockwise(white @ white.T, self.heads, m // self.heads)
+        self.left = PSI_DECAY * self.left + (1 - PSI_DECAY) * new / new.trace()
+        self.u = power(self.left * (m / self.left.trace()) + PSI_DAMPING * torch.eye(m).double(), -0.5)
 
 
 def joint_step(units: list, grads: list[Tensor], lr: float, decay: float = 0.0) -> None:
@@ -110,24 +123,22 @@ def joint_step(units: list, grads: list[Tensor], lr: float, decay: float = 0.0) 
         unit.apply(lr * rate * direction, lr * decay)
 
 
-# Polar Express, Amsel et al. 2025, Algorithm 1: the first five quintics for [1e-3, 1], as printed.
+# Polar Express, Amsel et al. 2025, Algorithm 1: three quintics for [0.05, 1].
 _QUINTICS = [
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (6.68552007671117, -17.8112697677008, 12.6195413037955),
+    (2.51273712828626, -1.81954295890403, 0.419863121622494),
+    (1.92697853828797, -1.3066162336211, 0.380705135148909),
 ]
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """The quintics on the singular values themselves; all but the last take s / 1.01. One row is normalised."""
-    if min(x.shape) == 1:
-        return x / x.norm()
+    """The quintics on the singular values themselves, divided by 1.01 (Σ s⁸)^⅛. One row or column is normalised."""
+    if min(x.shape) == 1 or not x.any():
+        return x / x.norm().clamp_min(1e-300)
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    s = s / s.norm()
-    for i, (a, b, c) in enumerate(_QUINTICS):
-        s = s / 1.01 if i < len(_QUINTICS) - 1 else s
+    s = s / s.max()
+    s = s / (1.01 * (s**8).sum() ** 0.125)
+    for a, b, c in _QUINTICS:
         s = a * s + b * s**3 + c * s**5
     return u @ torch.diag(s) @ vh
 

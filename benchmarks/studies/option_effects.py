@@ -95,9 +95,7 @@ def variant(fields: str, factor: float, base: Settings) -> Settings:
         else:
             others.append(item)
     if factor != 1:
-        default = LNGDConfig()
-        for name in ("fallback_lr_scale", "weight_decay_scale"):
-            others.append(f"{name}={getattr(default, name) / factor:.4g}")
+        others.append(f"fallback_lr_scale={LNGDConfig().fallback_lr_scale / factor:.4g}")
     lr = float(f"{base.lr * factor:.3g}")
     return replace(base, lr=lr, weight_decay=decay, fields=",".join(others))
 

@@ -19,6 +19,7 @@ from hf_lngd import LNGD, LNGDConfig
 # What is tuned, in the order in which a search moves it.
 RATES = ("weight_decay", "lr", "other_lr", "fresh")
 BETA2 = 0.999
+DECAY = 0.1
 SOAP_BETA2 = 0.95  # its default
 MUON_SCALE = 0.2  # root mean square of an update at rate 1: torch.optim.Muon's "match_rms_adamw"
 
@@ -31,7 +32,7 @@ class Settings:
     lr: float
     other_lr: float | None
     fresh: float = 0.1
-    weight_decay: float = 0.1
+    weight_decay: float = DECAY
     fields: str = ""
 
     @property
@@ -246,10 +247,11 @@ def lngd(model: nn.Module, settings: Settings) -> Together:
     scale: dict[str, Any] = {}
     if settings.other_lr is not None:
         other = settings.other_lr / settings.lr
-        scale = {"rate_scale": MUON_SCALE, "weight_decay_scale": 1.0, "fallback_lr_scale": other}
+        scale = {"rate_scale": MUON_SCALE, "weight_decay": settings.weight_decay, "fallback_lr_scale": other}
+    elif settings.weight_decay != DECAY:  # that of all rivals, where LNGD has a rule of its own
+        scale = {"weight_decay": settings.weight_decay}
     config = LNGDConfig.from_optim_args(
         settings.fields,
-        weight_decay=settings.weight_decay,
         momentum=1 - settings.fresh,
         betas=(0.9, BETA2),
         **scale,

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..groups import options_of
 from ..optimizer import LNGD
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def add_outside(optimizer: LNGD, groups: Groups) -> str:
     for group in groups:
         for decays in (True, False):
             chosen = [p for p in group["params"] if (p.dim() > 1) is decays]
-            options = {"lr_scale": config.fallback_lr_scale, "weight_decay": config.weight_decay if decays else 0.0}
+            options = options_of("fallback" if decays else "fallback_no_decay", config, optimizer.defaults["lr"])
+            del options["lr"]
             if chosen:
                 optimizer.add_param_group({**group, **options, "params": chosen, "name": "outside"})
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,10 @@ LNGD_NAME = "lngd"
 STAND_IN = OptimizerNames.ADAMW_TORCH.value
 _OPTIM_HELP = (
     "The optimizer: lngd (layer-wise natural gradient; AdamW for all other parameters) or any of transformers'."
+)
+_WEIGHT_DECAY_HELP = (
+    "Weight decay of AdamW and of lngd; not on norms and biases. Where it is not given lngd has a rule of its own (see "
+    "hf_lngd.LNGDConfig), and other optimizers have none."
 )
 _OPTIM_ARGS_HELP = (
     "Settings of the optimizer as name=value,name=value. For lngd: lr and the fields of hf_lngd.LNGDConfig, e.g. "
@@ -35,8 +40,9 @@ def is_lngd(args: Any) -> bool:
 def lngd_settings(args: Any) -> tuple[LNGDConfig, float]:
     """The config and the learning rate that training arguments ask for.
 
-    Precedence: `optim_args`, then `learning_rate`, a `weight_decay` other than 0 and those of `adam_beta1`,
-    `adam_beta2`, `adam_epsilon` that differ from transformers' defaults, then the preset.
+    Precedence: `optim_args`, then `learning_rate`, a `weight_decay` that was given and those of `adam_beta1`,
+    `adam_beta2`, `adam_epsilon` that differ from transformers' defaults, then the preset. In transformers' own
+    arguments, where 0 is the default, 0 counts as given if it stands on the command line.
 
     Raises:
         ValueError: names the field, the value and what is accepted.
@@ -45,12 +51,20 @@ def lngd_settings(args: Any) -> tuple[LNGDConfig, float]:
         raise ValueError(f"learning_rate: got {args.learning_rate!r}, accepted: a number, at least 0")
     lr, text = take_lr(args.optim_args)
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    given: dict[str, Any] = {"weight_decay": args.weight_decay} if args.weight_decay else {}
+    decay, own = args.weight_decay, isinstance(args, LNGDArgumentsMixin)
+    is_given = decay is not None if own else decay != 0 or _on_command_line("weight_decay")
+    given: dict[str, Any] = {"weight_decay": decay} if is_given else {}
     if (args.adam_beta1, args.adam_beta2) != (defaults["adam_beta1"], defaults["adam_beta2"]):
         given["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.adam_epsilon != defaults["adam_epsilon"]:
         given["eps"] = args.adam_epsilon
     return LNGDConfig.from_optim_args(text, **given), args.learning_rate if lr is None else lr
+
+
+def _on_command_line(name: str) -> bool:
+    """Whether an argument of this name was given to the process."""
+    flags = {argument.split("=")[0].replace("-", "_") for argument in sys.argv[1:] if argument.startswith("--")}
+    return f"__{name}" in flags
 
 
 def check_precision(args: Any) -> None:
@@ -98,6 +112,7 @@ class LNGDArgumentsMixin(_SomeArguments):
 
     optim: str = field(default=LNGD_NAME, metadata={"help": _OPTIM_HELP})
     optim_args: str | None = field(default=None, metadata={"help": _OPTIM_ARGS_HELP})
+    weight_decay: float | None = field(default=None, metadata={"help": _WEIGHT_DECAY_HELP})
 
     def __post_init__(self) -> None:
         name = name_of(self.optim)
@@ -109,6 +124,8 @@ class LNGDArgumentsMixin(_SomeArguments):
         if name == LNGD_NAME:
             lngd_settings(self)
             self.optim = STAND_IN
+        elif self.weight_decay is None:
+            self.weight_decay = 0.0
         super().__post_init__()
         if name == LNGD_NAME:
             self.optim = LNGD_NAME

@@ -122,7 +122,7 @@ class Natural:
             return bank.dense_psi(rows), 1.0
         return bank.weight.new_full((len(rows), m), 1.0 / m), float(m)
 
-    def factors(self, layer: Layer, bank: Bank, rows: Tensor) -> dict[str, Tensor]:
+    def factors(self, layer: Layer, bank: Bank, rows: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``phi`` [u, d, d] and ``psi`` [u, m]; other families' own."""
         found = bank.dense(rows)
         if self.config.family != "lngd":

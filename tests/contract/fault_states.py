@@ -17,7 +17,7 @@ from tests.helpers import assert_identical, tensors_of, through_a_file
 SETTINGS, STATES = "Settings", "States (`load_state_dict`)"
 REFUSED = "raises before anything is made"
 WHOLE = "raises; nothing is changed"
-VERSION = 6
+VERSION = 7
 FIELDS: dict[str, Any] = {"embedding": "exact"}
 
 BAD: dict[str, list[Any]] = {
@@ -25,6 +25,7 @@ BAD: dict[str, list[Any]] = {
     "family": ["shampoo", "KFAC"],
     "fisher": ["exact"],
     "direction": ["up", "gram"],
+    "whiten": ["phi"],
     "rate": ["fast", None, "trust"],
     "rate_scale": [0, -1, "a", float("nan"), True],
     "damping": ["none"],
@@ -35,8 +36,7 @@ BAD: dict[str, list[Any]] = {
     "ema_decay": [1.0, -1],
     "factor_interval": [0, 2.5, True],
     "inverse_interval": [0],
-    "weight_decay": [-1],
-    "weight_decay_scale": [-1, "x"],
+    "weight_decay": [-1, "x", True],
     "bias": ["none"],
     "max_factor_dim": [0, "big", 2.0],
     "embedding": ["none", "rotated"],
@@ -153,6 +153,7 @@ TENSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "an inverse": ("up.weight/whitener", {}),
     "a momentum": ("up.weight/momentum", {}),
     "a row scale": ("up.weight/row_square", {}),
+    "a Ψ of gradients": ("up.weight/psi_blocks", {}),
     "Ψ": ("up.weight/psi", {"direction": "natural"}),
     "AdamW's first moment": ("up.bias/exp_avg", {}),
     "AdamW's second moment": ("up.bias/exp_avg_sq", {}),

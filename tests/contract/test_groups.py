@@ -144,17 +144,6 @@ def test_momentum_of_a_group_is_read_in_every_step(case: Case, key: str) -> None
     assert not equal(plain[0], other[0])
 
 
-def test_the_row_decay_of_a_group_is_its_second_beta() -> None:
-    found = []
-    for second in (0.95, 0.5):
-        model, optimizer = CASES["images"].make()
-        group = named(optimizer, "lngd")
-        group["betas"] = (group["betas"][0], second)
-        CASES["images"].train(model, optimizer)
-        found.append(weights_of(model))
-    assert not torch.equal(found[0]["head.weight"], found[1]["head.weight"])
-
-
 def test_weight_decay_of_a_group_is_read_in_every_step(case: Case) -> None:
     """Decoupled: the weights shrink by lr · lr_scale · weight_decay of the group, whatever the step is."""
     found = []
@@ -340,3 +329,14 @@ def test_plateau(loaded: bool) -> None:
     scheduler.step(2.0)
     assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([rate / 10 for rate in before])
     assert float(given) == pytest.approx(1e-2)  # the caller's own is left as it is
+
+
+def test_the_row_decay_of_a_group_is_its_second_beta() -> None:
+    found = []
+    for second in (0.95, 0.5):
+        model, optimizer = CASES["images"].make()
+        group = named(optimizer, "lngd")
+        group["betas"] = (group["betas"][0], second)
+        CASES["images"].train(model, optimizer)
+        found.append(weights_of(model))
+    assert not torch.equal(found[0]["head.weight"], found[1]["head.weight"])

@@ -70,7 +70,7 @@ def test_the_state_stands_with_each_parameter(case: Case) -> None:
         else:
             assert own["momentum"].shape == p.shape, name
         assert ("lost" in own) == (p.dtype == torch.bfloat16), name
-        kinds = {value.dtype for key, value in own.items() if key not in ("lost", "whitener")}
+        kinds = {value.dtype for key, value in own.items() if key not in ("lost", "whitener", "psi_whitener")}
         assert torch.bfloat16 not in kinds, name
         assert own.get("lost", p).dtype == p.dtype
 

@@ -242,7 +242,7 @@ def test_a_mask_that_comes_late_finds_the_right_side() -> None:
         model, optimizer = MARIAN.make(lr=0.0, ema_decay=0.0, **EVERY_STEP)
         for batch in (plain, masked) if late else (masked,):
             train_step(model, optimizer, batch)
-        found.append(factors_of(optimizer))
+        found.append({name: value for name, value in factors_of(optimizer).items() if name.endswith("phi")})
     assert_near(found[1], found[0], 1e-7)
 
 

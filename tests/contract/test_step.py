@@ -201,7 +201,7 @@ def matrices(layer: Any, bias: str, gradient: bool = False) -> Tensor:
 
 def step_with_decay(naive: list[Any], layer: Any, config: LNGDConfig) -> None:
     """The reference's step; decay is of weights, and of no bias."""
-    decay = DECAY * config.weight_decay_scale
+    decay = DECAY
     before = [unit.w[:, -1].clone() for unit in naive]
     joint_step(naive, list(matrices(layer, config.bias, gradient=True)), 1e-3, decay)
     if config.bias == "factor" and layer.bias is not None:
@@ -241,6 +241,8 @@ def steps_as_the_reference(
             (model(**batch) - target).square().mean().backward()
         for number, (name, (layer, act)) in enumerate(found.items()):
             observe(naive[name], layer, act, seen[name], batch.get("attention_mask"))
+            for unit in naive[name]:
+                unit.time = step
             if step == rest_at and number == 0:
                 layer.weight.grad = None
             else:
@@ -262,6 +264,8 @@ GRID = [
     {"direction": "polar", "rate": "none", "momentum_on": "gradient", "bias": "fallback"},
     {"direction": "natural", "damping": "paper", "rate": "none"},
     {"direction": "polar", "damping": "paper", "damping_bounds": (1e-3, 1e-1)},
+    {"direction": "polar", "whiten": "inputs"},
+    {"direction": "polar", "whiten": "none"},
     {"preset": "paper", "fisher": "expected", "rate": "none"},
 ]
 
@@ -275,7 +279,48 @@ def test_steps_are_those_of_the_reference(fields: dict[str, Any]) -> None:
         ("linear", 5, "none", True),
         ("linear", 3, "none", True),
     ]
-    steps_as_the_reference(5, links, fields, steps=5, rest_at=2 if fields.get("bias") != "factor" else None)
+    steps_as_the_reference(5, links, fields, steps=7, rest_at=2 if fields.get("bias") != "factor" else None)
+
+
+class Attention(nn.Module):
+    """Projections with three heads of width 2, one of them of q, k and v together, and one layer of another kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 2
+        self.q, self.qkv, self.o = nn.Linear(5, 6), nn.Linear(5, 12), nn.Linear(6, 4)
+        self.mixed = nn.Linear(4, 3)  # three rows are no heads of width 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixed(self.o(self.q(x) * sum(self.qkv(x).chunk(2, -1))))
+
+
+def test_attention_is_orthogonalised_by_head() -> None:
+    torch.manual_seed(0)
+    config = LNGDConfig(**EVERY_STEP, weight_decay=0.0)
+    model = nn.Sequential(Attention()).double()
+    optimizer = LNGD(model, config, lr=1e-2)
+    heads = {"0.q": 3, "0.qkv": 6, "0.o": 2, "0.mixed": 1}
+    table = optimizer.routing_table()
+    assert all(f"linear, {count} heads" in table for count in (2, 3, 6))
+    naive = {name: NaiveLayer(model.get_submodule(name).weight.detach(), config, heads[name]) for name in heads}
+    inputs: dict[str, Tensor] = {}
+
+    def see(name: str, module: nn.Module, args: Any) -> None:
+        inputs[name] = args[0].detach().flatten(0, -2)
+
+    for name in heads:
+        model.get_submodule(name).register_forward_pre_hook(functools.partial(see, name))
+    for step in range(7):
+        model(torch.randn(6, 4, 5).double()).square().mean().backward()
+        for name, unit in naive.items():
+            unit.time = step
+            unit.observe(inputs[name], torch.ones(24, len(unit.w)).double())
+            unit.step(model.get_submodule(name).weight.grad, 1e-2)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, unit in naive.items():
+            torch.testing.assert_close(model.get_submodule(name).weight, unit.w, rtol=1e-7, atol=1e-9)
 
 
 links = st.lists(
@@ -296,6 +341,7 @@ LNGD_FIELDS = st.fixed_dictionaries(
         **COMMON,
         "fisher": st.sampled_from(["expected", "sampled", "empirical"]),
         "direction": st.sampled_from(["natural", "polar"]),
+        "whiten": st.sampled_from(["both", "both", "inputs", "none"]),
         "rate": st.sampled_from(["rms", "none"]),
     }
 )

@@ -132,7 +132,7 @@ def test_the_printed_torchrun_of_a_stock_script(tmp_path: Path) -> None:
     done = launch(command, tmp_path, PET_MASTER_PORT=port, HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("ran as __main__ run_translation.py LNGD") == 2
-    assert done.stdout.count("lngd      linear") == 1  # the routing table, once
+    assert done.stdout.count("owner     reason") == 1  # the routing table, once
     state = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     assert state["lngd"]["steps"] == 2
 

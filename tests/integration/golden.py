@@ -286,7 +286,7 @@ RUNS: dict[str, Run] = {
     "fast-marian-blocks": Run("marian", {"max_factor_dim": 8, "bias": "factor"}),
     "fast-marian-exclude": Run("marian", {"exclude": r"fc2|encoder.*q_proj", "embedding": "exact"}),
     "fast-marian-parts": Run("marian", {"embedding": "exact"}, parts=4),
-    "fast-marian-decay": Run("marian", {"weight_decay": 0.3, "weight_decay_scale": 4.0}),
+    "fast-marian-decay": Run("marian", {"weight_decay": 0.3}),
     "fast-vit-no-decay": Run("vit", {"weight_decay": 0.0, "betas": (0.8, 0.98), "eps": 1e-6}),
     "fast-marian-update": Run("marian", {"momentum_on": "update", "momentum": 0.9}),
     "fast-gpt2-no-momentum": Run("gpt2", {"momentum": 0.0, "ema_decay": 0.5, "damping_rho": 0.1}),

@@ -54,7 +54,7 @@ QUOTES = [
     ("best rate of matrices was 0.8 to 4.3 times", HERE, "Where the matrices' rate was tuned apart", "0.8 4.3"),
     ("`momentum`: 0.8 is the default;", HERE, "| `momentum` |", "0.8"),
     ("0.9 costs +0.124", HERE, "| `momentum` |", "0.9: +0.124"),
-    ("`weight_decay`: 0.1 is the default", HERE, "| `weight_decay` |", "0.1"),
+    ("decay by 1.5 lr a step", HERE, "given, LNGD's layers decay", "1.5"),
     ("AdamW gains 0.26 with 1.6 and LNGD 0.16 with 0.4", BENCH, "Weight decay was at 0.1",
      "AdamW gains 0.26 with 1.6 LNGD 0.16 with 0.4"),
     ("1000 costs +0.035 on Multi30k", HERE, "| `damping`, `damping_rho`", "1000: +0.035"),
@@ -151,7 +151,7 @@ def test_the_setting_that_is_muon(m: int, d: int, adjust: str) -> None:
     theirs.load_state_dict(ours.state_dict())
     before = ours.weight.detach().clone()
     rate = 0.02 / (d**0.5 if adjust == "original" else 5.0)
-    fields = {"damping_rho": 1000.0, "embedding": "fallback", "momentum": 0.95, "weight_decay": 0.1}
+    fields = {"whiten": "none", "embedding": "fallback", "momentum": 0.95, "weight_decay": 0.1}
     optimizers = (
         LNGD(ours, lr=rate, **fields),
         torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust),

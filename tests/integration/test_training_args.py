@@ -81,7 +81,8 @@ def test_precedence() -> None:
 
     preset, lr = settings()
     assert lr == LNGDTrainingArguments("out").learning_rate
-    assert settings(weight_decay=0.0)[0] == preset
+    assert preset.weight_decay == "auto" and settings(weight_decay=0.0)[0].weight_decay == 0
+    assert LNGDTrainingArguments("out", optim="adamw_torch").weight_decay == 0
     flags = {"weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "learning_rate": 0.02}
     config, lr = settings(**flags)
     assert (config.weight_decay, config.betas, config.eps, lr) == (0.3, (0.8, 0.95), 1e-6, 0.02)

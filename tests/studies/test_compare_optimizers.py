@@ -281,7 +281,7 @@ def test_augmented_images_are_windows_of_the_image_in_its_border() -> None:
 def test_lngd_with_two_rates_is_on_muons_scale_and_with_one_as_users_get_it() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
     (two,) = RIVALS["lngd"](model, Settings(0.02, 0.01)).optimizers
-    assert (two.config.rate_scale, two.config.weight_decay_scale) == (MUON_SCALE, 1.0)
+    assert (two.config.rate_scale, two.config.weight_decay) == (MUON_SCALE, 0.1)
     assert {g["name"]: (g["lr"] * g["lr_scale"], g["weight_decay"]) for g in two.param_groups} == {
         "lngd": (0.02, 0.1),
         "fallback_no_decay": (0.01, 0.0),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lngd.adamw import ROW_CAP, AdamW, embedding_direction, rest_of
+from hf_lngd.adamw import ROW_CAP, AdamW, embedding_scale, rest_of
 from hf_lngd.groups import Options
 from hf_lngd.parallel.layout import Whole
 from hf_lngd.parallel.ranks import Ranks
@@ -31,7 +31,8 @@ def test_adamw_recovers_where_torchs_own_does_not(kind: torch.dtype) -> None:
 def test_no_row_is_moved_further_than_the_cap() -> None:
     grad = torch.zeros(100, 4)
     grad[3] = 1.0  # one rare token: all the update would be its own
-    direction = embedding_direction(grad, torch.zeros(100), torch.tensor(1e-9), 0.2)
+    rows = embedding_scale(grad.norm(dim=1), torch.zeros(100), torch.tensor(1e-9), 0.2, grad.shape, lambda own: own)
+    direction = rows[:, None] * grad
     torch.testing.assert_close(direction[3].square().mean().sqrt(), torch.tensor(0.2 * ROW_CAP))
 
 

@@ -20,17 +20,17 @@ def routed(**fields: Any) -> tuple[Routing, LNGDConfig]:
 
 
 def test_there_is_a_group_for_each_kind() -> None:
-    routing, config = routed(weight_decay=0.1, weight_decay_scale=15.0, fallback_lr_scale=3.0, momentum=0.7)
+    routing, config = routed(fallback_lr_scale=3.0, momentum=0.7)
     groups = {group["name"]: group for group in make_groups(routing, config, 0.5)}
     assert set(groups) == set(KINDS) and next(iter(groups)) == "lngd"
     for name, group in groups.items():
         layers = name in ("lngd", "lngd_bias")
         assert (group["lr"], group["lr_scale"], group["eps"]) == (0.5, 1.0 if layers else 3.0, config.eps)
         decay = {"lngd": 1.5, "embedding": 0.1, "fallback": 0.1}.get(name, 0.0)
-        assert group["weight_decay"] == pytest.approx(decay)
+        assert (group["weight_decay"], group["decay_floor"]) == (decay, 0.5 if name == "lngd" else 0.0)
         assert group["betas"] == ((0.7, 0.95) if layers else (0.7 if name == "embedding" else 0.9, 0.999))
         assert {k: v for k, v in group.items() if k not in ("params", "name")} == options_of(name, config, 0.5)
-    others = {"lr": 0.5, "lr_scale": 1.0, "weight_decay": 0.0, "betas": config.betas, "eps": config.eps}
+    others = {"lr": 0.5, "lr_scale": 1.0, "weight_decay": 0.0, "decay_floor": 0.0, "betas": config.betas, "eps": 1e-8}
     assert options_of("added", config, 0.5) == others
     assert "lngd_bias" not in {group["name"] for group in make_groups(*routed(bias="fallback"), 0.5)}
 
@@ -49,7 +49,7 @@ def test_entries_make_a_group_for_each_kind_in_them() -> None:
         "1.lngd",
     }
     assert next(iter(groups)) == "1.lngd" and groups["1.lngd"]["params"] == [weight]
-    assert groups["1.lngd"]["weight_decay"] == pytest.approx(0.2 * config.weight_decay_scale)
+    assert (groups["1.lngd"]["weight_decay"], groups["1.lngd"]["decay_floor"]) == (0.2, 0.0)
     assert groups["1.lngd"]["eps"] == 1 and groups["top.lngd_bias"]["lr"] == 0.1 and groups["fallback"]["lr"] == 0.5
     every = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(every) == sorted(id(p) for p in routing.parameters.values())

@@ -93,12 +93,14 @@ def test_table_adds_up() -> None:
     assert sum(int(row[row.index("%") - 3]) for row in rows) == len(list(Zoo().parameters()))
 
 
-def test_rates_below_the_table_are_those_of_the_groups() -> None:
-    optimizer = LNGD(Zoo(), lr=1e-3, fallback_lr_scale=0.5, weight_decay=0.2)
+@pytest.mark.parametrize("fields", [{}, {"weight_decay": 0.2}], ids=str)
+def test_rates_below_the_table_are_those_of_the_groups(fields: dict[str, Any]) -> None:
+    optimizer = LNGD(Zoo(), lr=1e-3, fallback_lr_scale=0.5, **fields)
     groups = {group["name"]: group for group in optimizer.param_groups}
     text = optimizer.routing_table().splitlines()[-1]
     own, others = groups["lngd"], groups["fallback"]
-    assert f"Rate of LNGD's layers: lr, weight decay {own['weight_decay']:g}. " in text
+    fades = "" if fields else " (less as weights shrink, none below 0.5 of their first norm)"
+    assert f"Rate of LNGD's layers: lr, weight decay {own['weight_decay']:g}{fades}. " in text
     rest = f"{others['lr_scale']:g} × lr, weight decay {others['weight_decay']:g}"
     assert f"Of all other parameters: {rest}; none on norms and biases." in text
     assert own["lr"] == others["lr"] == 1e-3 and own["lr_scale"] == 1.0

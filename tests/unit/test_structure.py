@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("hf_lngd", "scripts", "benchmarks", "tools")
 # Each imports from its own line or those above it alone (`hf_lngd.` left off).
 ORDER = (
-    ("config", "linalg", "torch_internals"),
+    ("config", "heads", "linalg", "torch_internals"),
     ("layers",),
     ("routing", "groups", "topology", "masks"),
     ("statistics",),
     ("factors",),
-    ("directions", "adamw", "batches"),
+    ("directions", "adamw", "batches", "decay"),
     ("capture",),
     ("method",),
     ("paper",),
@@ -39,13 +39,13 @@ ORDER = (
 LAZY = ("hf_lngd.core", "method_of", "hf_lngd.paper")
 # What is read of torch's and transformers' own outside `torch_internals`.
 FOREIGN = {
-    "hf_lngd.adamw": "_foreach_norm",
     "hf_lngd.capture": "_parameters",
     "hf_lngd.integrations.checkpoints": "_keys_to_ignore_on_save",
     "hf_lngd.integrations.doctor": "_model_mapping",
     "hf_lngd.integrations.fsdp": "_save",
     "hf_lngd.integrations.stock": "_member_map_ _member_names_ _name_ _sort_order_ _value2member_map_ _value_",
     "hf_lngd.layers": "_conv_forward _parameters",
+    "hf_lngd.linalg": "_foreach_norm",
     "hf_lngd.paper.chains": "_get_current_function_mode _pop_mode _push_mode",
     "hf_lngd.routing": "_parameters",
     "benchmarks.cost.calibration": "_foreach_mul_ _foreach_sub_",
