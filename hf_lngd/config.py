@@ -79,8 +79,8 @@ def _option(default: Any, check: Check, help: str) -> Any:
     return field(default=_FROM_PRESET, metadata={"default": default, "check": check, "help": help})
 
 
-# Weight decay where none is given: of LNGD's layers, less as they shrink to this share of their first norm (see
-# `decay`), and of all other parameters.
+# Weight decay where none is given: of LNGD's layers, none below this share of their first norm (see `decay`), and of
+# all other parameters.
 LAYER_DECAY, DECAY_FLOOR, OTHER_DECAY = 1.5, 0.5, 0.1
 
 # Presets: what differs from the defaults below, which are those of ``fast``.
@@ -144,8 +144,8 @@ class LNGDConfig:
     factor_interval: int = _option(20, _integer(1), "T_FIM, steps between two updates of the factors.")
     inverse_interval: int = _option(20, _integer(1), "T_INV, steps between two inverses of the factors.")
     weight_decay: float | str = _option("auto", _DECAY,
-        "decoupled, never on norms and biases. A number: as with AdamW, for all. auto: 1.5 for LNGD's layers, less as "
-        "their weights shrink, none below half of their first norm; 0.1 for all other parameters.")
+        "decoupled, never on norms and biases. A number: as with AdamW, for all. auto: 1.5 for LNGD's layers, none "
+        "below half of the norm that their weights began with; 0.1 for all other parameters.")
     bias: str = _option("fallback", _choice("factor", "fallback"),
         "factor: a last column of the layer's factor; fallback: AdamW.")
     max_factor_dim: int | str = _option("auto", _AUTO,

@@ -316,7 +316,7 @@ def format_rates(config: LNGDConfig) -> str:
     fades = ""
     if own == "auto":
         own, others = LAYER_DECAY, OTHER_DECAY
-        fades = f" (less as weights shrink, none below {DECAY_FLOOR:g} of their first norm)"
+        fades = f" (none below {DECAY_FLOOR:g} of their first norm)"
     return (
         f"Rate of LNGD's layers: lr, weight decay {own:g}{fades}. Of all other parameters: "
         f"{config.fallback_lr_scale:g} × lr, weight decay {others:g}; none on norms and biases."

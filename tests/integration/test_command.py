@@ -114,7 +114,7 @@ def test_a_stock_script_runs_unchanged(
     main([str(folder / "run_stock.py"), "--use_cpu", *options])
     out = capsys.readouterr().out
     assert f"ran as __main__ {folder / 'run_stock.py'} LNGD" in out
-    assert out.count("lngd      linear") == 1  # the routing table, once
+    assert out.count("owner     reason") == 1  # the routing table, once
     state = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     assert state["lngd"]["config"]["factor_interval"] == 3
 

@@ -99,7 +99,7 @@ def test_rates_below_the_table_are_those_of_the_groups(fields: dict[str, Any]) -
     groups = {group["name"]: group for group in optimizer.param_groups}
     text = optimizer.routing_table().splitlines()[-1]
     own, others = groups["lngd"], groups["fallback"]
-    fades = "" if fields else " (less as weights shrink, none below 0.5 of their first norm)"
+    fades = "" if fields else " (none below 0.5 of their first norm)"
     assert f"Rate of LNGD's layers: lr, weight decay {own['weight_decay']:g}{fades}. " in text
     rest = f"{others['lr_scale']:g} × lr, weight decay {others['weight_decay']:g}"
     assert f"Of all other parameters: {rest}; none on norms and biases." in text
