@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=10 $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-vision test test-studies test-compat test-all lint format audit clean
+.PHONY: help env demo demo-vision test test-studies test-compat test-oldest test-transformers test-all lint format audit clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -45,6 +45,23 @@ test-compat: BIN := $(VENV)/compat/bin
 test-compat: $(STAMP) ## the trainers of sentence-transformers and trl, as they are installed now
 	$(VENV)/bin/python tools/make_env.py $(VENV)/compat compat,test
 	$(PYTEST) tests/compat
+
+# In an environment of its own, with the lower bounds of pyproject.toml. Golden runs begin at weights as later versions of
+# transformers draw them.
+OLDEST_PYTHON ?= python3.12
+test-oldest: BIN := $(VENV)/oldest/bin
+test-oldest: ## the test suite with the oldest versions that are supported, on Python 3.12
+	$(OLDEST_PYTHON) tools/make_env.py $(VENV)/oldest test oldest
+	$(PYTEST) --ignore=tests/studies --ignore=tests/compat --ignore=tests/integration/test_golden.py -m "not slow"
+
+# Each with what it asks for, in a folder before the environment's own.
+TRANSFORMERS ?= 5.6 5.10 5.16 5.20
+test-transformers: $(STAMP) ## register() and our trainers with other versions of transformers, TRANSFORMERS="5.6 5.10"
+	for version in $(TRANSFORMERS); do folder=$(VENV)/transformers/$$version; \
+		[ -d $$folder ] || $(BIN)/python -m pip install -q --target $$folder "transformers==$$version.*" || exit 1; \
+		PYTHONPATH=$$folder $(PYTEST) $(addprefix tests/integration/test_,stock.py other_trainers.py trainer.py loss.py) \
+			|| exit 1; \
+	done
 
 test-all: $(STAMP) ## the test suite, its larger grids and the tests of benchmarks/
 	$(PYTEST) --ignore=tests/compat

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .torch_internals import cpu_capabilities
+
 
 def block_layout(columns: int, limit: int) -> tuple[int, int]:
     """(k, b): how Φ of this many columns is cut so that no block is wider than `limit`. k = 1 leaves it whole."""
@@ -228,7 +230,7 @@ _CPU_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether this device has instructions for matmuls in bfloat16; of CUDA's those from Ampere on."""
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = cpu_capabilities()
         return any(bool(capabilities.get(name)) for name in _CPU_INSTRUCTIONS)
     if device.type == "cuda" and torch.version.hip is None:
         return torch.cuda.get_device_capability(device) >= (8, 0)

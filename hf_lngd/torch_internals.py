@@ -1,12 +1,12 @@
 """Everything that is read from outside torch's public interface, and the hooks that rest on it: backward passes under
-way, graph nodes, calls on the stack, compiled functions. Seen in torch 2.13."""
+way, graph nodes, calls on the stack, compiled functions. Seen in torch 2.9 to 2.13."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from types import FrameType
 from typing import Any
@@ -57,6 +57,14 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "set_requires_gradient_sync"):
             module.reshard()  # type: ignore[operator]
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What this CPU has instructions for, by the names of `torch.cpu.get_capabilities`. torch 2.9 has no such function
+    and knows of those for bfloat16 only x86's."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {"amx_bf16": torch.cpu._is_amx_tile_supported(), "avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
 
 
 def check_not_flat(model: nn.Module) -> None:

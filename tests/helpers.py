@@ -248,7 +248,7 @@ BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 def cpu_with(*names: str) -> Any:
     """A CPU that has these instructions for bfloat16 alone."""
     capabilities = {"avx512_f": True, "architecture": "x86_64"} | {name: name in names for name in BF16_INSTRUCTIONS}
-    return patch.object(torch.cpu, "get_capabilities", lambda: capabilities)
+    return patch.object(torch.cpu, "get_capabilities", lambda: capabilities, create=True)
 
 
 def hooks_of(model: nn.Module) -> int:

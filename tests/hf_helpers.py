@@ -122,6 +122,12 @@ def hf_vit(seed: int = 0, **changes: Any) -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(**{**sizes, **image, "hidden_dropout_prob": 0.0, **changes}))
 
 
+def hf_vit_attention() -> list[str]:
+    """What a ViT's queries, keys and values are called, which are others in transformers of before."""
+    names = {name.rpartition(".")[2] for name, _ in hf_vit().named_modules()}
+    return [name for name in ("q_proj", "k_proj", "v_proj", "query", "key", "value") if name in names]
+
+
 def hf_images(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[dict[str, Any]]:
     """Noise images 8 × 8 with labels of 3 classes."""
     pixels = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=dtype)

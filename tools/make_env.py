@@ -1,4 +1,5 @@
 """Makes the project's environment: `python3 tools/make_env.py .venv`. The Makefile calls it; it needs Python alone.
+With ``oldest`` after the extras it has the lower bounds of pyproject.toml in place of the newest versions.
 
 torch comes from the first of:
 
@@ -50,22 +51,22 @@ def check_python() -> None:
     fail(f"python: hf_lngd needs Python {needed} or newer, {at_hand}; name one: make demo PYTHON=/path/to/python3")
 
 
-def torch_requirement() -> str:
-    """The version range of torch in pyproject.toml, such as `>=2.13,<3`."""
+def requirements(oldest: bool = False) -> dict[str, str]:
+    """The version ranges in pyproject.toml, such as `>=2.9.1,<3`, by name; or the oldest of each, such as `==2.9.1`."""
     with open(os.path.join(ROOT, "pyproject.toml"), encoding="utf-8") as file:
-        found = re.search(r'^\s*"torch([^"]*)"', file.read(), re.MULTILINE)
-    if not found:
-        raise ValueError("pyproject.toml: no torch among its dependencies")
-    return found.group(1)
+        found = dict(re.findall(r'"([\w-]+)(>=[^"]*,<[^"]*)"', file.read()))
+    return {name: "==" + text[2:].split(",")[0] for name, text in found.items()} if oldest else found
 
 
 def satisfies(version: str, requirement: str) -> bool:
-    """Whether a version such as `2.13.0+cpu` lies in a range of `>=` and `<` bounds."""
+    """Whether a version such as `2.13.0+cpu` lies in a range of `==`, `>=` and `<` bounds."""
 
     def numbers(text: str) -> list[int]:
         return [int(part) for part in re.findall(r"\d+", text.split("+")[0])]
 
     for bound in requirement.split(","):
+        if bound.startswith("==") and numbers(version) != numbers(bound):
+            return False
         if bound.startswith(">=") and numbers(version) < numbers(bound):
             return False
         if bound.startswith("<") and numbers(version) >= numbers(bound):
@@ -73,8 +74,8 @@ def satisfies(version: str, requirement: str) -> bool:
     return True
 
 
-def find_torch(python: str) -> tuple[str, str] | None:
-    """(version, folder of packages) of the torch that an interpreter imports, if it satisfies pyproject.toml."""
+def find_torch(python: str, requirement: str) -> tuple[str, str] | None:
+    """(version, folder of packages) of the torch that an interpreter imports, if it lies in the range."""
     # Run beside the interpreter: a folder named torch where make was called is not the package.
     answer = subprocess.run(
         [python, "-c", _FIND_TORCH], capture_output=True, text=True, cwd=os.path.dirname(python), check=False
@@ -83,8 +84,8 @@ def find_torch(python: str) -> tuple[str, str] | None:
     if answer.returncode or len(lines) < 2:
         return None
     version, folder = lines[-2:]
-    if not satisfies(version, torch_requirement()):
-        print(f"torch {version} in {folder} is left alone: hf_lngd needs torch{torch_requirement()}", flush=True)
+    if not satisfies(version, requirement):
+        print(f"torch {version} in {folder} is left alone: torch{requirement} is wanted", flush=True)
         return None
     return version, folder
 
@@ -94,26 +95,27 @@ def has_cuda() -> bool:
     return bool(shutil.which("nvidia-smi")) and run("nvidia-smi", "-L", quiet=True)
 
 
-def provide_torch(python: str, site: str) -> None:
+def provide_torch(python: str, site: str, requirement: str) -> None:
     """Sees to it that the environment's interpreter imports a fitting torch."""
-    if find_torch(python):
+    if find_torch(python, requirement):
         return
-    outer = find_torch(sys.executable)
+    outer = find_torch(sys.executable, requirement)
     if outer:
         print(f"keeping torch {outer[0]} in {outer[1]}", flush=True)
         link = os.path.join(site, LINK)
         with open(link, "w", encoding="utf-8") as file:
             file.write(outer[1] + "\n")
-        if find_torch(python):
+        if find_torch(python, requirement):
             return
         os.remove(link)
     pip = [python, "-m", "pip", "install"]
     if has_cuda():
-        installed = run(*pip, "torch" + torch_requirement())
+        installed = run(*pip, "torch" + requirement)
     else:
+        exact = requirement if requirement.startswith("==") else f"=={CPU_TORCH}"
         # `+cpu` is asked for first: of several builds of one version pip takes the last by name, which is CUDA's.
-        print(f"installing torch {CPU_TORCH}, its CPU build where one is offered", flush=True)
-        installed = run(*pip, f"torch=={CPU_TORCH}+cpu", quiet=True) or run(*pip, f"torch=={CPU_TORCH}")
+        print(f"installing torch{exact}, its CPU build where one is offered", flush=True)
+        installed = run(*pip, f"torch{exact}+cpu", quiet=True) or run(*pip, f"torch{exact}")
     if not installed:
         fail("torch: pip could not install it, its last lines say why; install it by hand, then run make again")
 
@@ -125,6 +127,7 @@ def main() -> None:
     check_python()
     target = os.path.abspath(sys.argv[1])
     extras = sys.argv[2] if len(sys.argv) > 2 else "demo,test"
+    wanted = requirements(oldest=sys.argv[3:] == ["oldest"])
     python = os.path.join(target, "bin", "python")
     usable = os.path.exists(python) and run(python, "-m", "pip", "--version", quiet=True)
     if not usable and not run(sys.executable, "-m", "venv", "--clear", target):
@@ -135,8 +138,11 @@ def main() -> None:
         text=True,
         check=True,
     )
-    provide_torch(python, where.stdout.strip())
-    if not run(python, "-m", "pip", "install", "-e", f"{ROOT}[{extras}]"):
+    provide_torch(python, where.stdout.strip(), wanted["torch"])
+    constraints = os.path.join(target, "constraints.txt")
+    with open(constraints, "w", encoding="utf-8") as file:
+        file.writelines(f"{name}{version}\n" for name, version in wanted.items())
+    if not run(python, "-m", "pip", "install", "-c", constraints, "-e", f"{ROOT}[{extras}]"):
         fail(f"install: pip could not install hf_lngd with its extras {extras}, its last lines say why")
 
 

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.studies.rivals import RATES, RIVALS, Settings
 from benchmarks.tasks.task import Task
+from hf_lngd.torch_internals import cpu_capabilities
 
 Row = dict[str, Any]
 FINAL_RATE = 0.05
@@ -132,7 +133,7 @@ def train(
 
 def hardware() -> str:
     """What decides a row's seconds, without naming a machine: rows of two kinds are not on one clock."""
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = cpu_capabilities()
     emulated = "" if any(capabilities.get(name) for name in BFLOAT16_INSTRUCTIONS) else ", bfloat16 emulated"
     return f"CPU, {torch.get_num_threads()} threads{emulated}"
 

@@ -22,7 +22,7 @@ from .trainer import create_lngd_optimizer
 from .training_args import LNGD_NAME, check_precision, is_lngd, lngd_settings
 
 MEMBER = "LNGD"
-TESTED = ((5, 23), (6, 0))  # from, up to (not included)
+TESTED = ((5, 6), (6, 0))  # from, up to (not included)
 _CHOICE = "get_optimizer_cls_and_kwargs"  # the Trainer's method: the class of an optimizer and its arguments
 
 

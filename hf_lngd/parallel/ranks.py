@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.9 has these collectives by older names, of which newer versions warn.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 # So many differences between two ranks are listed by name.
 _LISTED = 3
 
@@ -66,7 +69,7 @@ class Ranks:
         buffer = own.new_zeros(most)
         buffer[: own.numel()] = own
         everyone = own.new_empty(self.size * most)
-        dist.all_gather_single(everyone, buffer, group=self.group)
+        getattr(dist, ALL_GATHER)(everyone, buffer, group=self.group)
         return everyone.view(self.size, most)
 
     def reduce_scatter(self, tensors: Sequence[Tensor], owners: Sequence[int]) -> list[Tensor | None]:
@@ -83,7 +86,7 @@ class Ranks:
             own = buffer[0]
             if self.size > 1:
                 own = buffer.new_empty(most)
-                dist.reduce_scatter_single(own, buffer.view(-1), group=self.group)
+                getattr(dist, REDUCE_SCATTER)(own, buffer.view(-1), group=self.group)
             start = 0
             for i in shares[self.rank]:
                 found[i] = own[start : start + tensors[i].numel()].view(tensors[i].shape)

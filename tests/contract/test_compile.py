@@ -116,13 +116,19 @@ def test_factors_and_weights_are_those_of_eager_runs_and_nothing_is_compiled_twi
 
 @pytest.mark.parametrize("fields", [{}, {"preset": "paper", "fisher": "expected", "rate": "rms"}], ids=str)
 def test_a_translation_model_with_its_masks(fields: dict[str, Any]) -> None:
-    found = []
+    """With as many graphs as under another optimizer: one, or more in versions that break the model's."""
+    case, found = CASES["marian"], []
+    alone = case.model()
+    case.train(torch.compile(alone, backend="aot_eager"), torch.optim.SGD(alone.parameters(), lr=1e-2), range(8))
+    graphs = counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    counters.clear()
     for compiled in (False, True):
-        model, optimizer = CASES["marian"].make(**fields, **OFTEN)
-        CASES["marian"].train(torch.compile(model, backend="aot_eager") if compiled else model, optimizer, range(8))
+        model, optimizer = case.make(**fields, **OFTEN)
+        case.train(torch.compile(model, backend="aot_eager") if compiled else model, optimizer, range(8))
         found.append({**weights_of(model), **factors_of(optimizer)})
         optimizer.close()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert 0 < counters["stats"]["unique_graphs"] == graphs
     assert distance(found[1], found[0]) < 1e-6
 
 

@@ -33,6 +33,7 @@ from transformers import modeling_utils, trainer_callback, trainer_utils
 
 from hf_lngd import LNGD, load_checkpoint, save_checkpoint
 from hf_lngd.parallel.checkpoint import WHOLE
+from hf_lngd.parallel.ranks import ALL_GATHER, REDUCE_SCATTER
 from tests.helpers import IGNORED, Images, every_sample, image_batch, layers_of, marian_batch, seeded, tiny_marian
 
 LR = 1e-3
@@ -431,9 +432,9 @@ def traffic() -> Iterator[dict[str, int]]:
     sent: dict[str, int] = {}
     places = {
         "all_to_all_single": 1,
-        "reduce_scatter_single": 1,
+        REDUCE_SCATTER: 1,
         "all_reduce": 0,
-        "all_gather_single": 1,
+        ALL_GATHER: 1,
         "broadcast": 0,
     }
 

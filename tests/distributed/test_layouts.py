@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_lngd.parallel.ranks import ALL_GATHER, REDUCE_SCATTER
 from tests.distributed import loops, refused
 from tests.distributed.loops import distance
 from tests.distributed.pool import Pools
@@ -265,12 +266,12 @@ def test_traffic(pools: Pools) -> None:
     calls = {n: [{k: v for k, v in step.items() if "calls" in k} for step in steps] for n, steps in found.items()}
     assert calls["whole"][1] == calls["whole"][2] == {}  # but for DDP's own, nothing is sent
     assert set(calls["whole"][0]) == {"all_reduce calls"}
-    assert calls["owned"][1] == {"all_gather_single calls": 1} == calls["owned"][2]
+    assert calls["owned"][1] == {f"{ALL_GATHER} calls": 1} == calls["owned"][2]
     # whether gradients are finite: those of layers, and of both groups of AdamW's parameters
     assert calls["rows"][1] == {"all_to_all_single calls": 2, "all_reduce calls": 3} == calls["rows"][2]
     for name in ("owned", "rows"):
-        assert calls[name][0]["reduce_scatter_single calls"] == 1
-        assert found[name][0]["reduce_scatter_single"] > 0
+        assert calls[name][0][f"{REDUCE_SCATTER} calls"] == 1
+        assert found[name][0][REDUCE_SCATTER] > 0
     assert found["rows"][1]["all_reduce"] < 500
 
 

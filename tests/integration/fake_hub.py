@@ -39,7 +39,12 @@ class FakeHub:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Put it in the place of the Hub, which is online, for a user who has no token but the one given."""
-        patch.setattr(transformers.trainer, "hf_api", lambda: self.api)
+        trainer: Any = transformers.trainer
+        if hasattr(trainer, "hf_api"):
+            patch.setattr(trainer, "hf_api", lambda: self.api)
+        else:  # transformers before 5.10
+            for name in ("create_repo", "upload_folder"):
+                patch.setattr(trainer, name, getattr(self.api, name))
         patch.setattr(hub_module, "HfApi", lambda token: self.api)
         patch.setattr(hub_module, "get_token", lambda: None)
         patch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)

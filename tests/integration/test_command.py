@@ -179,7 +179,7 @@ def test_an_unknown_transformers_is_named(
     with monkeypatch.context() as patch:
         patch.setattr(stock_module.transformers, "__version__", "6.1.0")
         line = failure(capsys, str(tmp_path / "script.py"))
-    assert line.startswith("error: transformers: register: got transformers 6.1.0, accepted: 5.23 up to 6.0")
+    assert line.startswith("error: transformers: register: got transformers 6.1.0, accepted: 5.6 up to 6.0")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,11 @@ def test_targets(tmp_path: Path) -> None:
         ("demo-vision", ("scripts/demo_vision.py",)),
         ("test", ("-m pytest", "--ignore=tests/studies", "--ignore=tests/compat", '-m "not slow"')),
         ("test-studies", ("-m pytest", "tests/studies")),
+        ("test-oldest", (f"python3.12 tools/make_env.py {environment}/oldest test oldest", "-m pytest")),
+        (
+            "test-transformers",
+            ("for version in 5.6 ", "transformers==$version.*", "-m pytest", "tests/integration/test_stock.py"),
+        ),
         ("test-all", ("-m pytest", "--ignore=tests/compat")),
         ("test-compat", ("tools/make_env.py", f"{environment}/compat compat,test", "-m pytest", "tests/compat")),
         ("lint", ("-m ruff check", "-m mypy")),
@@ -77,6 +83,8 @@ def test_an_old_python_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> No
         ("2.12.9", ">=2.13,<3", False),
         ("2.9.0", ">=2.13,<3", False),
         ("3.0.0", ">=2.13,<3", False),
+        ("2.9.1+cu128", "==2.9.1", True),
+        ("2.9.2", "==2.9.1", False),
     ],
 )
 def test_which_torch_is_kept(version: str, requirement: str, answer: bool) -> None:
@@ -86,24 +94,42 @@ def test_which_torch_is_kept(version: str, requirement: str, answer: bool) -> No
 def test_an_importable_torch_is_linked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def find(python: str) -> tuple[str, str] | None:
+    def find(python: str, requirement: str) -> tuple[str, str] | None:
         linked = (tmp_path / make_env.LINK).exists()
         return ("2.13.0", "elsewhere") if python == sys.executable or linked else None
 
     monkeypatch.setattr(make_env, "find_torch", find)
     monkeypatch.setattr(make_env, "run", lambda *command, **options: asked.append(command) or True)
-    make_env.provide_torch("inner-python", str(tmp_path))
+    make_env.provide_torch("inner-python", str(tmp_path), ">=2.9.1,<3")
     assert (tmp_path / make_env.LINK).read_text(encoding="utf-8") == "elsewhere\n"
     assert not asked
 
 
-@pytest.mark.parametrize(("cuda", "wanted"), [(True, ["torch>="]), (False, [f"torch=={make_env.CPU_TORCH}+cpu"])])
+@pytest.mark.parametrize(
+    ("cuda", "requirement", "wanted"),
+    [
+        (True, ">=2.9.1,<3", "torch>=2.9.1,<3"),
+        (True, "==2.9.1", "torch==2.9.1"),
+        (False, ">=2.9.1,<3", f"torch=={make_env.CPU_TORCH}+cpu"),
+        (False, "==2.9.1", "torch==2.9.1+cpu"),
+    ],
+)
 def test_which_torch_is_installed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: bool, wanted: list[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: bool, requirement: str, wanted: str
 ) -> None:
     asked = []
-    monkeypatch.setattr(make_env, "find_torch", lambda python: None)
+    monkeypatch.setattr(make_env, "find_torch", lambda *_: None)
     monkeypatch.setattr(make_env, "has_cuda", lambda: cuda)
     monkeypatch.setattr(make_env, "run", lambda *command, **options: asked.append(command[-1]) or True)
-    make_env.provide_torch("inner-python", str(tmp_path))
-    assert len(asked) == 1 and asked[0].startswith(wanted[0])
+    make_env.provide_torch("inner-python", str(tmp_path), requirement)
+    assert asked == [wanted]
+
+
+def test_bounds_are_those_of_the_project() -> None:
+    """Of every dependency and extra, once: `make test-oldest` installs the lower ones."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [text for extra in project["optional-dependencies"].values() for text in extra if "[" not in text]
+    ranges = {name + bounds for name, bounds in make_env.requirements().items()}
+    assert ranges == {*project["dependencies"], *asked}
+    oldest = make_env.requirements(oldest=True)
+    assert len(oldest) == len(ranges) and oldest["torch"] == "==2.9.1" and oldest["transformers"] == "==5.6"

@@ -12,14 +12,13 @@ from transformers import DataCollatorForSeq2Seq
 
 from hf_lngd import LNGD, LNGDSeq2SeqTrainer, LNGDSeq2SeqTrainingArguments, LNGDTrainer, LNGDTrainingArguments
 from hf_lngd.integrations.trainer import lngd_of
-from tests.hf_helpers import hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit
+from tests.hf_helpers import hf_encoded, hf_images, hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_vit, hf_vit_attention
 
-ATTENTION = ["q_proj", "k_proj", "v_proj"]
 T = "SEQ_2_SEQ_LM"
 ADAPTERS = {
     "lora": LoraConfig(task_type=T, target_modules=["q_proj", "v_proj"], r=4),
-    "prompt_tuning": PromptTuningConfig(task_type=T, num_virtual_tokens=3),
-    "prefix_tuning": PrefixTuningConfig(task_type=T, num_virtual_tokens=3),
+    "prompt_tuning": PromptTuningConfig(task_type=T, num_virtual_tokens=3, num_layers=1),
+    "prefix_tuning": PrefixTuningConfig(task_type=T, num_virtual_tokens=3, num_layers=1),
 }
 SETTINGS: dict[str, Any] = {
     "use_cpu": True,
@@ -35,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 def image_trainer(folder: Path, **values: Any) -> LNGDTrainer:
     base = hf_vit()
     torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=ATTENTION, modules_to_save=["classifier"], lora_dropout=0.1)
+    config = LoraConfig(r=4, target_modules=hf_vit_attention(), modules_to_save=["classifier"], lora_dropout=0.1)
     model = get_peft_model(base, config)
     args = LNGDTrainingArguments(str(folder), **{**SETTINGS, "save_steps": 2, **values})
     return LNGDTrainer(model, args, train_dataset=hf_images(32))

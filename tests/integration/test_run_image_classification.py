@@ -27,7 +27,7 @@ from transformers import (
 
 from scripts import run_image_classification
 from scripts.run_image_classification import ImageSet
-from tests.image_helpers import CLASSES, picture, png, write_folder
+from tests.image_helpers import CLASSES, needs_image_processor, picture, png, write_folder
 
 Files = dict[str, str]
 Run = Callable[..., list[str]]
@@ -115,6 +115,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return {f"{part}_dir": str(write_folder(root / part, count, 100)) for part, count in each.items()}
 
 
+@needs_image_processor
 @pytest.mark.parametrize("family", ["resnet", "vit"])
 def test_from_end_to_end(family: str, configs: Files, folders: Files, tmp_path: Path, run: Run) -> None:
     folder = tmp_path / "my-model"
@@ -187,6 +188,7 @@ def test_files_of_images(ending: str, kind: str, configs: Files, tmp_path: Path,
     assert AutoConfig.from_pretrained(tmp_path / "out").id2label == dict(enumerate(names))
 
 
+@needs_image_processor
 def test_overrides_a_split_and_another_optimizer(configs: Files, folders: Files, tmp_path: Path, run: Run) -> None:
     overrides = "depths=[1,1,2],hidden_sizes=[8,8,16],embedding_size=6,hidden_act=silu"
     options = {"config_name": configs["resnet"], "output_dir": tmp_path, "train_dir": folders["train_dir"]}
@@ -239,6 +241,7 @@ def test_resume_from_the_last_and_what_epoch_the_images_are_told(
     assert told == [0, 0, 1, 0, 1, 2]  # the first of each run when it is made
 
 
+@needs_image_processor
 def test_fine_tuning_evaluation_and_prediction_without_labels(
     configs: Files, folders: Files, tmp_path: Path, run: Run, refused: Ends
 ) -> None:
@@ -386,6 +389,7 @@ def test_what_is_wrong_ends_it_before_training(case: str, configs: Files, tmp_pa
     assert not (tmp_path / "out" / "train_results.json").exists()
 
 
+@needs_image_processor
 def test_a_size_that_the_model_does_not_take(configs: Files, tmp_path: Path, run: Run, refused: Ends) -> None:
     first, images = tmp_path / "first", write_folder(tmp_path / "train", 2)
     run(

@@ -21,9 +21,13 @@ from torch import Tensor, nn
 
 from hf_lngd import LNGD
 from tests.helpers import hooks_of, marian_batch, tiny_marian, train_step
-from tests.hf_helpers import hf_seq2seq_model, hf_tokenizer, hf_vit
+from tests.hf_helpers import hf_seq2seq_model, hf_tokenizer, hf_vit, hf_vit_attention
 
-ATTENTION = {"marian": ["q_proj", "k_proj", "v_proj"], "t5": ["q", "k", "v"], "vit": ["q_proj", "k_proj", "v_proj"]}
+ATTENTION = {
+    "marian": ["q_proj", "k_proj", "v_proj"],
+    "t5": ["q", "k", "v"],
+    "vit": hf_vit_attention(),
+}
 
 
 def lora(model: nn.Module, targets: list[str], **fields: Any) -> Any:
@@ -137,8 +141,8 @@ OTHERS = {
     "LoRA of Embedding": LoraConfig(task_type=T, r=4, target_modules=["embed_tokens"]),
     "ia3": IA3Config(task_type=T, target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"]),
     "loha": LoHaConfig(task_type=T, r=4, target_modules=["q_proj"]),
-    "prompt_tuning": PromptTuningConfig(task_type=T, num_virtual_tokens=3),
-    "prefix_tuning": PrefixTuningConfig(task_type=T, num_virtual_tokens=3),
+    "prompt_tuning": PromptTuningConfig(task_type=T, num_virtual_tokens=3, num_layers=1),
+    "prefix_tuning": PrefixTuningConfig(task_type=T, num_virtual_tokens=3, num_layers=1),
 }
 
 
@@ -170,7 +174,7 @@ def test_weights_that_are_merged_in_a_forward_are_not_lngds() -> None:
 
 
 def test_the_layers_that_make_prompts_are_lngds() -> None:
-    config = PromptEncoderConfig(task_type=T, num_virtual_tokens=3, encoder_hidden_size=8)
+    config = PromptEncoderConfig(task_type=T, num_virtual_tokens=3, num_layers=1, encoder_hidden_size=8)
     model = get_peft_model(tiny_marian(), config).double().train()
     optimizer = LNGD(model, direction="natural")
     train_step(model, optimizer, marian_batch())
