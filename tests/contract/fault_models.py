@@ -10,6 +10,7 @@ import weakref
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from tests.contract.fault_table import ALL, DIRECTIONS, Scene, fault, net
 from tests.helpers import hooks_of
@@ -126,6 +127,73 @@ def overwritten(scene: Scene) -> None:
     model, _ = scene.make()
     model.load_state_dict(net().state_dict())
     scene.step()
+
+
+@fault(PARAMETERS, "a layer that is pruned in mid-training (`torch.nn.utils.prune`)",
+       "what is kept of its weight is trained on", variants=ALL)  # fmt: skip
+def pruned(scene: Scene) -> None:
+    model, _ = scene.make()
+    prune.l1_unstructured(model.up, "weight", 0.25)
+    before, kept = scene.weights()["up.weight_orig"], model.up.weight_mask.bool()
+    scene.step()
+    scene.step()
+    assert (before != model.up.weight_orig)[kept].all()
+    prune.remove(model.up, "weight")
+
+
+class Halved(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 0.5 * weight
+
+
+@fault(
+    PARAMETERS, "a parametrization that is registered in mid-training", "the tensor within is trained on", variants=ALL
+)
+def parametrized(scene: Scene) -> None:
+    model, _ = scene.make()
+    parametrize.register_parametrization(model.up, "weight", Halved())
+    within = model.up.parametrizations.weight.original
+    before = within.detach().clone()
+    scene.step()
+    scene.step()
+    assert (before != within).all()
+    parametrize.remove_parametrizations(model.up, "weight", leave_parametrized=False)
+
+
+@fault(PARAMETERS, "a weight in whose place another Parameter is put: by hand, by `load_state_dict(assign=True)`",
+       "the new one is not trained", log=NOT_TRAINED, variants=PAPER)  # fmt: skip
+def replaced_weights(scene: Scene) -> None:
+    model, _ = scene.make(rate="none")
+    old = {(module, name): p for module in model.modules() for name, p in module._parameters.items()}
+    model.up.weight = nn.Parameter(model.up.weight.detach().clone())
+    before = scene.weights()
+    scene.step()
+    assert torch.equal(before["up.weight"], model.up.weight)
+    assert not torch.equal(before["down.weight"], model.down.weight)
+    model.load_state_dict(net().state_dict(), assign=True)
+    before = scene.weights()
+    scene.step()
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    for (module, name), p in old.items():
+        module.register_parameter(name, p)
+
+
+@fault(PARAMETERS, "layers that are made narrower in place (structured pruning)", "the new weights are not trained",
+       log=NOT_TRAINED, variants=PAPER)  # fmt: skip
+def narrowed(scene: Scene) -> None:
+    model, _ = scene.make(rate="none")
+    old = {module: module.weight for module in (model.embed, model.up)}
+    for module, weight in old.items():
+        module.weight = nn.Parameter(weight.detach()[:, :5].clone())
+    before = scene.weights()
+    scene.step()
+    for name in ("embed.weight", "up.weight"):
+        assert torch.equal(before[name], model.get_parameter(name))
+    assert not torch.equal(before["down.weight"], model.down.weight)
+    for module, weight in old.items():
+        module.weight = weight
 
 
 @fault(MODULES, "a layer without inputs or outputs", "AdamW has its parameters", variants=ALL)
