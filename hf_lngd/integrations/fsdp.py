@@ -48,11 +48,10 @@ def _whole(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:
 def save_weights(trainer: Any, folder: str | Path) -> None:
     """Sharded by rows in safetensors, or whole as the Trainer saves them, for its own loading."""
     from accelerate.utils import save_fsdp_model
-    from transformers.distributed.fsdp import get_fsdp_ckpt_kwargs
 
     plugin = trainer.accelerator.state.fsdp_plugin
     if "SHARDED" not in str(plugin.state_dict_type):
-        save_fsdp_model(plugin, trainer.accelerator, trainer.model, str(folder), **get_fsdp_ckpt_kwargs())
+        save_fsdp_model(plugin, trainer.accelerator, trainer.model, str(folder), adapter_only=True)
         return
     parts = Path(folder) / f"{SHARDED}0"
     parts.mkdir(parents=True, exist_ok=True)

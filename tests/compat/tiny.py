@@ -54,7 +54,8 @@ def llama(folder: Path, classes: int | None = None) -> Any:
     config = LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **sizes, **ids)
     config.num_labels = classes or 2
     kind: Any = LlamaForCausalLM if classes is None else LlamaForSequenceClassification
-    kind(config).save_pretrained(folder)
+    if not folder.exists():  # processes share it, of which the first one alone may write
+        kind(config).save_pretrained(folder)
     return kind.from_pretrained(folder, dtype=torch.float32)
 
 
@@ -64,8 +65,10 @@ def bert(folder: Path) -> str:
     words = tokenizer()
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes, **off)).save_pretrained(folder)
-    words.save_pretrained(folder)
+    if not folder.exists():  # as above
+        BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes, **off)).save_pretrained(folder)
+        words.save_pretrained(folder)
+    torch.manual_seed(0)  # what is drawn next is the same in both cases
     return str(folder)
 
 
