@@ -166,7 +166,7 @@ def parametrized(scene: Scene) -> None:
        "the new one is not trained", log=NOT_TRAINED, variants=PAPER)  # fmt: skip
 def replaced_weights(scene: Scene) -> None:
     model, _ = scene.make(rate="none")
-    old = {(module, name): p for module in model.modules() for name, p in module._parameters.items()}
+    old = {(m, name): p for m in model.modules() for name, p in m.named_parameters(recurse=False)}
     model.up.weight = nn.Parameter(model.up.weight.detach().clone())
     before = scene.weights()
     scene.step()
