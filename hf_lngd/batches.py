@@ -54,11 +54,11 @@ class LayerBatch:
 @dataclass
 class Job:
     """A batch in one step: the `members` that have a gradient, of all processes; `layers`: those of them that this one
-    computes; `unusable`: [n], of those whose momentum it has, where the gradient is not finite; None: nowhere."""
+    computes; `unusable`: [n], of those whose momentum it has, where the gradient is not finite."""
 
     batch: LayerBatch
     members: list[Layer]
-    unusable: Tensor | None = None
+    unusable: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.layers = [layer for layer in self.members if layer in self.batch.place]

@@ -30,7 +30,7 @@ class FadingDecay:
     def measure(self, weights: Sequence[nn.Parameter], states: States, layout: Any) -> None:
         """Look at the norms of these weights; waits for the device. Layout *rows*: a collective."""
         self._shares.clear()
-        if not weights:
+        if not weights or weights[0].is_meta:  # which has no norms
             return
         (squares,) = layout.complete([squared_norms([local(weight.detach()) for weight in weights])])
         for weight, norm in zip(weights, squares.sqrt().cpu(), strict=True):

@@ -192,9 +192,8 @@ class LNGD(torch.optim.Optimizer):
         on_gradient = self.config.momentum_on == "gradient"
         parts = [layout.stack(layout.with_momentum(job), _gradient) for job in jobs]
         for job, own in zip(jobs, parts, strict=True):
-            if (bad := job.unusable) is not None:
-                for part in own:
-                    part.masked_fill_(along(of_units(bad, len(part) // len(bad)), part), 0.0)
+            for part in own:
+                part.masked_fill_(along(of_units(job.unusable, len(part) // len(job.unusable)), part), 0.0)
         for job, own in zip(jobs, parts, strict=True) if on_gradient else ():
             self._average(job, own)
         gradients = layout.to_owners(jobs, parts)
@@ -226,8 +225,6 @@ class LNGD(torch.optim.Optimizer):
             return
         (squares,) = layout.complete([squared_norms(gradients)])
         bad = ~torch.isfinite(squares)
-        if bad.device.type == "cpu" and not bad.any():  # a device would have to be waited for
-            return
         sizes = [len(own) * len(own[0].parameters) if own else 0 for own in layers]
         for job, own, some in zip(jobs, layers, bad.split(sizes), strict=True):
             job.unusable = some.view(len(own), -1).any(1).to(job.batch.rate.device) if own else some

@@ -50,6 +50,7 @@ FOREIGN = {
     "hf_lngd.routing": "_parameters",
     "benchmarks.cost.calibration": "_foreach_mul_ _foreach_sub_",
     "benchmarks.cost.report": "_from_config",
+    "benchmarks.cost.small_batches": "_schema",
     "benchmarks.cost.cases": "_from_config",
     "benchmarks.coverage.check": "_BatchNorm",
     "benchmarks.coverage.zoo": "_from_config",
