@@ -3,8 +3,8 @@
     python -m benchmarks.report.readme_tables
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`: NAME is a study of
-`benchmarks/studies/specs/`, `goals` (what of the goal in time is met) or `one-flag` (AdamW and LNGD, each with one
-rate). A test asks whether README has them as they are.
+`benchmarks/studies/specs/`, `goals` (what of the goal in time is met), `one-flag` (AdamW and LNGD, each with one
+rate) or `now` (the default as it is now). A test asks whether README has them as they are.
 """
 
 from __future__ import annotations
@@ -95,6 +95,30 @@ def one_flag() -> str:
     return table(head, body)
 
 
+def now() -> str:
+    """Quality of the default as it is now (`results/now-TASK.json`, see `option_effects`), of the version before and of
+    the tuned rivals, on the same seeds."""
+    rivals = {"adamw-one": "AdamW (one rate)", "adamw": "AdamW (two rates)", "muon": "Muon", "soap": "SOAP"}
+    names = {**rivals, "lngd-same": "LNGD (one flag), before", "now": "**LNGD (one flag), now**"}
+    body = []
+    for name in STUDIES:
+        spec, results = results_of(name)
+        file = results.path.with_name(f"now-{spec.task}.json")
+        if not file.exists():
+            continue
+        metric = metric_of(results, list(spec.rivals))
+        scale, digits = (100, 1) if metric == "accuracy" else (1, 3)
+        found = {row["seed"]: row for row in Results(file).rows}
+        cells = []
+        for rival in names:
+            rows = list(found.values()) if rival == "now" else reported(results, rival)
+            values = [scale * row[metric] for row in rows if row["seed"] in found]
+            cells.append(spread(values, digits) if len(values) == len(found) else "–")
+        seeds = ", ".join(map(str, sorted(found)))
+        body.append([f"{spec.title}, {'accuracy, %' if metric == 'accuracy' else 'loss'}", seeds, *cells])
+    return table(["task", "seeds", *names.values()], body)
+
+
 def render(text: str) -> str:
     """The page with every marked table made anew. Raises ValueError for a table that there is not."""
 
@@ -102,7 +126,7 @@ def render(text: str) -> str:
         name = found[1]
         if name in STUDIES:
             return f"{name}{found[2]}\n{study(name)}\n"
-        makers = {"goals": goals, "one-flag": one_flag}
+        makers = {"goals": goals, "one-flag": one_flag, "now": now}
         if name not in makers:
             raise ValueError(f"README.md: table: got {name!r}, accepted: {', '.join((*STUDIES, *makers))}")
         return f"{name}{found[2]}\n{makers[name]()}\n"
