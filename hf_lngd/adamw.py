@@ -98,7 +98,7 @@ class AdamW:
         first, second = ([local(state[name]) for state in own] for name in ("exp_avg", "exp_avg_sq"))
         gradients = [local(p.grad) for p in parameters]  # type: ignore[arg-type]
         (squares,) = layout.complete([squared_norms(gradients)])
-        bad = (~torch.isfinite(squares)).any().long()
+        bad = (~(squares < torch.inf)).any().long()
         self.skipped = self.skipped + bad
         with Rounding(states).full(parameters) as whole:
             gradients = [
@@ -220,7 +220,7 @@ class EmbeddingTable(Collector):
         lam = damping(frequency.mean(), c.damping, c.damping_rho, c.damping_bounds)
         momentum, grad = local(state["momentum"]), local(self.weight.grad).to(frequency.dtype)
         (square,) = layout.complete([torch.linalg.vector_norm(grad).square()])
-        bad = ~torch.isfinite(square)
+        bad = ~(square < torch.inf)
         self.skipped = self.skipped + bad
         grad = torch.where(bad, 0.0, grad)
         if c.momentum_on == "gradient":

@@ -146,13 +146,13 @@ def eye_like(matrix: Tensor) -> Tensor:
 
 
 # Polar Express (Amsel, Persson, Musco, Gower 2025): the minimax quintic of each step for singular values in [0.05, 1].
+# Quintics diverge above 1, where rounding lifts values: the first is of x / 1.01.
+_SAFETY = 1.01
 QUINTICS = (
-    (6.68552007671117, -17.8112697677008, 12.6195413037955),
+    (6.68552007671117 / _SAFETY, -17.8112697677008 / _SAFETY**3, 12.6195413037955 / _SAFETY**5),
     (2.51273712828626, -1.81954295890403, 0.419863121622494),
     (1.92697853828797, -1.3066162336211, 0.380705135148909),
 )
-# The quintics diverge above 1, where rounding lifts values.
-_SAFETY = 1.01
 
 
 def polar_root(gram: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def polar_root(gram: Tensor) -> Tensor:
     if gram.shape[-1] == 1:
         return gram * size.rsqrt()
     z = gram @ gram
-    bound = torch.linalg.vector_norm(z, dim=(-2, -1), keepdim=True).sqrt() * _SAFETY**2
+    bound = torch.linalg.vector_norm(z, dim=(-2, -1), keepdim=True).sqrt()
     bound = bound.clamp_min(1 / gram.shape[-1])  # what it is at the least, but of zeros
     gram, z = gram / bound, z / bound.square()
     product: Tensor | None = None

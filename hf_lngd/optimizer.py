@@ -224,10 +224,11 @@ class LNGD(torch.optim.Optimizer):
         if not gradients:
             return
         (squares,) = layout.complete([squared_norms(gradients)])
-        bad = ~torch.isfinite(squares)
+        bad = ~(squares < torch.inf)
         sizes = [len(own) * len(own[0].parameters) if own else 0 for own in layers]
         for job, own, some in zip(jobs, layers, bad.split(sizes), strict=True):
-            job.unusable = some.view(len(own), -1).any(1).to(job.batch.rate.device) if own else some
+            some = some if len(some) == len(own) else some.view(len(own), -1).any(1)
+            job.unusable = some.to(job.batch.rate.device)
         self.core.skipped_gradients = self.core.skipped_gradients + bad.sum()
 
     def _average(self, job: Job, parts: list[Tensor]) -> None:
