@@ -15,7 +15,6 @@ Kernel calls of a settled step, views left out, are those that torch's dispatche
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -111,15 +110,26 @@ COUNTED: dict[str, tuple[Case, int]] = {
 }
 
 
+def _newton_schulz(
+    grad: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """torch's `_zeropower_via_newtonschulz` in the gradient's own precision."""
+    a, b, c = coefficients
+    x = grad.T if grad.shape[0] > grad.shape[1] else grad
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if grad.shape[0] > grad.shape[1] else x
+
+
 @contextmanager
 def muon_in_float32() -> Iterator[None]:
-    """torch's Muon without its cast to bfloat16, where that is emulated."""
+    """torch's Muon in float32, where bfloat16 is emulated."""
     name = "_zeropower_via_newtonschulz"
     own = getattr(_muon, name)
     if not fast_bfloat16(torch.device("cpu")):
-        source = inspect.getsource(own)
-        assert ".bfloat16()" in source, "torch.optim.Muon has changed"
-        exec(source.replace(".bfloat16()", ".float()"), vars(_muon))  # the library's own text, one cast less
+        setattr(_muon, name, _newton_schulz)
     try:
         yield
     finally:

@@ -49,7 +49,7 @@ def test_views_are_no_calls() -> None:
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_muon_keeps_its_text_but_for_the_cast(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_is_torchs_but_for_its_precision(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_batches, "fast_bfloat16", lambda device: fast)
     own = _muon._zeropower_via_newtonschulz
     grad = torch.randn(4, 6)
