@@ -55,7 +55,7 @@ test-oldest: ## the test suite with the oldest versions that are supported, on P
 	$(PYTEST) --ignore=tests/studies --ignore=tests/compat --ignore=tests/integration/test_golden.py -m "not slow"
 
 # Each with what it asks for, in a folder before the environment's own.
-TRANSFORMERS ?= 5.6 5.10 5.16 5.20
+TRANSFORMERS ?= 5.6 5.10 5.16 5.22
 test-transformers: $(STAMP) ## register() and our trainers with other versions of transformers, TRANSFORMERS="5.6 5.10"
 	for version in $(TRANSFORMERS); do folder=$(VENV)/transformers/$$version; \
 		[ -d $$folder ] || $(BIN)/python -m pip install -q --target $$folder "transformers==$$version.*" || exit 1; \

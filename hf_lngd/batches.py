@@ -41,6 +41,11 @@ class LayerBatch:
         """Matrices a layer."""
         return self.members[0].units
 
+    def own(self, layer: Layer) -> slice:
+        """The rows of one of `layers`' matrices."""
+        first = self.place[layer] * self.units
+        return slice(first, first + self.units)
+
     def index(self, layers: Sequence[Layer], units: int | None = None) -> slice | Tensor:
         """The rows of these of `layers`' matrices (or of tensors with `units` rows a layer); a slice where it is
         all."""

@@ -66,7 +66,6 @@ def _regex(name: str, value: Any) -> None:
 
 
 _POSITIVE = _number("above 0", lambda x: x > 0)
-_NOT_NEGATIVE = _number("at least 0", lambda x: x >= 0)
 _FRACTION = _number("in [0, 1)", lambda x: 0 <= x < 1)
 _AUTO = _must("auto or an integer, at least 1", lambda x: x == "auto" or (_is(x, int) and x >= 1))
 _DECAY = _must("auto or a number, at least 0", lambda x: x == "auto" or (_is(x, int, float) and 0 <= x < math.inf))

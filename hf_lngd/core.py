@@ -249,8 +249,7 @@ class Core:
             bank = self.built.bank_of[group]
             rows = torch.tensor(bank.rows_of([group]), device=layer.weight.device)
             batch = next(batch for batch in self.batches if layer in batch.place)
-            first = batch.place[layer] * layer.units
-            own = {key: value[first : first + layer.units] for key, value in batch.state.items()}
+            own = {key: value[batch.own(layer)] for key, value in batch.state.items()}
             found = self.method.direction.factors(layer, bank, rows, own)
             found = {key: value if layer.units > 1 else value[0].clone() for key, value in found.items()}
         owner = self.layout.owner(group)
@@ -289,8 +288,7 @@ def _kept(layer: Layer, batch: LayerBatch, group: str) -> Iterator[tuple[str, Te
     """Name and view of what the owner of a layer keeps of it and of its group, of two dimensions, so that
     they can be sharded by rows as parameters are; and whether it is its group's."""
     assert batch.bank is not None
-    first = batch.place[layer] * layer.units
-    own, shared = range(first, first + layer.units), batch.bank.rows[group]
+    own, shared = batch.own(layer), batch.bank.rows[group]
     for rows, tensors, of_group in ((own, batch.state, False), (shared, batch.bank.tensors(), True)):
         for key, value in tensors.items():
             view = value[rows.start : rows.stop]

@@ -151,14 +151,18 @@ class Polar:
         dtype = matmul_dtype(x.gradient.dtype, x.gradient.device)
         grad = x.gradient.to(dtype)
         v = None if self._whiten == "none" else x.bank.whitener(x.rows, dtype)  # type: ignore[attr-defined]
-        if self._whiten == "both" and x.step % PSI_INTERVAL == 0:
-            self._update_psi(grad if v is None else apply_right(grad, v.mT), x)
+        tall, updates_psi = m > columns and heads == 1, self._whiten == "both" and x.step % PSI_INTERVAL == 0
+        white = grad
+        if v is not None and (updates_psi or not tall):
+            white = apply_right(grad, v.mT)
+        if updates_psi:
+            self._update_psi(white, x)
         u = x.state["psi_whitener"].to(dtype) if self._whiten == "both" else None
-        if m > columns and heads == 1:
+        if tall:
             w = grad if u is None else apply_left(u, grad)
             direction = w @ _root(w.mT @ w, v)
             return direction if u is None else apply_left(u.mT, direction)
-        w = (grad if v is None else apply_right(grad, v.mT)).view(-1, m // heads, columns)
+        w = white.view(-1, m // heads, columns)
         u = u if u is None or heads == 1 else u.flatten(0, 1).unsqueeze(1)
         direction = (_root(w @ w.mT, u) @ w).view(grad.shape)
         return direction if v is None else apply_right(direction, v)

@@ -85,7 +85,7 @@ def _names_in(entry: dict[str, Any], number: int, routing: Routing) -> list[str]
     if "lr" in entry:
         check_lr(entry["lr"])
     decay = entry.get("weight_decay", 0.0)
-    if not decay >= 0:
+    if not isinstance(decay, (int, float)) or not decay >= 0:
         raise ValueError(f"param_groups: entry {number}: weight_decay must be non-negative, got {decay}")
     params, trained = entry["params"], routing.trained()
     if isinstance(params, str):

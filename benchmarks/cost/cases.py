@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from benchmarks.tasks.cifar10 import make_resnet, make_vit
 
 BATCH, TOKENS, IMAGES = 64, 32, 128
 Batch = dict[str, Tensor]
+# a new model, and its next batch
+Case = tuple[Callable[[], nn.Module], Callable[[torch.Generator], Batch]]
 
 
 def marian(width: int, ffn: int, heads: int, layers: int, vocabulary: int) -> nn.Module:
@@ -47,24 +50,44 @@ def transformer_big() -> nn.Module:
     return marian(1024, 4096, 16, 6, 32_000)
 
 
-def sentences(generator: torch.Generator) -> Batch:
-    """A batch for the Marian."""
-    tokens = torch.randint(3, 8_000, (2, BATCH, TOKENS), generator=generator)
-    return {"input_ids": tokens[0], "attention_mask": torch.ones_like(tokens[0]), "labels": tokens[1]}
+def text(model: Callable[[], nn.Module], batch: int, length: int, vocabulary: int, classes: int = 0) -> Case:
+    """Random tokens, to be translated, or of so many classes."""
+
+    def feed(generator: torch.Generator) -> Batch:
+        tokens = torch.randint(3, vocabulary, (2, batch, length), generator=generator)
+        labels = torch.randint(0, classes, (batch,), generator=generator) if classes else tokens[1]
+        return {"input_ids": tokens[0], "attention_mask": torch.ones_like(tokens[0]), "labels": labels}
+
+    return model, feed
 
 
-def images(generator: torch.Generator) -> Batch:
-    """A batch for the models of images."""
-    labels = torch.randint(0, 10, (IMAGES,), generator=generator)
-    return {"pixel_values": torch.randn(IMAGES, 3, 32, 32, generator=generator), "labels": labels}
+def images(model: Callable[[], nn.Module], batch: int, size: int) -> Case:
+    """Random images of ten classes."""
+
+    def feed(generator: torch.Generator) -> Batch:
+        labels = torch.randint(0, 10, (batch,), generator=generator)
+        return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator), "labels": labels}
+
+    return model, feed
 
 
-# name → a new model, and its next batch
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Batch]]] = {
-    "marian": (lambda: small(), sentences),
-    "resnet": (lambda: make_resnet(0), images),
-    "vit": (lambda: make_vit(0), images),
+CASES: dict[str, Case] = {
+    "marian": text(lambda: small(), BATCH, TOKENS, 8_000),
+    "resnet": images(lambda: make_resnet(0), IMAGES, 32),
+    "vit": images(lambda: make_vit(0), IMAGES, 32),
 }
+
+
+def timed_step(model: nn.Module, optimizer: Any, batch: Batch, now: Callable[[], float]) -> tuple[float, float]:
+    """One training step; seconds by the clock `now` of the whole, and of `optimizer.step()`."""
+    start = now()
+    model(**batch).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    middle = now()
+    optimizer.step()
+    end = now()
+    optimizer.zero_grad()
+    return now() - start, end - middle
 
 
 def make(name: str) -> tuple[nn.Module, Callable[[torch.Generator], Batch]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from transformers import (
 )
 
 from benchmarks.cost import cases
+from benchmarks.cost.cases import Case, images, text, timed_step
 from benchmarks.report.tables import table
 from benchmarks.studies.rivals import Settings, Together, adamw, muon
 from benchmarks.studies.runs import hardware
@@ -49,29 +51,6 @@ from hf_lngd.linalg import fast_bfloat16
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "small_batches.json"
 RATES = Settings(1e-3, 1e-3)
 INTERVAL = 20
-Batch = dict[str, torch.Tensor]
-Case = tuple[Callable[[], nn.Module], Callable[[torch.Generator], Batch]]
-
-
-def text(model: Callable[[], nn.Module], batch: int, length: int, vocabulary: int, classes: int = 0) -> Case:
-    """Random tokens, to be translated, or of so many classes."""
-
-    def feed(generator: torch.Generator) -> Batch:
-        tokens = torch.randint(3, vocabulary, (2, batch, length), generator=generator)
-        labels = torch.randint(0, classes, (batch,), generator=generator) if classes else tokens[1]
-        return {"input_ids": tokens[0], "attention_mask": torch.ones_like(tokens[0]), "labels": labels}
-
-    return model, feed
-
-
-def images(model: Callable[[], nn.Module], batch: int, size: int) -> Case:
-    """Random images of ten classes."""
-
-    def feed(generator: torch.Generator) -> Batch:
-        labels = torch.randint(0, 10, (batch,), generator=generator)
-        return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator), "labels": labels}
-
-    return model, feed
 
 
 def vit() -> nn.Module:
@@ -171,18 +150,10 @@ def seconds_of(case: Case, rounds: int, show: Callable[[], Any]) -> dict[str, di
         batch, first = feed(generator), turn % len(names)
         for name in names[first:] + names[:first]:
             model, optimizer = contenders[name]
-            start = time.process_time()
-            model(**batch).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            middle = time.process_time()
-            optimizer.step()
-            end = time.process_time()
-            optimizer.zero_grad()
-            if turn < INTERVAL:
-                found[name]["first"].append(time.process_time() - start)
-            else:
-                found[name]["step"].append(time.process_time() - start)
-                found[name]["optimizer"].append(end - middle)
+            whole, own = timed_step(model, optimizer, batch, time.process_time)
+            found[name]["first" if turn < INTERVAL else "step"].append(whole)
+            if turn >= INTERVAL:
+                found[name]["optimizer"].append(own)
         show()
     return found
 
@@ -252,6 +223,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.rounds < INTERVAL or args.rounds % INTERVAL:
         raise ValueError(f"--rounds: got {args.rounds}, accepted: a multiple of {INTERVAL}")
     torch.set_num_threads(1)
+    for given in args.models or ():
+        if not any(name.startswith(given) for name in CASES):
+            raise ValueError(f"--models: got {given!r}, accepted: beginnings of {'; '.join(CASES)}")
     chosen = [name for name in CASES if not args.models or name.startswith(tuple(args.models))]
     known = json.loads(args.results.read_text(encoding="utf-8"))["rows"] if args.results.exists() else []
     rows = {row["model"]: row for row in known}
@@ -268,4 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")

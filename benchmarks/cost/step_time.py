@@ -86,15 +86,9 @@ class Contender:
 
     def run(self, batch: dict[str, Tensor]) -> None:
         """One training step: whole seconds to `step`, those of `optimizer.step()` to `update`."""
-        start = time.perf_counter()
-        self.model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        middle = time.perf_counter()
-        self.optimizer.step()
-        end = time.perf_counter()
-        self.optimizer.zero_grad()
-        self.update.append(end - middle)
-        self.step.append(time.perf_counter() - start)
+        whole, update = cases.timed_step(self.model, self.optimizer, batch, time.perf_counter)
+        self.step.append(whole)
+        self.update.append(update)
 
     def seconds(self, which: str) -> list[float]:
         """Of the whole steps ("step") or of the optimizer alone ("optimizer")."""

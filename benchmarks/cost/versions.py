@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cost.cases import make
+from benchmarks.cost.cases import make, timed_step
 
 LR = 1e-3
 OWN = Path(__file__).resolve().parents[2]
@@ -84,15 +84,7 @@ def main(checkout: str, name: str) -> None:
     model, feed = make(name)
     optimizer, generator = lngd.LNGD(model, lr=LR), torch.Generator().manual_seed(0)
     for _ in sys.stdin:
-        batch = feed(generator)
-        start = time.process_time()
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        middle = time.process_time()
-        optimizer.step()
-        end = time.process_time()
-        optimizer.zero_grad()
-        print(time.process_time() - start, end - middle, flush=True)
+        print(*timed_step(model, optimizer, feed(generator), time.process_time), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hf_lngd import linalg
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = small_batches.text(lambda: cases.marian(16, 32, 2, 1, 50), 2, 4, 50)
+    case = cases.text(lambda: cases.marian(16, 32, 2, 1, 50), 2, 4, 50)
     monkeypatch.setattr(small_batches, "CASES", {"tiny": (case, 1e9), "other": (case, 0.0)})
     monkeypatch.setattr(small_batches, "COUNTED", {"tiny": (case, 10_000)})
 
@@ -37,6 +37,8 @@ def test_rows_of_chosen_models_are_written_and_others_stay(
     assert any("| other " in line and "| no |" in line for line in lines)
     with pytest.raises(ValueError, match="--rounds: got 30, accepted: a multiple of 20"):
         small_batches.main(["--rounds", "30", "--results", str(file)])
+    with pytest.raises(ValueError, match="--models: got 'tin,', accepted: beginnings of tiny; other"):
+        small_batches.main(["--models", "tin,", "--results", str(file)])
 
 
 def test_views_are_no_calls() -> None:

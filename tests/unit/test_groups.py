@@ -65,6 +65,7 @@ def test_entries_make_a_group_for_each_kind_in_them() -> None:
         ([{"lr": 1.0}], "entry 0: got {'lr': 1.0}, accepted: a dict with the key 'params'"),
         ([{"params": "1", "lr": -1}], "lr: got -1"),
         ([{"params": "1", "weight_decay": -1.0}], "weight_decay"),
+        ([{"params": "1", "weight_decay": "auto"}], "weight_decay must be non-negative, got auto"),
         ([{"params": "("}], "params"),
     ],
 )
