@@ -31,8 +31,8 @@ Images = tuple[Tensor, Tensor]
 
 
 @cache
-def load(folder: Path) -> dict[str, Images]:
-    """The images [N, 3, 32, 32] as bytes and labels [N] of each part: train, tune, test.
+def load(folder: Path, train: int = TRAIN) -> dict[str, Images]:
+    """The images [N, 3, 32, 32] as bytes and labels [N] of each part: train (so many), tune, test.
 
     Raises:
         ValueError: the folder lacks the files.
@@ -40,7 +40,7 @@ def load(folder: Path) -> dict[str, Images]:
     from datasets import load_dataset
 
     found: dict[str, Images] = {}
-    wanted = {"train": TRAIN + HELD_OUT, "test": HELD_OUT}
+    wanted = {"train": train + HELD_OUT, "test": HELD_OUT}
     for part, count in wanted.items():
         files = sorted(str(path) for path in folder.glob(f"{part}*.parquet"))
         if not files:
@@ -51,7 +51,7 @@ def load(folder: Path) -> dict[str, Images]:
         pixels = np.stack([np.asarray(row.convert("RGB")) for row in rows[image]])
         found[part] = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(rows[label])
     x, y = found["train"]
-    return {"train": (x[:TRAIN], y[:TRAIN]), "tune": (x[TRAIN:], y[TRAIN:]), "test": found["test"]}
+    return {"train": (x[:train], y[:train]), "tune": (x[train:], y[train:]), "test": found["test"]}
 
 
 def _image_feature() -> Any:
