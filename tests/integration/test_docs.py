@@ -133,7 +133,7 @@ QUOTES = [
     ("gained −0.037 there beside", HERE, "| `embedding` |", "beside exact −0.037"),
     ("`momentum_on=update` costs +0.106", HERE, "| `momentum_on` |", "update, +0.106"),
     ("`direction=natural` +0.194", HERE, "| `direction` |", "natural, +0.194"),
-    ("state was 0.86 of AdamW's with `fast`", "docs/cost.md", "**Memory**:", "0.86 `fast`"),
+    ("state was 0.86 of AdamW's with `fast`", "docs/cost.md", "AdamW's state for `fast`", "0.86 `fast`"),
     ("LNGD ends 0.14 below AdamW on Multi30k", HERE, "LNGD ends lowest, 0.14", "0.14 below AdamW"),
     ("and 0.041 on WMT news", HERE, "The order is the same and", "0.041 below AdamW"),
     ("after 0.97 and 0.95 of its seconds", HERE, "LNGD ends lowest, 0.14", "0.97 of AdamW's seconds"),
