@@ -70,3 +70,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return link[0] if path is None else posixpath.relpath(uri_of(path), posixpath.dirname(page.file.src_uri) or ".")
 
     return LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings have a few of Sphinx's marks, which Markdown shows as they are."""
+    return re.sub(r":(?:class|func|meth):(?=<code>)", "", html).replace("::</p>", ":</p>")
