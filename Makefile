@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations=10 $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo demo-vision test test-studies test-compat test-oldest test-transformers test-all lint format audit clean
+.PHONY: help env demo demo-vision docs test test-studies test-compat test-oldest test-transformers test-all lint format audit clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|' 2>/dev/null \
@@ -83,6 +83,19 @@ audit: $(STAMP) ## known weaknesses of what is installed, by pip-audit (asks osv
 	PIPAPI_PYTHON_LOCATION=$(abspath $(BIN))/python $(VENV)/audit/bin/python -m pip_audit \
 		--vulnerability-service osv --skip-editable
 
+# In an environment of its own, without torch: the API is read from the source. Installed is what the extra `docs` names.
+DOCS_STAMP := $(VENV)/docs/.installed
+
+docs: $(DOCS_STAMP) ## the documentation, into site/; warnings, dead links and anchors among them, are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/python -m mkdocs build --strict
+
+$(DOCS_STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['optional-dependencies']['docs'], sep='\n')" > $(VENV)/docs/requirements.txt
+	$(VENV)/docs/bin/python -m pip install -q -r $(VENV)/docs/requirements.txt
+	@touch $@
+
 clean: ## remove the environment, caches and what the demo wrote
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,12 @@
 
 import sys
 
-from .integrations.command import main
+from . import __version__
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:] == ["--version"]:
+        print(f"hf_lngd {__version__}")
+    else:
+        from .integrations.command import main
+
+        main(sys.argv[1:])

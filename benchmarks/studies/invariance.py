@@ -1,4 +1,4 @@
-"""How far apart one process and many end: the figures of the README's part on many processes.
+"""How far apart one process and many end: the figures of docs/distributed.md.
 
     python -m benchmarks.studies.invariance
     python -m benchmarks.studies.invariance --model DIR --data DIR

@@ -21,6 +21,7 @@ python -m hf_lngd script.py --optim lngd ...    runs a script of a stock Trainer
 python -m hf_lngd -m module --optim lngd ...    the same for a module
 python -m hf_lngd doctor MODEL                  who owns which parameter, factors, bytes of state (--help for more)
 python -m hf_lngd --options                     what --optim_args accepts: each option with its default and meaning
+python -m hf_lngd --version                     of this package
 
 Launchers: torchrun ... -m hf_lngd script.py ...; accelerate launch ... -m hf_lngd script.py ..."""
 ACCEPTED = "accepted: a Python file, -m with a module, or doctor with a model"

@@ -39,7 +39,8 @@ def create_lngd_optimizer(
 
     Args:
         args: training arguments whose `optim_args`, `learning_rate`, `weight_decay` and `adam_*` are used.
-        config, lr: in place of the settings and the rate of `args`; a rate of 1e-3 if neither is given.
+        config: in place of the settings of `args`.
+        lr: in place of the rate of `args`; 1e-3 if neither is given.
         **fields: fields of `LNGDConfig`, on top of the rest; `param_groups` and `layout` of `LNGD`.
 
     Raises:

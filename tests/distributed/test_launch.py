@@ -1,4 +1,4 @@
-"""The commands of the README's part on many processes, as printed; faults that end a job and are named."""
+"""The commands of docs/distributed.md, as printed; faults that end a job and are named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE"
 
 
 def launch(command: list[str], folder: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the README in a folder, with the launchers of this environment."""
+    """Run a command of the page in a folder, with the launchers of this environment."""
     launchers = {
         "torchrun": ["-m", "torch.distributed.run"],
         "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
@@ -49,8 +49,8 @@ def launch(command: list[str], folder: Path = ROOT, **more: str) -> subprocess.C
 
 
 def commands() -> list[list[str]]:
-    """The README's commands for several processes."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """The page's commands for several processes."""
+    text = (ROOT / "docs/distributed.md").read_text(encoding="utf-8")
     return [
         shlex.split(line)
         for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
@@ -60,7 +60,7 @@ def commands() -> list[list[str]]:
 
 
 def printed(launcher: str, script: str) -> list[str]:
-    """The README's one command with this launcher and script."""
+    """The page's one command with this launcher and script."""
     (found,) = (command for command in commands() if command[0] == launcher and script in command)
     return found
 

@@ -229,19 +229,19 @@ def resumed(pools: Pools, ranks: Ranks, whole: Path, stop: int, folder: Path, **
 # Factor steps are 0, 4, 8: within an epoch between factor steps, at its end, and within the next before one.
 STOPS = (5, 6, 8)
 PROCESSES: tuple[Ranks, ...] = (1, 2, 4, FSDP2)
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md"
 
 
 def promise(before: Ranks, after: Ranks) -> str:
-    """What the README says of a run that goes on from another's checkpoint."""
+    """What docs/checkpoints.md says of a run that goes on from another's checkpoint."""
     return "to the bit" if before == after else "≤ 1e-10"
 
 
-def test_the_table_of_the_readme_is_what_is_tested_here() -> None:
+def test_the_table_of_the_page_is_what_is_tested_here() -> None:
     head = f"| written by ↓, resumed on → | {' | '.join(map(str, PROCESSES))} |"
     rows = [f"| {b} | {' | '.join(promise(b, a) for a in PROCESSES)} |" for b in PROCESSES]
     table = "\n".join([head, "| --- " * (1 + len(PROCESSES)) + "|", *rows])
-    assert table in README.read_text(encoding="utf-8"), table
+    assert table in PAGE.read_text(encoding="utf-8"), table
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,7 @@ def test_accelerate_loops_step_and_resume_as_plain_ones(tmp_path: Path) -> None:
 
 
 def test_a_preset_or_family_by_name_is_that_with_the_rates_of_the_arguments(tmp_path: Path) -> None:
-    """Precedence as in README: keywords, then the arguments, then the family, then the preset."""
+    """Precedence as in docs/options.md: keywords, then the arguments, then the family, then the preset."""
     args = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=0.02, weight_decay=0.1, optim_args="seed=5")
     for fields in ({"preset": "paper"}, {"family": "kfac"}):
         optimizer = create_lngd_optimizer(hf_vit(), args, **fields)

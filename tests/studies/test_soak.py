@@ -45,7 +45,7 @@ def test_the_committed_run_is_the_whole_one() -> None:
     found = json.loads(RESULT.read_text())
     assert found["steps"] == 20_000 and found["flat"] and found["finite"]
     assert min(found[what] for what in ("evaluations", "checkpoints", "restarts", "faults")) > 100
-    readme = " ".join((RESULT.parents[2] / "README.md").read_text().split())
+    page = " ".join((RESULT.parents[2] / "docs" / "cost.md").read_text().split())
     intervals = (found["config"]["factor_interval"], found["config"]["inverse_interval"])
-    assert f"its `config` is the default of that time with intervals of {intervals[0]} and {intervals[1]}," in readme
+    assert f"its `config` is the default of that time with intervals of {intervals[0]} and {intervals[1]}," in page
     assert found["loss_of_the_last_tenth"] < found["loss_of_the_first_tenth"]

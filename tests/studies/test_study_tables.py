@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from study_helpers import row_of
 
-from benchmarks.report import clocks, readme_tables, tables
+from benchmarks.report import clocks, result_tables, tables
 from benchmarks.studies import runs, spec
 from benchmarks.studies.rivals import Settings, label
 
@@ -62,16 +62,16 @@ def test_runs_of_several_lengths_compare_on_the_seeds_that_have_them_all(tmp_pat
 
 
 def test_diverged_runs_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No goal is met by the seeds that were lucky, and README's table counts the others."""
+    """No goal is met by the seeds that were lucky, and the table of results counts the others."""
     results = runs.Results(tmp_path / "r.json")
     for name in ("adamw", "lngd"):
         results.add(row_of(name, 1, [(50, 5.0, 5.0), (100, 20.0, 4.0)]))
-    monkeypatch.setattr(readme_tables, "results_of", lambda name: (spec.named(name), results))
-    assert readme_tables._goal(results, "lngd", "adamw", "loss", 1.0) == "**(1.00)**"
-    assert "diverged" not in readme_tables.study("multi30k")
+    monkeypatch.setattr(result_tables, "results_of", lambda name: (spec.named(name), results))
+    assert result_tables._goal(results, "lngd", "adamw", "loss", 1.0) == "**(1.00)**"
+    assert "diverged" not in result_tables.study("multi30k")
     results.add(row_of("lngd", 2, [(50, 5.0, None)]))  # type: ignore[list-item]
-    assert readme_tables._goal(results, "lngd", "adamw", "loss", 1.0) == "diverged"
-    lines = readme_tables.study("multi30k").splitlines()
+    assert result_tables._goal(results, "lngd", "adamw", "loss", 1.0) == "diverged"
+    lines = result_tables.study("multi30k").splitlines()
     at = [cell.strip() for cell in lines[0].split("|")].index("diverged")
     counts = {line.split("|")[1].strip(" *"): line.split("|")[at].strip() for line in lines[2:]}
     assert counts == {"AdamW (two rates)": "0", "LNGD (two rates)": "1"}
@@ -86,7 +86,7 @@ def test_whether_the_goal_in_time_is_met(tmp_path: Path) -> None:
     results.add(row_of("lngd-same", 1, [(50, 9.0, 5.0), (100, 22.0, 4.0)]))
 
     def goal(ours: str, other: str, most: float) -> str:
-        return readme_tables._goal(results, ours, other, "loss", most)
+        return result_tables._goal(results, ours, other, "loss", most)
 
     assert goal("lngd", "adamw", 0.5) == "**(0.45)**" and goal("lngd", "adamw", 0.4) == "(0.45)"
     assert goal("lngd-same", "adamw", 0.5) == "(1.10)" and goal("lngd-same", "muon", 0.9) == "never"

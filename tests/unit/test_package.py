@@ -48,6 +48,14 @@ def test_wheel_has_licence_types_and_metrics(installed: Path) -> None:
     assert not (installed / "tests").exists() and not (installed / "scripts").exists()
 
 
+def test_the_wheel_says_its_version(installed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hf_lngd", "--version"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{done.stdout.replace(' ', '-').strip()}.dist-info" in {path.name for path in installed.iterdir()}
+
+
 def test_wheel_loads_its_metrics_offline(installed: Path, tmp_path: Path) -> None:
     code = (
         "import hf_lngd\n"

@@ -1,15 +1,17 @@
-"""Writes the tables of results into README.md from the files of results; runs nothing.
+"""Writes the tables of results into README.md and the pages of docs/ from the files of results; runs nothing.
 
-    python -m benchmarks.report.readme_tables
+    python -m benchmarks.report.result_tables
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`: NAME is a study of
 `benchmarks/studies/specs/`, `goals` (what of the goal in time is met), `one-flag` (AdamW and LNGD, each with one
-rate) or `now` (the default as it is now). A test asks whether README has them as they are.
+rate), `now` (the default as it is now) or `small-batches` (what a step costs). A test asks whether the pages have them
+as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -18,12 +20,22 @@ from benchmarks.studies.runs import Results
 from benchmarks.studies.spec import Spec, named
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/cost.md"))
 MARKED = re.compile(r"(?<=<!-- table: )([\w-]+)( -->\n).*?(?=<!-- end of table -->)", re.DOTALL)
 STUDIES = ("multi30k", "cifar10-resnet", "cifar10-vit", "marian-multi30k", "marian-wmt", "cifar10-efficientnet")
 # Of `results_rows`, what does not fit a page; diverged runs have their column where there are any.
 LEFT_OUT = ("ms a step", "peak, MiB")
 DIVERGED = "diverged"
 OURS = ("lngd", "lngd-same")
+# The models of `small_batches.json`: what they are, and a step of theirs.
+SMALL_BATCHES = {
+    "marian, 64 × 32": ("Marian, width 256", "64 × 32 tokens"),
+    "marian, 16 × 24": ("Marian, width 256", "16 × 24 tokens"),
+    "distilbert, 16 × 64": ("DistilBERT, width 768", "16 × 64 tokens"),
+    "resnet, 128": ("ResNet, 32 to 128 channels", "128 images, 32 × 32"),
+    "vit, 8": ("ViT, width 192", "8 images, 64 × 64"),
+    "convnext, 16": ("ConvNeXt, 40 to 320 channels", "16 images, 64 × 64"),
+}
 # Whose quality, in what part of its time at most.
 GOALS = {"adamw": 0.5, "adamw-one": 0.5, "muon": 0.9, "soap": 0.9}
 
@@ -119,6 +131,20 @@ def now() -> str:
     return table(["task", "seeds", *names.values()], body)
 
 
+def small_batches() -> str:
+    """What a step costs beside AdamW's, by model and batch."""
+    file = ROOT / "benchmarks" / "results" / "small_batches.json"
+    rows = {row["model"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    body = []
+    for name, (model, batch) in SMALL_BATCHES.items():
+        if name in rows:
+            row = rows[name]
+            muon = f"{row['muon_ms'] / row['adamw_ms']:.2f}"
+            lngd = f"**{row['step_to_adamw']:.2f}** ± {row['standard_error']:.2f}"
+            body.append([model, batch, f"{row['adamw_ms']:.0f} ms", muon, lngd])
+    return table(["model", "a step", "AdamW", "Muon / AdamW", "**LNGD / AdamW**"], body)
+
+
 def render(text: str) -> str:
     """The page with every marked table made anew. Raises ValueError for a table that there is not."""
 
@@ -126,17 +152,18 @@ def render(text: str) -> str:
         name = found[1]
         if name in STUDIES:
             return f"{name}{found[2]}\n{study(name)}\n"
-        makers = {"goals": goals, "one-flag": one_flag, "now": now}
+        makers = {"goals": goals, "one-flag": one_flag, "now": now, "small-batches": small_batches}
         if name not in makers:
-            raise ValueError(f"README.md: table: got {name!r}, accepted: {', '.join((*STUDIES, *makers))}")
+            raise ValueError(f"table: got {name!r}, accepted: {', '.join((*STUDIES, *makers))}")
         return f"{name}{found[2]}\n{makers[name]()}\n"
 
     return MARKED.sub(made, text)
 
 
-def main(page: Path = ROOT / "README.md") -> None:
-    """Rewrites the page."""
-    page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
+def main() -> None:
+    """Rewrites the pages."""
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
