@@ -68,6 +68,7 @@ class ModelArguments:
     model_revision: str = option("main", "Branch, tag or commit of the model on the Hub.")
     token: str | None = option(None, "Token for private models; by default the one that `hf auth login` stored.")
     trust_remote_code: bool = option(False, "Run code that comes with a model or data set. Only if you trust it.")
+    overwrite_output_dir: bool = option(False, "Replace the model, checkpoints and results that --output_dir has.")
 
 
 @dataclass

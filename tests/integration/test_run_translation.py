@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,32 @@ def test_resume_goes_on_to_the_same_end(models: Files, data: Files, tmp_path: Pa
     last = weights("whole", resume_from_checkpoint="last")
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]) and torch.equal(value, last[name]), name
+
+
+def test_another_runs_model_and_results_are_replaced_with_consent_alone(
+    models: Files, data: Files, tmp_path: Path, run: Run, refused: Callable[[list[str]], str]
+) -> None:
+    folder = tmp_path / "out"
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    run(from_scratch(models, data, folder, ALL, **saving))
+    before = (folder / "model.safetensors").read_bytes()
+    for more in ({}, {"resume_from_checkpoint": tmp_path / "out" / ".." / "copy" / "checkpoint-2"}):
+        if more:
+            shutil.copytree(folder / "checkpoint-2", tmp_path / "copy" / "checkpoint-2")
+        last = refused(from_scratch(models, data, folder, ["--do_train", *FLAGS], **more))
+        assert last.startswith(f"error: output_dir: got '{folder}', which has checkpoint-3, checkpoint-2, model.safe")
+        assert "--overwrite_output_dir" in last and (folder / "model.safetensors").read_bytes() == before
+    assert "predict_bleu" in numbers(folder)
+
+    run(from_scratch(models, data, folder, ["--do_eval", *FLAGS]))  # needs no consent, and says nothing of training
+    assert "eval_bleu" in numbers(folder) and not {"train_loss", "predict_bleu"} & set(numbers(folder))
+    assert (folder / "train_results.json").is_file() and (folder / "checkpoint-2").is_dir()
+
+    run(from_scratch(models, data, folder, ["--do_train", *FLAGS], overwrite_output_dir="true", seed=5))
+    assert "train_loss" in numbers(folder) and "eval_bleu" not in numbers(folder)
+    left = {path.name for path in folder.iterdir()}
+    assert not left & {"checkpoint-2", "eval_results.json", "predict_results.json", "generated_predictions.txt"}
+    assert (folder / "model.safetensors").read_bytes() != before
 
 
 def test_arguments_from_a_json_file_and_a_data_set_in_a_folder(
