@@ -291,10 +291,22 @@ class LNGDTrainerMixin(_ATrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         lngd = lngd_of(self.optimizer)
+        given = [] if lngd is None or not checkpoint else [dict(group) for group in lngd.param_groups]
         if self.is_fsdp_enabled and lngd is not None and checkpoint:
             fsdp.load(self, lngd, checkpoint)
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
+        if lngd is not None:
+            self._keep_rates(lngd, given)
+
+    def _keep_rates(self, lngd: LNGD, given: list[dict[str, Any]]) -> None:
+        """Go on with the rates and decays of the arguments, where the checkpoint's, which are loaded, are others."""
+        for number, (group, own) in enumerate(zip(lngd.param_groups, given, strict=False)):
+            group.update({key: own[key] for key in ("weight_decay", "decay_floor", "lr_scale")})
+            old, new = group["initial_lr"], own["initial_lr"]
+            if old != new:
+                group.update(initial_lr=new, lr=new * (group["lr"] / old if old else 1.0))
+                self.lr_scheduler.base_lrs[number] = new
 
 
 class LNGDTrainer(LNGDTrainerMixin, Trainer):
