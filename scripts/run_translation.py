@@ -85,13 +85,15 @@ class DataArguments:
     max_source_length: int = option(1024, "Most tokens of a source; longer ones are cut. At most what the model takes.")
     max_target_length: int = option(128, "Most tokens of a target; longer ones are cut.")
     val_max_target_length: int | None = option(
-        None, "The same for validation and test, and the length of generated text; none: --max_target_length."
+        None, "The same for validation and test, and of generated text; none: --max_target_length."
     )
     pad_to_max_length: bool = option(False, "Pad every sentence to the most; otherwise to the longest of its batch.")
     max_train_samples: int | None = option(None, "Use the first so many training pairs.")
     max_eval_samples: int | None = option(None, "Use the first so many validation pairs.")
     max_predict_samples: int | None = option(None, "Use the first so many test pairs.")
-    num_beams: int | None = option(1, "Beams in the final evaluation and in prediction.")
+    num_beams: int | None = option(
+        None, "Beams of every evaluation, also during training, and of prediction; none: --generation_num_beams, or 1."
+    )
     ignore_pad_token_for_loss: bool = option(True, "Leave padding out of the loss.")
     source_prefix: str | None = option(None, "Text before each source, e.g. 'translate English to German: ' for T5.")
     forced_bos_token: str | None = option(
@@ -116,7 +118,7 @@ class DataArguments:
 
     @property
     def eval_target_length(self) -> int:
-        """Most tokens of a target, and of generated text, in evaluation and prediction."""
+        """Most tokens of a target in evaluation and prediction."""
         return self.max_target_length if self.val_max_target_length is None else self.val_max_target_length
 
 
@@ -131,6 +133,9 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LNGDSeq2SeqTr
     run_shared.check_training(model, args)
     named = model.model_name_or_path or model.tokenizer_name
     refuse_if(not named, "tokenizer_name", "got none, accepted: a tokenizer, as there is no --model_name_or_path")
+    beams = args.generation_num_beams
+    what = f"got {data.num_beams} and --generation_num_beams {beams}, accepted: one of the two"
+    refuse_if(None not in (beams, data.num_beams) and beams != data.num_beams, "num_beams", what)
     name, files = data.dataset_name, data.train_file or data.validation_file or data.test_file
     refuse_if(name and files, "dataset_name", f"got {name!r} and files, accepted: one of the two")
     for part in run_shared.wanted_parts(args):
@@ -365,7 +370,8 @@ class TranslationScores:
         tokens = tokens[0] if isinstance(tokens, tuple) else tokens
         result = self._metric.compute(predictions=self.decode(tokens), references=self.decode(labels))
         self.signatures = {"bleu": result["signature"], "chrf": result["chrf_signature"]}
-        lengths = (self._unpadded(tokens) != self.tokenizer.pad_token_id).sum(-1)
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}  # start, end, language, padding
+        lengths = np.isin(self._unpadded(tokens), list(special), invert=True).sum(-1)
         scores = {"bleu": result["score"], "chrf": result["chrf"], "gen_len": float(np.mean(lengths))}
         return {name: round(value, 4) for name, value in scores.items()}
 
@@ -387,8 +393,8 @@ def make_card(trainer: LNGDSeq2SeqTrainer, model: ModelArguments, data: DataArgu
         name=run_shared.model_name(trainer),
         languages=f', src_lang="{data.source_lang}", tgt_lang="{data.target_lang}"' if multilingual else "",
         prefix=f"{json.dumps(data.source_prefix, ensure_ascii=False)} + " if data.source_prefix else "",
-        beams=data.num_beams or 1,
-        length=data.eval_target_length,
+        beams=trainer.args.generation_num_beams,
+        length=trainer.args.generation_max_length,
     )
     return run_shared.CardWriter(
         trainer,
@@ -423,10 +429,11 @@ def prepare(
         with args.main_process_first(desc=f"tokenizing {part}"):
             chosen = rows if most is None else rows.select(range(min(most, len(rows))))
             parts[part] = tokenize(chosen, tokenizer, data_args, length, part)
-    if args.generation_max_length is None:
-        args.generation_max_length = data_args.eval_target_length
+    # Of every evaluation, so that the scores during training and at its end are the same.
+    args.generation_max_length = args.generation_max_length or data_args.eval_target_length
+    args.generation_num_beams = args.generation_num_beams or data_args.num_beams or 1
     if not model_args.model_name_or_path:  # a trained model knows how much it may say, a new one is told
-        model.generation_config.max_length = data_args.eval_target_length
+        model.generation_config.max_length = args.generation_max_length
     scores = TranslationScores(tokenizer)
     collator = DataCollatorForSeq2Seq(
         tokenizer,
@@ -447,12 +454,12 @@ def prepare(
     return trainer, parts, scores
 
 
-def predict(trainer: LNGDSeq2SeqTrainer, dataset: Any, generation: dict[str, Any]) -> Any:
+def predict(trainer: LNGDSeq2SeqTrainer, dataset: Any) -> Any:
     """Predictions in the order of the file: a Trainer that groups by length shuffles what it predicts, too."""
     strategy = trainer.args.train_sampling_strategy
     trainer.args.train_sampling_strategy = "sequential"
     try:
-        return trainer.predict(dataset, metric_key_prefix="predict", **generation)
+        return trainer.predict(dataset, metric_key_prefix="predict")
     finally:
         trainer.args.train_sampling_strategy = strategy
 
@@ -469,12 +476,10 @@ def main() -> None:
     card = make_card(trainer, model_args, data_args)
     if args.do_train:
         run_shared.train(trainer)
-    generation = {"max_length": data_args.eval_target_length, "num_beams": data_args.num_beams}
     if args.do_eval:
-        metrics = trainer.evaluate(metric_key_prefix="eval", **generation)
-        card.add("eval", "validation", metrics, scores.signatures)
+        card.add("eval", "validation", trainer.evaluate(), scores.signatures)
     if args.do_predict:
-        result = predict(trainer, parts["test"], generation)
+        result = predict(trainer, parts["test"])
         card.add("predict", "test", result.metrics, scores.signatures)
         if args.predict_with_generate and trainer.is_world_process_zero():
             texts = "".join(f"{text}\n" for text in scores.decode(result.predictions))

@@ -12,10 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MBart50Tokenizer, NllbTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel, MBart50Tokenizer, NllbTokenizer
 
 from hf_lngd.integrations.usage import UsageError
 from scripts import run_translation
@@ -137,6 +138,44 @@ def test_each_family_from_end_to_end(family: str, models: Files, data: Files, tm
         assert model.generation_config.forced_bos_token_id == tokenizer.convert_tokens_to_ids("__de__")
     if family == "mbart":
         assert model.config.decoder_start_token_id == tokenizer.convert_tokens_to_ids("de_DE")
+
+
+@pytest.mark.parametrize(
+    "given", [{"num_beams": 3}, {"generation_num_beams": 2, "generation_max_length": 5, "val_max_target_length": 9}]
+)
+def test_scores_during_training_and_at_its_end_are_the_same(
+    given: dict[str, int], models: Files, data: Files, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+    generate = MarianMTModel.generate
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append((kwargs["num_beams"], kwargs["max_length"]))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(MarianMTModel, "generate", watched)
+    more = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, **given}
+    run(from_scratch(models, data, tmp_path, ["--do_train", "--do_eval", *FLAGS], **more))
+    beams, length = given.get("num_beams", 2), given.get("generation_max_length", 16)
+    assert set(made) == {(beams, length)} and len(made) == 2
+    history = json.loads((tmp_path / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    (during,) = (entry for entry in history if "eval_bleu" in entry)
+    result = numbers(tmp_path)
+    assert all(during[key] == result[key] for key in ("eval_bleu", "eval_chrf", "eval_gen_len", "eval_loss"))
+    assert f"num_beams={beams}, max_length={length}" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_lengths_count_words_alone() -> None:
+    """Not the start, the end, the language, padding of either kind; unknown words do count."""
+    tokenizer = hf_tokenizer(("__de__",))
+    pad, end, unknown = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
+    start, language = tokenizer.convert_tokens_to_ids(["<s>", "__de__"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["__de__"], "bos_token": "<s>"})
+    dog = tokenizer.convert_tokens_to_ids("dog")
+    rows = [[end, language, dog, unknown, dog, end], [start, dog, end, pad, -100, -100]]
+    scores = run_translation.TranslationScores(tokenizer)
+    labels = np.full((2, 2), dog)
+    assert scores(SimpleNamespace(predictions=np.array(rows), label_ids=labels))["gen_len"] == 2.0
 
 
 def test_the_card(models: Files, data: Files, tmp_path: Path, run: Run) -> None:
@@ -280,6 +319,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
     "file not there": ({"train_file": "nowhere.json"}, None, "train_file: got 'nowhere.json', which is no file"),
     "kind of file": ({"train_file": "pairs.tsv"}, None, "train_file: got 'pairs.tsv', accepted: a file that ends in"),
     "files and set": ({"dataset_name": "wmt16"}, None, "dataset_name: got 'wmt16' and files"),
+    "beams twice": ({"num_beams": 2, "generation_num_beams": 3}, None, "num_beams: got 2 and --generation_num_beams 3"),
     "no checkpoint": ({"resume_from_checkpoint": "true"}, None, "resume_from_checkpoint: got 'true', but"),
     "empty file": ({}, [], "which is empty, accepted: at least one line"),
     "broken line": ({}, [GOOD, GOOD, '{"translation": {"en": '], "train.json, line 3: not JSON"),
@@ -411,7 +451,8 @@ def test_predictions_keep_the_order_of_the_file(strategy: str, tmp_path: Path) -
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     parsed = run_translation.parse([*arguments, "--do_predict", "--predict_with_generate", "--use_cpu"])
     trainer, parts, _ = run_translation.prepare(*parsed)
-    result = run_translation.predict(trainer, parts["test"], {"max_length": 4, "num_beams": 1})
+    trainer.args.generation_max_length = 4
+    result = run_translation.predict(trainer, parts["test"])
     labels = [[token for token in row.tolist() if token >= 0] for row in result.label_ids]
     pad = trainer.processing_class.pad_token_id
     assert [[t for t in row if t != pad] for row in labels] == [list(row) for row in parts["test"]["labels"]]
