@@ -152,7 +152,9 @@ def optimizer_options(args: Any) -> list[str]:
     """The optimizer with all its settings, as options of any script that takes the package's training arguments."""
     if is_lngd(args):
         config, lr = lngd_settings(args)
-        return ["--optim", "lngd", "--learning_rate", str(lr), "--optim_args", config.to_optim_args()]
+        options = ["--optim", "lngd", "--learning_rate", str(lr), "--optim_args", config.to_optim_args()]
+        targets = args.optim_target_modules
+        return options + ([] if targets is None else ["--optim_target_modules", str(targets)])
     options = ["--optim", name_of(args.optim), "--learning_rate", str(args.learning_rate)]
     options += ["--optim_args", args.optim_args] if args.optim_args else []
     return options + [part for name in _ADAMW for part in (f"--{name}", str(getattr(args, name)))]

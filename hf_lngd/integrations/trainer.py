@@ -38,7 +38,8 @@ def create_lngd_optimizer(
     """LNGD for a model, before any wrapper, as training arguments ask for it or by name.
 
     Args:
-        args: training arguments whose `optim_args`, `learning_rate`, `weight_decay` and `adam_*` are used.
+        args: training arguments whose `optim_args`, `learning_rate`, `weight_decay`, `adam_*` and
+            `optim_target_modules` are used.
         config, lr: in place of the settings and the rate of `args`; a rate of 1e-3 if neither is given.
         **fields: fields of `LNGDConfig`, on top of the rest; `param_groups` and `layout` of `LNGD`.
 
@@ -49,7 +50,7 @@ def create_lngd_optimizer(
     refuse_unsupported(args, model)
     freeze_unsaved(model)
     if args is not None:
-        from_args, from_lr = lngd_settings(args)
+        from_args, from_lr = lngd_settings(args, model)
         config, lr = config or from_args, from_lr if lr is None else lr
     return LNGD(model, config, lr=1e-3 if lr is None else lr, **fields)
 
@@ -243,7 +244,7 @@ class LNGDTrainerMixin(_ATrainer):
         """The settings that training will have; None: of another optimizer."""
         if (made := lngd_of(self.optimizer)) is not None:
             return made.config
-        return lngd_settings(self.args)[0] if self.optimizer is None and is_lngd(self.args) else None
+        return lngd_settings(self.args, self.model)[0] if self.optimizer is None and is_lngd(self.args) else None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is written over is none until its last file is there."""

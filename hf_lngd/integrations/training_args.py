@@ -10,10 +10,14 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames
 
 from ..config import LNGDConfig
+from ..routing import unwrapped
+from ..torch_internals import plain_name
 
 LNGD_NAME = "lngd"
 # What the parent class is shown in place of "lngd" while it checks itself: an optimizer it makes no demands on.
@@ -37,8 +41,9 @@ def is_lngd(args: Any) -> bool:
     return name_of(args.optim) == LNGD_NAME
 
 
-def lngd_settings(args: Any) -> tuple[LNGDConfig, float]:
-    """The config and the learning rate that training arguments ask for.
+def lngd_settings(args: Any, model: nn.Module | None = None) -> tuple[LNGDConfig, float]:
+    """The config and the learning rate that training arguments ask for; with a `model`, also what its
+    `optim_target_modules` leave to AdamW.
 
     Precedence: `optim_args`, then `learning_rate`, a `weight_decay` that was given and those of `adam_beta1`,
     `adam_beta2`, `adam_epsilon` that differ from transformers' defaults, then the preset. In transformers' own
@@ -58,7 +63,29 @@ def lngd_settings(args: Any) -> tuple[LNGDConfig, float]:
         given["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.adam_epsilon != defaults["adam_epsilon"]:
         given["eps"] = args.adam_epsilon
-    return LNGDConfig.from_optim_args(text, **given), args.learning_rate if lr is None else lr
+    config = LNGDConfig.from_optim_args(text, **given)
+    if model is not None and args.optim_target_modules is not None:
+        others = _others(args.optim_target_modules, unwrapped(model))
+        config = config.with_fields(exclude=f"(?:{config.exclude})|{others}" if config.exclude else others)
+    return config, args.learning_rate if lr is None else lr
+
+
+def _others(targets: str | list[str], model: nn.Module) -> str:
+    """A regular expression for the parameters outside the target modules, which are meant as the Trainer means them for
+    GaLore: ``all-linear``, a regular expression of a whole name, or a list of parts of names."""
+    linear = isinstance(targets, str) and targets.replace("_", "-") == "all-linear"
+    chosen = [
+        re.escape(plain_name(name))
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        and (isinstance(module, nn.Linear) if linear else check_target_module_exists(targets, plain_name(name)))
+    ]
+    if not chosen:
+        raise ValueError(
+            f"optim_target_modules: got {targets!r}, which is no module of {type(model).__name__} with parameters, "
+            "accepted: all-linear, a regular expression of a module's whole name, or a list of parts of names"
+        )
+    return rf"^(?!(?:{'|'.join(chosen)})\.[^.]+$)"
 
 
 def _on_command_line(name: str) -> bool:
