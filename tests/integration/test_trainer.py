@@ -13,6 +13,7 @@ from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     DataCollatorForSeq2Seq,
+    Trainer,
     TrainingArguments,
     get_linear_schedule_with_warmup,
 )
@@ -24,6 +25,7 @@ from hf_lngd import (
     LNGDSeq2SeqTrainer,
     LNGDSeq2SeqTrainingArguments,
     LNGDTrainer,
+    LNGDTrainerMixin,
     LNGDTrainingArguments,
     create_lngd_optimizer,
 )
@@ -162,6 +164,26 @@ def test_diagnostics_reach_training_logs_alone_and_tensorboard(tmp_path: Path) -
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
     assert {f"train/{key}" for key in keys} <= set(tags)
+
+
+@pytest.mark.parametrize(("fisher", "asked"), [("expected", []), ("true", [0, 2])])
+def test_outputs_are_asked_for_where_a_second_pass_needs_them(fisher: str, asked: list[int], tmp_path: Path) -> None:
+    """trl's trainers compute more for whoever asks."""
+    found: list[int] = []
+
+    class Watched(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            if return_outputs:
+                found.append(self.state.global_step)
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+    class Own(LNGDTrainerMixin, Watched):
+        pass
+
+    optim_args = f"fisher={fisher},factor_interval=2" + (",direction=natural" if fisher == "true" else "")
+    args = LNGDTrainingArguments(str(tmp_path), **{**SETTINGS, "max_steps": 4, "optim_args": optim_args})
+    Own(hf_vit(), args, train_dataset=hf_images(8)).train()
+    assert found == asked
 
 
 def test_fisher_true_gets_its_second_pass(tmp_path: Path) -> None:
