@@ -139,6 +139,7 @@ class LNGD(torch.optim.Optimizer):
         self._options.read(self.param_groups)
         if core.capture.armed or all(parameter.grad is None for parameter in self._options):
             core.capture.warn_of_untrained(self._options)
+        core.capture.warn_of_idle()
         if any(layer.weight.grad is not None for layer in core.routing.layers):
             start, in_hooks = time.perf_counter(), core.capture.seconds
             try:
