@@ -249,8 +249,8 @@ class Capture(Collector):
         """Warn once of layers that have a gradient, not of zeros (as a layer that was left out may have), and had no
         statistics so far, see :meth:`finish`."""
         seen = set(self.topology.of_layer) - self.topology.unseen
-        missing = [n for n, layer in self.layers.items() if n not in seen and layer.weight.grad is not None]
-        missing = [name for name in missing if name not in self._warned and bool(self.layers[name].weight.grad.any())]
+        unseen = [(n, y.weight.grad) for n, y in self.layers.items() if n not in seen and n not in self._warned]
+        missing = [name for name, grad in unseen if grad is not None and bool(grad.any())]
         stance = internals.stance_in_the_way()
         self._warn_once(
             missing,

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 LOSSES = "loss_curves.png"
 # What a run writes besides the model; the first is of the last run, whatever that did.
-RESULTS = ("all_results.json", "train_results.json", "eval_results.json", "predict_results.json", "routing.json")
-RESULTS += ("generated_predictions.txt", "predictions.csv", LOSSES, "confusion_matrix.png", "worst_mistakes.png")
+RESULTS = ["all_results.json", "train_results.json", "eval_results.json", "predict_results.json", "routing.json"]
+RESULTS += ["generated_predictions.txt", "predictions.csv", LOSSES, "confusion_matrix.png", "worst_mistakes.png"]
 # The parts of the data, and the arguments that limit them.
 LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 # Training arguments that transformers checks in the middle of a run only, and their least values.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -315,14 +317,15 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
     "override value": ({"config_overrides": "dropout=much"}, None, "config_overrides: dropout: got 'much'"),
     "override sense": ({"config_overrides": "d_model=17"}, None, "config_overrides: got 'd_model=17'"),
     "first token": ({"forced_bos_token": "__xx__"}, None, "forced_bos_token: got '__xx__', accepted: a token"),
-    "no file": ({"train_file": None}, None, "train_file: got none, accepted: a file of JSON lines"),
+    "no file": ({"train_file": None}, None, "train_file: got none, accepted: a file of sentence pairs"),
     "file not there": ({"train_file": "nowhere.json"}, None, "train_file: got 'nowhere.json', which is no file"),
-    "kind of file": ({"train_file": "pairs.tsv"}, None, "train_file: got 'pairs.tsv', accepted: a file that ends in"),
+    "kind of file": ({"train_file": "pairs.txt"}, None, "train_file: got 'pairs.txt', accepted: a file that ends in"),
     "files and set": ({"dataset_name": "wmt16"}, None, "dataset_name: got 'wmt16' and files"),
     "beams twice": ({"num_beams": 2, "generation_num_beams": 3}, None, "num_beams: got 2 and --generation_num_beams 3"),
     "no checkpoint": ({"resume_from_checkpoint": "true"}, None, "resume_from_checkpoint: got 'true', but"),
     "empty file": ({}, [], "which is empty, accepted: at least one line"),
     "broken line": ({}, [GOOD, GOOD, '{"translation": {"en": '], "train.json, line 3: not JSON"),
+    "name of a column": ({"target_column": "du"}, ['{"en": "a", "de": "b"}'], "got 'du', "),
     "no column": ({}, [GOOD, '{"en": "a", "de": "b"}'], "line 2: no column 'translation', found: en, de"),
     "no object": ({}, ["[1]"], "line 1: got a JSON list, accepted: an object"),
     "no pair": ({}, ['{"translation": "a"}'], "line 1: column 'translation': accepted: an object"),
@@ -340,7 +343,8 @@ def test_what_is_wrong_ends_it_before_training(
     if lines is not None:
         options["train_file"] = hf_write_pairs(tmp_path / "train.json", lines)
     last = refused(arguments({**options, **changes}, "--do_train", *FLAGS))
-    assert last.startswith("error: " if lines is None else "error: train_file: ") and words in last, last
+    own = lines is None or "target_column" in changes
+    assert last.startswith("error: " if own else "error: train_file: ") and words in last, last
     assert not (tmp_path / "out" / "train_results.json").exists()
 
 
@@ -360,6 +364,101 @@ def test_damaged_files(content: bytes, words: str, tmp_path: Path, refused: Call
     options = {"model_name_or_path": "unread", "output_dir": tmp_path / "out", "train_file": file}
     last = refused(arguments(options, "--do_train", *FLAGS))
     assert last.startswith("error: train_file: ") and words in last
+
+
+def pairs_in(path: Path, part: str = "train", **options: Any) -> dict[str, list[str]]:
+    given = run_translation.DataArguments(source_lang="en", target_lang="de", **options)
+    return run_translation.from_file(f"{part}_file", str(path), given).to_dict()
+
+
+PAIRS = {"source": ['say "a, b"', "c"], "target": ["sag a,\nb", "d"]}
+TABLES: dict[str, tuple[str, dict[str, str]]] = {
+    "a.csv": ('en,x,de\n"say ""a, b""",1,"sag a,\nb"\nc,2,d\n', {}),
+    "b.csv": ('\ufeffwords,x,de\r\n"say ""a, b""",1,"sag a,\nb"\r\nc,2,d\r\n', {"source_column": "words"}),
+    "c.json": (
+        json.dumps({"s": 'say "a, b"', "t": "sag a,\nb"}) + '\n\n{"s": "c", "t": "d"}\n',
+        {"source_column": "s", "target_column": "t"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+@pytest.mark.parametrize("zipped", [False, True])
+def test_tables_and_columns(name: str, zipped: bool, tmp_path: Path) -> None:
+    text, options = TABLES[name]
+    path = tmp_path / (f"{name}.gz" if zipped else name)
+    path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    assert pairs_in(path, **options) == PAIRS
+
+
+def test_tables_with_tabs_have_no_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('de\ten\n"gut\tgood, "well"\n', encoding="utf-8")
+    assert pairs_in(path) == {"source": ['good, "well"'], "target": ['"gut']}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("en,de\na,b,c\n", "train_file: {}, line 2: more values than the header has columns: ['c']"),
+        ("en,de\na\n", "train_file: {}, line 2: a source 'en' without a target 'de'"),
+        ("en,fr\na,b\n", "target_column: got 'de', {}, line 2 has: en, fr"),
+        ('en,de\n"a,b\n', "train_file: {}, after line 1: cannot be read as a table"),
+        ("en,de\n", "which is empty"),
+    ],
+)
+def test_damaged_tables(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=re.escape(words.format(path))):
+        pairs_in(path)
+
+
+def test_what_is_predicted_needs_no_translations_and_some_are_no_accident(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for text in ("en\na\nb\n", "en,de\na,\nb,\n"):
+        path.write_text(text, encoding="utf-8")
+        assert pairs_in(path, "test") == {"source": ["a", "b"]}
+        with pytest.raises(UsageError, match="target"):
+            pairs_in(path)
+    path.write_text("en,de\na,\nb,c\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="line 2: a source 'en' without a target 'de'"):
+        pairs_in(path, "test")
+
+
+@pytest.mark.parametrize("kind", ["a file", "a data set"])
+def test_sources_alone_are_translated(
+    kind: str, models: Files, tmp_path: Path, run: Run, refused: Callable[[list[str]], str]
+) -> None:
+    rows = [{"source": pair["en"]} for pair in hf_pairs(3)]
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = {"test_file": path} if kind == "a file" else {"dataset_name": tmp_path / "set", "cache_dir": tmp_path / "c"}
+    options = {"model_name_or_path": models["marian"], "output_dir": tmp_path / "out", "source_column": "source"}
+    run(arguments({**options, **given}, "--do_predict", *FLAGS))
+    assert (tmp_path / "out" / "generated_predictions.txt").read_text(encoding="utf-8").count("\n") == 3
+    assert "predict_runtime" in numbers(tmp_path / "out") and not {"predict_bleu", "predict_loss"} & set(
+        numbers(tmp_path / "out")
+    )
+    if kind == "a file":
+        last = refused(arguments({**options, **given}, "--do_predict", "--use_cpu"))
+        assert last.startswith("error: predict_with_generate: got false for test data without translations")
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_cut_sentences_are_counted(pad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tokens and the end are four: not cut; a sentence of five is."""
+    said: list[str] = []
+    monkeypatch.setattr(run_translation.logger, "warning", said.append)
+    data = run_translation.DataArguments(
+        source_lang="en", target_lang="de", max_source_length=4, pad_to_max_length=pad, overwrite_cache=True
+    )
+    rows = {"source": ["dog sees cat", "dog sees cat cat", "dog"], "target": ["Hund"] * 3}
+    made = run_translation.tokenize(datasets.Dataset.from_dict(rows), hf_tokenizer(), data, 2, "train")
+    assert said == ["train: 1 of 3 sources have more than 4 tokens and are cut"]
+    assert made.column_names == ["labels", "input_ids", "attention_mask"]
+    assert [sum(mask) for mask in made["attention_mask"]] == [4, 4, 2]
 
 
 def test_a_multilingual_tokenizer_knows_its_languages(
