@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from ..config import LNGDConfig, other_fishers
@@ -25,6 +26,8 @@ from .loss import IGNORED_LABEL, ExactLoss
 from .training_args import STAND_IN, LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
 
 logger = logging.getLogger(__name__)
+# Of LNGD's diagnostics those that are logged unless asked otherwise: they are 0 as long as all goes well.
+SHORT_LOG = ("failed_inverses", "skipped_factors", "skipped_gradients")
 
 
 def create_lngd_optimizer(
@@ -61,6 +64,17 @@ def lngd_of(optimizer: Any) -> LNGD | None:
     return inner if isinstance(inner, LNGD) else None
 
 
+class TensorBoard(TensorBoardCallback):
+    """transformers' own, with LNGD's numbers in a group beside ``train`` and ``eval``."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """As transformers', but for keys that begin with ``lngd_``."""
+        own = {name: value for name, value in logs.items() if name.startswith("lngd_")}
+        super().on_log(args, state, control, {k: v for k, v in logs.items() if k not in own}, **kwargs)
+        for name, value in own.items() if self.tb_writer is not None else ():
+            self.tb_writer.add_scalar(name.replace("_", "/", 1), value, state.global_step)
+
+
 _ATrainer: Any = object  # one follows among the bases
 
 
@@ -93,6 +107,9 @@ class LNGDTrainerMixin(_ATrainer):
         self.card_writer: Callable[[], Any] | None = None
         constructor(*args, **kwargs)
         freeze_unsaved(self.model)
+        for callback in [one for one in self.callback_handler.callbacks if type(one) is TensorBoardCallback]:
+            self.remove_callback(callback)
+            self.add_callback(TensorBoard(callback.tb_writer))
         if given is None and not is_lngd(self.args):
             made = type(self.args).__name__
             logger.warning("args: got none, so %s made %s, which do not ask for lngd", type(self).__name__, made)
@@ -184,9 +201,11 @@ class LNGDTrainerMixin(_ATrainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; training logs carry LNGD's diagnostics, to four digits: they share a line with the loss."""
-        if (lngd := lngd_of(self.optimizer)) is not None and self.is_in_train and "loss" in logs:
-            logs.update({f"lngd_{name}": float(f"{value:.4g}") for name, value in lngd.diagnostics().items()})
+        """As the Trainer's; training logs carry what `lngd_log` says of LNGD's diagnostics, to four digits."""
+        lngd, asked = lngd_of(self.optimizer), getattr(self.args, "lngd_log", "short")
+        if lngd is not None and self.is_in_train and "loss" in logs and asked != "none":
+            found = {name: v for name, v in lngd.diagnostics().items() if asked == "full" or name in SHORT_LOG}
+            logs.update({f"lngd_{name}": float(f"{value:.4g}") for name, value in found.items()})
         super().log(logs, *args, **kwargs)
 
     # The Hub
@@ -304,7 +323,7 @@ class LNGDTrainerMixin(_ATrainer):
         """Go on with the rates and decays of the arguments, where the checkpoint's, which are loaded, are others."""
         for number, (group, own) in enumerate(zip(lngd.param_groups, given, strict=False)):
             group.update({key: own[key] for key in ("weight_decay", "decay_floor", "lr_scale")})
-            old, new = group["initial_lr"], own["initial_lr"]
+            old, new = (g.get("initial_lr", 0.0) for g in (group, own))  # a plateau's schedule has none
             if old != new:
                 group.update(initial_lr=new, lr=new * (group["lr"] / old if old else 1.0))
                 self.lr_scheduler.base_lrs[number] = new

@@ -34,6 +34,11 @@ _OPTIM_ARGS_HELP = (
     "'factor_interval=10,preset=fast' (presets: fast, paper, lngd_sample, lngd_lr; families: lngd, kfac, ekfac, tkfac, "
     "ng+). They win over --learning_rate, --weight_decay and --adam_*, and these over the preset."
 )
+_LOG_HELP = (
+    "What of lngd stands in the training log: none; short: how many gradients, factors and inverses were passed over; "
+    "full: also means over the layers, the worst condition number and the seconds that factors took."
+)
+LOGS = ("none", "short", "full")
 
 
 def is_lngd(args: Any) -> bool:
@@ -63,11 +68,11 @@ def lngd_settings(args: Any, model: nn.Module | None = None) -> tuple[LNGDConfig
         given["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.adam_epsilon != defaults["adam_epsilon"]:
         given["eps"] = args.adam_epsilon
-    config = LNGDConfig.from_optim_args(text, **given)
+    config, lr = LNGDConfig.from_optim_args(text, **given), args.learning_rate if lr is None else lr
     if model is not None and args.optim_target_modules is not None:
         others = _others(args.optim_target_modules, unwrapped(model))
         config = config.with_fields(exclude=f"(?:{config.exclude})|{others}" if config.exclude else others)
-    return config, args.learning_rate if lr is None else lr
+    return config, lr
 
 
 def _others(targets: str | list[str], model: nn.Module) -> str:
@@ -140,6 +145,7 @@ class LNGDArgumentsMixin(_SomeArguments):
     optim: str = field(default=LNGD_NAME, metadata={"help": _OPTIM_HELP})
     optim_args: str | None = field(default=None, metadata={"help": _OPTIM_ARGS_HELP})
     weight_decay: float | None = field(default=None, metadata={"help": _WEIGHT_DECAY_HELP})
+    lngd_log: str = field(default="short", metadata={"help": _LOG_HELP})
 
     def __post_init__(self) -> None:
         name = name_of(self.optim)
@@ -148,6 +154,8 @@ class LNGDArgumentsMixin(_SomeArguments):
             close = difflib.get_close_matches(name, accepted, n=3, cutoff=0.6)
             hint = f" (did you mean {' or '.join(close)}?)" if close else ""
             raise ValueError(f"optim: got {name!r}{hint}, accepted: {', '.join(accepted)}")
+        if self.lngd_log not in LOGS:
+            raise ValueError(f"lngd_log: got {self.lngd_log!r}, accepted: {', '.join(LOGS)}")
         if name == LNGD_NAME:
             lngd_settings(self)
             self.optim = STAND_IN

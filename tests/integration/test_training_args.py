@@ -67,6 +67,11 @@ def test_every_other_name_is_accepted_as_before(name: str) -> None:
         ({"optim_args": "lr=fast"}, ("optim_args: lr: got 'lr=fast'", "accepted")),
         ({"learning_rate": -1.0}, ("learning_rate: got -1.0", "accepted")),
         ({"weight_decay": -1.0}, ("weight_decay: got -1.0", "accepted")),
+        ({"lngd_log": "long"}, ("lngd_log: got 'long'", "accepted: none, short, full")),
+        (
+            {"learning_rate": 0.4},
+            ("lr: got 0.4, at which weight decay takes 60 %", "accepted: at most 50 %"),
+        ),
         ({"adam_beta2": 1.0}, ("betas: got (0.9, 1.0)", "accepted")),
     ],
 )
