@@ -16,6 +16,7 @@ from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames
 
 from ..config import LNGDConfig
+from ..groups import KINDS, check_decay, options_of
 from ..routing import unwrapped
 from ..torch_internals import plain_name
 
@@ -69,6 +70,8 @@ def lngd_settings(args: Any, model: nn.Module | None = None) -> tuple[LNGDConfig
     if args.adam_epsilon != defaults["adam_epsilon"]:
         given["eps"] = args.adam_epsilon
     config, lr = LNGDConfig.from_optim_args(text, **given), args.learning_rate if lr is None else lr
+    for kind in KINDS:
+        check_decay(options_of(kind, config, lr))
     if model is not None and args.optim_target_modules is not None:
         others = _others(args.optim_target_modules, unwrapped(model))
         config = config.with_fields(exclude=f"(?:{config.exclude})|{others}" if config.exclude else others)
