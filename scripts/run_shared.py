@@ -20,7 +20,7 @@ from typing import Any
 
 import datasets
 from run_hub import HUB_ERRORS, check_hub, check_repository, push, refusal, repository_of
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from hf_lngd.integrations.card import CardFacts, Score, command_of, write_model_card
 from hf_lngd.integrations.checkpoints import STATE, last_checkpoint, numbered, problem_of
@@ -140,7 +140,10 @@ def load_config(args: Any) -> Any:
     field = "config_name" if args.config_name else "model_name_or_path"
     name = getattr(args, field)
     with blame(field, f"got {name!r}, which has no configuration"):
-        config = AutoConfig.from_pretrained(name, **hub_options(args))
+        if field == "config_name" and name in CONFIG_MAPPING and not Path(name).exists():
+            config = AutoConfig.for_model(name)  # a type of model, with its defaults
+        else:
+            config = AutoConfig.from_pretrained(name, **hub_options(args))
     rebuilt: dict[str, Any] = {}
     for item in _COMMA.split(args.config_overrides) if args.config_overrides else []:
         name, equals, value = (part.strip() for part in item.partition("="))

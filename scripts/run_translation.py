@@ -61,7 +61,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = option(None, "Model to fine-tune: a folder or a name on the Hub.")
     config_name: str | None = option(
-        None, "Configuration, a folder, a file or a name on the Hub; without --model_name_or_path: train from scratch."
+        None, "Configuration to train from scratch: a folder, a file, a type of model (marian), or a name on the Hub."
     )
     config_overrides: str | None = option(None, "Changes to the configuration, e.g. 'dropout=0.0,encoder_layers=3'.")
     tokenizer_name: str | None = option(None, "Tokenizer, if another than the model's: a folder or a name.")
