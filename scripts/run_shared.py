@@ -290,11 +290,15 @@ class CardWriter:
         name, config = self.data.dataset_name, self.data.dataset_config_name
         title = repository_of(args).split("/")[-1]
         curves = args.do_train and draw_losses(args.output_dir, self.trainer.state.log_history, title)
+        examples = len(self.trainer.train_dataset or ())
+        file = self.data.train_file or getattr(self.data, "train_dir", None)
         facts = CardFacts(
             name=title,
             dataset_config=config,
             dataset_on_hub=bool(name) and not Path(name).exists(),
-            examples=len(self.trainer.train_dataset or ()),
+            file=Path(file).name if file else None,
+            examples=examples,
+            seen=round(min(1.0, self.trainer.state.epoch or 0.0) * examples),
             scores=self.scores,
             pictures=self.pictures,
             command=self.command,

@@ -188,6 +188,7 @@ def test_the_card(models: Files, data: Files, tmp_path: Path, run: Run) -> None:
     (bleu,) = (r for r in card.data.eval_results if (r.dataset_split, r.metric_type) == ("test", "bleu"))
     assert bleu.metric_args == {"signature": numbers(tmp_path)["predict_bleu_signature"]}
     assert card.data.license == "cc-by-2.0" and card.data.language == ["en", "de"] and "By nobody." in card.text
+    assert "(`train.json.gz`): 32 examples, of which 24 were seen." in card.text  # in three steps of eight
 
 
 def from_scratch(models: Files, data: Files, folder: Path, flags: list[str], **more: Any) -> list[str]:
