@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from ..config import LNGDConfig, other_fishers
+from ..config import LNGDConfig, LNGDFields, other_fishers
 from ..optimizer import LNGD
 from ..state import parameters_of
 from ..torch_internals import plain_name, uncompiled
@@ -36,7 +36,9 @@ def create_lngd_optimizer(
     *,
     config: LNGDConfig | None = None,
     lr: float | None = None,
-    **fields: Any,
+    param_groups: Sequence[dict[str, Any]] = (),
+    layout: str = "whole",
+    **fields: Unpack[LNGDFields],
 ) -> LNGD:
     """LNGD for a model, before any wrapper, as training arguments ask for it or by name.
 
@@ -44,7 +46,8 @@ def create_lngd_optimizer(
         args: training arguments whose `optim_args`, `learning_rate`, `weight_decay`, `adam_*` and
             `optim_target_modules` are used.
         config, lr: in place of the settings and the rate of `args`; a rate of 1e-3 if neither is given.
-        **fields: fields of `LNGDConfig`, on top of the rest; `param_groups` and `layout` of `LNGD`.
+        param_groups, layout: as of `LNGD`.
+        **fields: fields of `LNGDConfig`, on top of the rest.
 
     Raises:
         ValueError: a bad setting; names field, value and what is accepted.
@@ -55,7 +58,8 @@ def create_lngd_optimizer(
     if args is not None:
         from_args, from_lr = lngd_settings(args, model)
         config, lr = config or from_args, from_lr if lr is None else lr
-    return LNGD(model, config, lr=1e-3 if lr is None else lr, **fields)
+    lr = 1e-3 if lr is None else lr
+    return LNGD(model, config, lr=lr, param_groups=param_groups, layout=layout, **fields)
 
 
 def lngd_of(optimizer: Any) -> LNGD | None:
