@@ -33,6 +33,8 @@ logger = logging.getLogger("hf_lngd")
 _SEGMENT = "_lngd_calls"
 # Of the samples of a batch one in so many estimates the factors of a convolution.
 CONVOLUTION_SAMPLES = 8
+# After so many steps a layer that had no gradient yet is named.
+IDLE_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Capture(Collector):
         self._order: dict[str, int] = {}  # layer → when it was first called
         self._next_batch: Mapping[str, Any] | None = None
         self._warned: set[str] = set()
+        self._idle, self._watched = list(self.layers), 0  # layers without a gradient in so many steps
         self._reset_forward()
 
     @property
@@ -191,20 +194,33 @@ class Capture(Collector):
         return self.statistics
 
     def warn_of_untrained(self, trained: Iterable[nn.Parameter]) -> None:
-        """Warn once of each parameter of the model that has a gradient and is in no parameter group."""
+        """Warn once of the parameters of the model that have a gradient and are in no parameter group."""
         model, known = self._model(), set(trained)
-        for name, parameter in [] if model is None else model.named_parameters():
-            if parameter.grad is not None and parameter not in known:
-                self._warn_once(
-                    f"parameter '{name}' has a gradient and is not trained: it was frozen, or no part of the model, "
-                    "when LNGD was made. To have it trained: optimizer.add_param_group({'params': [...]}) (AdamW), or "
-                    "make LNGD anew"
-                )
+        named = () if model is None else model.named_parameters()
+        self._warn_once(
+            [name for name, parameter in named if parameter.grad is not None and parameter not in known],
+            "parameters have a gradient and are not trained: %s. They were frozen, or no part of the model, when LNGD "
+            "was made. To have them trained: optimizer.add_param_group({'params': [...]}) (AdamW), or make LNGD anew",
+        )
 
-    def _warn_once(self, text: str) -> None:
-        if text not in self._warned:
-            logger.warning("LNGD: %s", text)
-        self._warned.add(text)
+    def warn_of_idle(self) -> None:
+        """In the step in which they have had no gradient `IDLE_STEPS` times, warn of layers that never had one."""
+        self._idle = [name for name in self._idle if self.layers[name].weight.grad is None]
+        self._watched += 1
+        if self._watched == IDLE_STEPS:
+            self._warn_once(
+                self._idle,
+                f"layers had no gradient in {IDLE_STEPS} steps and are as they were: %s. The model does not call them, "
+                "or its loss does not depend on them",
+            )
+
+    def _warn_once(self, names: list[str], text: str) -> None:
+        """Name those that were not named before in one warning, in the place of %s."""
+        names = [name for name in names if name not in self._warned]
+        self._warned.update(names)
+        shown = ", ".join(f"'{name}'" for name in names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+        if names:
+            logger.warning(f"LNGD: {text}", shown)
 
     def fisher_backward(self, logits: Tensor, mask: Tensor | None) -> None:
         """A second backward pass, with labels drawn from the model."""
@@ -230,21 +246,19 @@ class Capture(Collector):
         """Raise RuntimeError if a step lacks what it needs of every one."""
 
     def check(self) -> None:
-        """Warn once of layers that have a gradient and had no statistics so far, see :meth:`finish`."""
+        """Warn once of layers that have a gradient, not of zeros (as a layer that was left out may have), and had no
+        statistics so far, see :meth:`finish`."""
         seen = set(self.topology.of_layer) - self.topology.unseen
-        missing = [n for n, layer in self.layers.items() if n not in seen and layer.weight.grad is not None]
-        missing = [name for name in missing if name not in self._warned]
-        if not missing or self.only_zeros():
-            return
-        self._warned.update(missing)
+        unseen = [(n, y.weight.grad) for n, y in self.layers.items() if n not in seen and n not in self._warned]
+        missing = [name for name, grad in unseen if grad is not None and bool(grad.any())]
         stance = internals.stance_in_the_way()
-        shown = ", ".join(f"'{name}'" for name in missing[:5])
-        logger.warning(
-            "LNGD: no forward pass was seen of %s%s, whose inputs therefore count as white (Φ = I). Modules have to be "
-            "called, with strided tensors (F.linear(x, layer.weight) is not seen), after LNGD was made and without "
-            "optimizer.eval()%s", shown, f" and {len(missing) - 5} more" if len(missing) > 5 else "",
-            "" if stance is None else f"; compiled ones without torch.compiler.set_stance, got {stance!r}",
-        )  # fmt: skip
+        self._warn_once(
+            missing,
+            "no forward pass was seen of %s, whose inputs therefore count as white (Φ = I). Modules have to be called, "
+            "with strided tensors (F.linear(x, layer.weight) is not seen), after LNGD was made and without "
+            "optimizer.eval()"
+            + ("" if stance is None else f"; compiled ones without torch.compiler.set_stance, got {stance!r}"),
+        )
 
     def _reset_forward(self) -> None:
         self._inside, self._gathered, self._depth = False, False, 0

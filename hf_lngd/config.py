@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 FAMILIES = ("lngd", "kfac", "ekfac", "tkfac", "ng+")
 FISHERS = ("expected", "sampled", "true", "empirical")
@@ -221,6 +221,35 @@ class LNGDConfig:
 
 # Option → its metadata, see `_option`. `preset` and `family` are none: they say where the others' values come from.
 OPTIONS: dict[str, Mapping[str, Any]] = {f.name: f.metadata for f in dataclasses.fields(LNGDConfig) if f.metadata}
+
+
+class LNGDFields(TypedDict, total=False):
+    """The fields of :class:`LNGDConfig` as keyword arguments, for type checkers and for completion."""
+
+    preset: str
+    family: str
+    fisher: str
+    direction: str
+    whiten: str
+    rate: str
+    rate_scale: float
+    damping: str
+    damping_rho: float
+    damping_bounds: tuple[float, float]
+    momentum: float
+    momentum_on: str
+    ema_decay: float
+    factor_interval: int
+    inverse_interval: int
+    weight_decay: float | str
+    bias: str
+    max_factor_dim: int | str
+    embedding: str
+    exclude: str
+    fallback_lr_scale: float
+    betas: tuple[float, float]
+    eps: float
+    seed: int
 
 
 def _preset(cls: type[LNGDConfig], name: str, **fields: Any) -> LNGDConfig:

@@ -275,7 +275,7 @@ class Core:
         if not self.batches:
             return {"skipped_gradients": others}
         return {
-            "layer_rate_mean": rate / max(layers, 1),
+            "direction_scale_mean": rate / max(layers, 1),
             "damping_mean": damped / max(rows, 1),
             "condition_max": max(one[-1] for one in everyone),
             "failed_inverses": failed,

@@ -29,6 +29,16 @@ def check_lr(lr: Any) -> None:
         raise ValueError(f"lr: got {lr!r}, accepted: a number (or a tensor of one), at least 0")
 
 
+def check_decay(group: dict[str, Any]) -> None:
+    """Raise ValueError for a rate at which weight decay takes more than half of the weights in a step."""
+    share = float(group["lr"]) * group["lr_scale"] * group["weight_decay"]
+    if share > 0.5:
+        raise ValueError(
+            f"lr: got {float(group['lr']):g}, at which weight decay takes {100 * share:.0f} % of weights in each step "
+            f"(lr_scale {group['lr_scale']:g}, weight_decay {group['weight_decay']:g}), accepted: at most 50 %"
+        )
+
+
 def options_of(kind: str, config: LNGDConfig, lr: Rate, weight_decay: float | None = None) -> dict[str, Any]:
     """What a group has of its parameters' kind, where it does not say so itself. Another kind than `KINDS`: parameters
     that are no part of the model as it was, which do not decay. `weight_decay`: None: the config's."""
@@ -54,7 +64,8 @@ def make_groups(
             entry is in the default groups.
 
     Raises:
-        ValueError: there is nothing to train; an entry that matches nothing, or what another one has."""
+        ValueError: there is nothing to train; an entry that matches nothing, or what another one has; a rate that is
+            too high for its weight decay."""
     trained = routing.trained()
     if not trained:
         raise ValueError("model: got no parameter that requires a gradient, accepted: at least one")
@@ -75,6 +86,8 @@ def make_groups(
             options = options_of(r.kind, config, entry.pop("lr", lr), entry.pop("weight_decay", None))
             group = groups.setdefault((number, r.kind), {**options, **entry, "name": name, "params": []})
             group["params"].append(trained[r.parameter])
+    for group in groups.values():
+        check_decay(group)
     return [groups[key] for key in sorted(groups, key=lambda key: (key[1] != "lngd", key[0] >= 0))]
 
 

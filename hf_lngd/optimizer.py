@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.amp.grad_scaler import OptState
 from . import state
 from .adamw import Rounding
 from .batches import Job
-from .config import LNGDConfig, settings_of
+from .config import LNGDConfig, LNGDFields, settings_of
 from .core import Core
 from .directions import Inputs, of_units
 from .groups import Options, StepOptions, check_lr, make_groups, options_of
@@ -75,7 +75,7 @@ class LNGD(torch.optim.Optimizer):
         param_groups: Sequence[dict[str, Any]] = (),
         layout: str = "whole",
         process_group: Any = None,
-        **fields: Any,
+        **fields: Unpack[LNGDFields],
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: got {type(model).__name__}, accepted: a torch.nn.Module (not its parameters)")
@@ -139,6 +139,7 @@ class LNGD(torch.optim.Optimizer):
         self._options.read(self.param_groups)
         if core.capture.armed or all(parameter.grad is None for parameter in self._options):
             core.capture.warn_of_untrained(self._options)
+        core.capture.warn_of_idle()
         if any(layer.weight.grad is not None for layer in core.routing.layers):
             start, in_hooks = time.perf_counter(), core.capture.seconds
             try:

@@ -18,6 +18,8 @@ from .torch_internals import is_sharded, local
 
 VERSION = 7
 _KINDS: dict[str, type] = {"config": dict, "parameters": dict, "topology": list, "steps": int}
+# Options that a run may go on with otherwise than it began; `preset` only says where the others come from.
+MAY_CHANGE = ("preset", "rate_scale", "factor_interval", "inverse_interval", "weight_decay", "fallback_lr_scale")
 
 ByParameter = dict[nn.Parameter, dict[str, Any]]
 
@@ -56,7 +58,8 @@ def parameters_of(core: Core) -> dict[str, list[int]]:
 
 
 def check_origin(config: LNGDConfig, found: Any) -> Mapping[str, Any]:
-    """What stands under ``lngd``, if LNGD wrote it, in this version, with these options; else raise ValueError."""
+    """What stands under ``lngd``, if LNGD wrote it, in this version, with these options (but for `MAY_CHANGE`); else
+    raise ValueError."""
     if not isinstance(found, Mapping) or "version" not in found:
         raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote (key 'lngd')")
     if found["version"] != VERSION:
@@ -70,7 +73,7 @@ def check_origin(config: LNGDConfig, found: Any) -> Mapping[str, Any]:
     if found["steps"] < 0:
         raise ValueError(f"state_dict: steps: got {found['steps']!r}, accepted: an integer, at least 0")
     here, there = config.to_dict(), found["config"]
-    differing = [name for name in here if there.get(name) != here[name]]
+    differing = [name for name in here if name not in MAY_CHANGE and there.get(name) != here[name]]
     if differing:
         what = "; ".join(f"{name}: checkpoint {there.get(name)!r}, here {here[name]!r}" for name in differing)
         raise ValueError(f"state_dict: the config differs: {what}")

@@ -96,6 +96,7 @@ def command(run: Run, output: Path, seed: int, extra: list[str]) -> list[str]:
         "data_license": "cc-by-2.0",
         "seed": seed,
         "output_dir": output,
+        "overwrite_output_dir": True,
     }
     flags = ["--do_train", "--do_eval", "--do_predict", "--predict_with_generate"]
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]

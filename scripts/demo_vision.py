@@ -92,6 +92,7 @@ def command(run: demo.Run, folder: Path, output: Path, seed: int, extra: list[st
         "data_license": "cc-by-4.0",
         "seed": seed,
         "output_dir": output,
+        "overwrite_output_dir": True,
     }
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     return ["scripts/run_image_classification.py", "--do_train", "--do_eval", "--do_predict", *arguments, *extra]

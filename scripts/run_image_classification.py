@@ -60,7 +60,7 @@ class ModelArguments:
     """Which model, configuration and image processor."""
 
     model_name_or_path: str | None = option(None, "Model to fine-tune: a folder or a name on the Hub.")
-    config_name: str | None = option(None, "Configuration, a folder, file or name on the Hub: train from scratch.")
+    config_name: str | None = option(None, "To train from scratch: a folder, file, type (resnet) or name on the Hub.")
     config_overrides: str | None = option(None, "Changes to the configuration, e.g. 'layer_type=basic,depths=[1,1,1]'.")
     image_processor_name: str | None = option(None, "Image processor; a new model without one scales to [-1, 1].")
     ignore_mismatched_sizes: bool = option(False, "Draw weights anew that do not fit, for other classes.")
@@ -68,6 +68,7 @@ class ModelArguments:
     model_revision: str = option("main", "Branch, tag or commit of the model on the Hub.")
     token: str | None = option(None, "Token for private models; by default the one that `hf auth login` stored.")
     trust_remote_code: bool = option(False, "Run code that comes with a model or data set. Only if you trust it.")
+    overwrite_output_dir: bool = option(False, "Replace the model, checkpoints and results that --output_dir has.")
 
 
 @dataclass
@@ -377,9 +378,8 @@ class ImageSet(torch.utils.data.Dataset[dict[str, torch.Tensor]], TrainerCallbac
             if self._drawn != int(self._epoch):
                 self.begin_epoch(int(self._epoch))
             bordered = torch.nn.functional.pad(pixels, (self.pad,) * 4)
-            windows = bordered.unfold(2, pixels.shape[2], 1).unfold(
-                3, pixels.shape[3], 1
-            )  # [B, C, places, places, H, W]
+            # [B, C, places, places, H, W]
+            windows = bordered.unfold(2, pixels.shape[2], 1).unfold(3, pixels.shape[3], 1)
             rows, columns = torch.from_numpy(self.shifts[chosen]).long().unbind(1)
             pixels = windows[torch.arange(len(pixels)), :, rows, columns]
             mirrored = torch.from_numpy(self.mirrored[chosen])
@@ -579,7 +579,9 @@ def main() -> None:
     if args.do_train:
         run_shared.train(trainer)
     if args.do_eval:
-        card.add("eval", "validation", trainer.evaluate(metric_key_prefix="eval"))
+        card.add("eval", "validation", trainer.evaluate())
+        if trainer.is_world_process_zero() and not args.do_predict:
+            write_predictions(folder, rows["validation"], scores.logits, scores.labels, classes)
         if trainer.is_world_process_zero() and run_shared.pyplot() is not None:
             draw_confusion(folder / "confusion_matrix.png", scores.labels, scores.logits.argmax(1), classes)
             card.pictures.append(("Which classes are taken for which", "confusion_matrix.png"))

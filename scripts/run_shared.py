@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import datasets
 from run_hub import HUB_ERRORS, check_hub, check_repository, push, refusal, repository_of
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from hf_lngd.integrations.card import CardFacts, Score, command_of, write_model_card
 from hf_lngd.integrations.checkpoints import STATE, last_checkpoint, numbered, problem_of
@@ -29,6 +30,9 @@ from hf_lngd.integrations.usage import UsageError, blame, refuse_if
 logger = logging.getLogger(__name__)
 
 LOSSES = "loss_curves.png"
+# What a run writes besides the model; the first is of the last run, whatever that did.
+RESULTS = ["all_results.json", "train_results.json", "eval_results.json", "predict_results.json", "routing.json"]
+RESULTS += ["generated_predictions.txt", "predictions.csv", LOSSES, "confusion_matrix.png", "worst_mistakes.png"]
 # The parts of the data, and the arguments that limit them.
 LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 # Training arguments that transformers checks in the middle of a run only, and their least values.
@@ -69,6 +73,27 @@ def check_training(model: Any, training: Any) -> None:
     refuse_if(endless, "num_train_epochs", "got 0, accepted: above 0, or --max_steps")
     check_hub(training)
     training.resume_from_checkpoint = find_checkpoint(training)
+    folder, whole = training.output_dir, ("*model*.safetensors", "*model*.bin")
+    there = [path.name for path in (*numbered(folder), *(path for name in whole for path in Path(folder).glob(name)))]
+    replaces = training.do_train and there and not goes_on(training) and not model.overwrite_output_dir
+    what = f"got {folder!r}, which has {', '.join(there[:3])} of another run, accepted: another folder, "
+    refuse_if(replaces, "output_dir", what + "--resume_from_checkpoint last, --overwrite_output_dir true")
+
+
+def goes_on(training: Any) -> bool:
+    """Whether the run goes on with one that is in its `output_dir`."""
+    checkpoint = training.resume_from_checkpoint
+    return bool(checkpoint) and Path(checkpoint).resolve().parent == Path(training.output_dir).resolve()
+
+
+def clear(training: Any) -> None:
+    """Remove what another run has left in `output_dir`: results, which would be taken for this run's, and checkpoints,
+    from which it would be resumed."""
+    folder = Path(training.output_dir)
+    for name in RESULTS if training.do_train else RESULTS[:1]:
+        (folder / name).unlink(missing_ok=True)
+    for path in numbered(folder) if training.do_train and not goes_on(training) else ():
+        shutil.rmtree(path)
 
 
 def find_checkpoint(training: Any) -> str | None:
@@ -115,7 +140,10 @@ def load_config(args: Any) -> Any:
     field = "config_name" if args.config_name else "model_name_or_path"
     name = getattr(args, field)
     with blame(field, f"got {name!r}, which has no configuration"):
-        config = AutoConfig.from_pretrained(name, **hub_options(args))
+        if field == "config_name" and name in CONFIG_MAPPING and not Path(name).exists():
+            config = AutoConfig.for_model(name)  # a type of model, with its defaults
+        else:
+            config = AutoConfig.from_pretrained(name, **hub_options(args))
     rebuilt: dict[str, Any] = {}
     for item in _COMMA.split(args.config_overrides) if args.config_overrides else []:
         name, equals, value = (part.strip() for part in item.partition("="))
@@ -168,6 +196,8 @@ def make_trainer(factory: Callable[..., Any], args: Any, **parts: Any) -> Any:
         named = "report_to" if any(name in str(error) for name in args.report_to) else "arguments"
         raise UsageError("optim" if str(error).startswith("LNGD") else named, error) from error
     check_repository(trainer)
+    if trainer.is_world_process_zero():
+        clear(args)
     return trainer
 
 
@@ -180,8 +210,6 @@ def train(trainer: Any) -> None:
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     path, lngd = Path(trainer.args.output_dir) / "routing.json", lngd_of(trainer.optimizer)
-    if trainer.is_world_process_zero():
-        path.unlink(missing_ok=True)  # of another run
     if trainer.is_world_process_zero() and lngd is not None:
         routing: dict[str, Any] = {"optimizer": "lngd", "config": lngd.config.to_dict(), "memory": lngd.memory_usage()}
         routing["groups"] = [{"name": group["name"], "tensors": len(group["params"])} for group in lngd.param_groups]
@@ -262,11 +290,15 @@ class CardWriter:
         name, config = self.data.dataset_name, self.data.dataset_config_name
         title = repository_of(args).split("/")[-1]
         curves = args.do_train and draw_losses(args.output_dir, self.trainer.state.log_history, title)
+        examples = len(self.trainer.train_dataset or ())
+        file = self.data.train_file or getattr(self.data, "train_dir", None)
         facts = CardFacts(
             name=title,
             dataset_config=config,
             dataset_on_hub=bool(name) and not Path(name).exists(),
-            examples=len(self.trainer.train_dataset or ()),
+            file=Path(file).name if file else None,
+            examples=examples,
+            seen=round(min(1.0, self.trainer.state.epoch or 0.0) * examples),
             scores=self.scores,
             pictures=self.pictures,
             command=self.command,

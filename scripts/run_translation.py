@@ -5,7 +5,9 @@
         --predict_with_generate --optim lngd --optim_args preset=fast --learning_rate 1e-3 --output_dir out
 
 The arguments are those of transformers' translation example (`--help` lists them); a single argument that ends in
-.json is a file with them. Data are JSON lines, `{"translation": {"en": "…", "de": "…"}}`, gzipped or not.
+.json is a file with them. Data are JSON lines, `{"translation": {"en": "…", "de": "…"}}`, or tables with the columns
+`en` and `de` (.csv, .tsv), gzipped or not; --source_column and --target_column name other columns. A file for
+--do_predict needs no translations.
 
 Whatever is wrong with arguments or data ends the script before training, with status 2 and a last line
 `error: <field>: …`; a push that the Hub does not take, after training, with status 1.
@@ -13,6 +15,7 @@ Whatever is wrong with arguments or data ends the script before training, with s
 
 from __future__ import annotations
 
+import csv
 import difflib
 import gzip
 import json
@@ -35,7 +38,8 @@ from hf_lngd.metrics import load_metric
 
 logger = logging.get_logger(__name__)
 
-FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+FILE_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", *TABLES)
 COLUMN = "translation"
 
 # The code example of the model's card.
@@ -57,7 +61,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = option(None, "Model to fine-tune: a folder or a name on the Hub.")
     config_name: str | None = option(
-        None, "Configuration, a folder, a file or a name on the Hub; without --model_name_or_path: train from scratch."
+        None, "Configuration to train from scratch: a folder, a file, a type of model (marian), or a name on the Hub."
     )
     config_overrides: str | None = option(None, "Changes to the configuration, e.g. 'dropout=0.0,encoder_layers=3'.")
     tokenizer_name: str | None = option(None, "Tokenizer, if another than the model's: a folder or a name.")
@@ -66,6 +70,7 @@ class ModelArguments:
     model_revision: str = option("main", "Branch, tag or commit of the model on the Hub.")
     token: str | None = option(None, "Token for private models; by default the one that `hf auth login` stored.")
     trust_remote_code: bool = option(False, "Run code that comes with a model or data set. Only if you trust it.")
+    overwrite_output_dir: bool = option(False, "Replace the model, checkpoints and results that --output_dir has.")
 
 
 @dataclass
@@ -76,21 +81,27 @@ class DataArguments:
     target_lang: str | None = option(None, "Language to translate to.")
     dataset_name: str | None = option(None, "Data set: a folder or a name on the Hub.")
     dataset_config_name: str | None = option(None, "Configuration of the data set, e.g. de-en.")
-    train_file: str | None = option(None, 'JSON lines, gzipped or not: {"translation": {"en": …, "de": …}}.')
+    train_file: str | None = option(
+        None, 'JSON lines, {"translation": {"en": …, "de": …}}, or a table with a header, .csv or .tsv; gzipped or not.'
+    )
     validation_file: str | None = option(None, "The same, for --do_eval.")
-    test_file: str | None = option(None, "The same, for --do_predict.")
+    test_file: str | None = option(None, "The same, for --do_predict; the translations may be missing.")
+    source_column: str | None = option(None, "Column of the sources; none: in tables --source_lang, else translation.")
+    target_column: str | None = option(None, "Column of the targets; none: in tables --target_lang, else translation.")
     overwrite_cache: bool = option(False, "Tokenize again, whatever the cache holds.")
     preprocessing_num_workers: int | None = option(None, "Processes that tokenize.")
     max_source_length: int = option(1024, "Most tokens of a source; longer ones are cut. At most what the model takes.")
     max_target_length: int = option(128, "Most tokens of a target; longer ones are cut.")
     val_max_target_length: int | None = option(
-        None, "The same for validation and test, and the length of generated text; none: --max_target_length."
+        None, "The same for validation and test, and of generated text; none: --max_target_length."
     )
     pad_to_max_length: bool = option(False, "Pad every sentence to the most; otherwise to the longest of its batch.")
     max_train_samples: int | None = option(None, "Use the first so many training pairs.")
     max_eval_samples: int | None = option(None, "Use the first so many validation pairs.")
     max_predict_samples: int | None = option(None, "Use the first so many test pairs.")
-    num_beams: int | None = option(1, "Beams in the final evaluation and in prediction.")
+    num_beams: int | None = option(
+        None, "Beams of every evaluation, also during training, and of prediction; none: --generation_num_beams, or 1."
+    )
     ignore_pad_token_for_loss: bool = option(True, "Leave padding out of the loss.")
     source_prefix: str | None = option(None, "Text before each source, e.g. 'translate English to German: ' for T5.")
     forced_bos_token: str | None = option(
@@ -106,7 +117,7 @@ class DataArguments:
             refuse_if(not getattr(self, name), name, "got none, accepted: a language, e.g. en")
         same = self.source_lang == self.target_lang
         refuse_if(same, "target_lang", f"got {self.target_lang!r}, which is the source, accepted: another language")
-        run_shared.check_data(self, FILE_ENDINGS, "JSON lines")
+        run_shared.check_data(self, FILE_ENDINGS, "sentence pairs")
 
     @property
     def keys(self) -> tuple[str, str]:
@@ -114,8 +125,14 @@ class DataArguments:
         return str(self.source_lang).split("_")[0], str(self.target_lang).split("_")[0]
 
     @property
+    def columns(self) -> tuple[str, str]:
+        """Columns of source and target where each has one."""
+        source, target = self.keys
+        return self.source_column or source, self.target_column or target
+
+    @property
     def eval_target_length(self) -> int:
-        """Most tokens of a target, and of generated text, in evaluation and prediction."""
+        """Most tokens of a target in evaluation and prediction."""
         return self.max_target_length if self.val_max_target_length is None else self.val_max_target_length
 
 
@@ -130,17 +147,21 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, LNGDSeq2SeqTr
     run_shared.check_training(model, args)
     named = model.model_name_or_path or model.tokenizer_name
     refuse_if(not named, "tokenizer_name", "got none, accepted: a tokenizer, as there is no --model_name_or_path")
+    beams = args.generation_num_beams
+    what = f"got {data.num_beams} and --generation_num_beams {beams}, accepted: one of the two"
+    refuse_if(None not in (beams, data.num_beams) and beams != data.num_beams, "num_beams", what)
     name, files = data.dataset_name, data.train_file or data.validation_file or data.test_file
     refuse_if(name and files, "dataset_name", f"got {name!r} and files, accepted: one of the two")
     for part in run_shared.wanted_parts(args):
         missing = not name and not getattr(data, f"{part}_file")
-        refuse_if(missing, f"{part}_file", "got none, accepted: a file of JSON lines, or --dataset_name")
+        refuse_if(missing, f"{part}_file", "got none, accepted: a file of sentence pairs, or --dataset_name")
     return model, data, args
 
 
 # ---- Data: pairs are read and checked before anything is trained, then tokenized ----
 def load_pairs(data: DataArguments, model: ModelArguments, parts: list[str]) -> dict[str, datasets.Dataset]:
-    """The parts that are needed, each a data set with the columns ``source`` and ``target``.
+    """The parts that are needed, each a data set with the columns ``source`` and ``target``; the latter may be missing
+    of what is predicted.
 
     Raises:
         UsageError: a file that cannot be read, an empty one, a broken line, a missing column, language or sentence.
@@ -153,34 +174,50 @@ def load_pairs(data: DataArguments, model: ModelArguments, parts: list[str]) -> 
 
 def from_file(field: str, path: str, data: DataArguments) -> datasets.Dataset:
     """Every line is checked, whatever part of the file is used."""
-    source, target = data.keys
-    pairs: list[dict[str, str]] = []
-    first_gap: UsageError | None = None
-    seen: set[str] = set()
-    for number, text in read_lines(field, path):
-        pair = parse_line(field, f"{path}, line {number}", text)
-        seen.update(pair)
-        gap = gap_of(pair, source, target)
-        if gap and first_gap is None:
-            first_gap = UsageError(field, f"{path}, line {number}: {gap}")
-        pairs.append(pair)
-    check_languages(data, seen, path)
-    if first_gap:
-        raise first_gap
+    numbers, pairs = [], []
+    for number, row in read_rows(field, path):
+        numbers.append(number)
+        pairs.append(pair_of(row, data, path.endswith(TABLES), field, f"{path}, line {number}"))
     refuse_if(not pairs, field, f"got {path!r}, which is empty, accepted: at least one line")
-    columns = {"source": [pair[source] for pair in pairs], "target": [pair[target] for pair in pairs]}
-    return datasets.Dataset.from_dict(columns)
+    wanted = wanted_keys(pairs, data, field == "test_file")
+    check_languages(data, wanted, set().union(*pairs), path)
+    for number, pair in zip(numbers, pairs, strict=True):
+        gap = gap_of(pair, wanted)
+        refuse_if(gap, field, f"{path}, line {number}: {gap}")
+    names = zip(("source", "target"), wanted, strict=False)
+    return datasets.Dataset.from_dict({name: [pair[key] for pair in pairs] for name, key in names})
 
 
-def read_lines(field: str, path: str) -> Iterator[tuple[int, str]]:
-    """(number, text) of the lines of a file that are not blank."""
+def read_rows(field: str, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of the line, row) of a file; blank lines are left out."""
+    if not path.endswith(TABLES):
+        for number, text in enumerate(read_lines(field, path), start=1):
+            if text.strip():
+                yield number, parse_line(field, f"{path}, line {number}", text)
+        return
+    options: dict[str, Any] = (
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if ".tsv" in path[-7:] else {"strict": True}
+    )
+    reader = csv.DictReader(read_lines(field, path), **options)
+    try:
+        for row in reader:
+            if None in row:  # DictReader's key of what is too much
+                more = f"{path}, line {reader.line_num}: more values than the header has columns: {row[None]}"
+                raise UsageError(field, more)
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UsageError(field, f"{path}, after line {reader.line_num}: cannot be read as a table ({error})") from error
+
+
+def read_lines(field: str, path: str) -> Iterator[str]:
+    """The lines of a text file, gzipped or not."""
     opener: Any = gzip.open if path.endswith(".gz") else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, text in enumerate(file, start=1):
-                if text.strip():
-                    yield number, text
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            for text in file:
+                yield text
+                number += 1
     except UnicodeDecodeError as error:
         raise UsageError(field, f"{path}, after line {number}: not UTF-8 ({error.reason})") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -188,74 +225,117 @@ def read_lines(field: str, path: str) -> Iterator[tuple[int, str]]:
 
 
 def parse_line(field: str, where: str, text: str) -> dict[str, Any]:
-    """The pair in a line: sentences by language."""
+    """The JSON object in a line."""
     try:
         row = json.loads(text)
     except ValueError as error:
         raise UsageError(field, f"{where}: not JSON ({error})") from error
     is_object = isinstance(row, dict)
     refuse_if(not is_object, field, f"{where}: got a JSON {type(row).__name__}, accepted: an object")
-    refuse_if(COLUMN not in row, field, f"{where}: no column '{COLUMN}', found: {', '.join(row) or 'none'}")
+    return row
+
+
+def pair_of(row: dict[str, Any], data: DataArguments, is_table: bool, field: str, where: str) -> dict[str, Any]:
+    """Sentences by language, from the column `COLUMN` or from a column each."""
+    found = ", ".join(str(name) for name in row) or "none"
+    if is_table or data.source_column or data.target_column:
+        for name, column in zip(("source_column", "target_column"), data.columns, strict=True):
+            is_needed = name == "source_column" or field != "test_file"
+            what = f"got {column!r}, {where} has: {found}"
+            refuse_if(is_needed and column not in row, name, what)
+        return {key: row[column] for key, column in zip(data.keys, data.columns, strict=True) if column in row}
+    what = f"{where}: no column '{COLUMN}', found: {found}; --source_column and --target_column name others"
+    refuse_if(COLUMN not in row, field, what)
     what = f"{where}: column '{COLUMN}': accepted: an object with one sentence a language"
     refuse_if(not isinstance(row[COLUMN], dict), field, what)
     return row[COLUMN]
 
 
-def gap_of(pair: dict[str, Any], source: str, target: str) -> str | None:
+def has_text(pair: dict[str, Any], key: str) -> bool:
+    """Whether there is a sentence in this language."""
+    return isinstance(pair.get(key), str) and bool(pair[key].strip())
+
+
+def wanted_keys(pairs: list[dict[str, Any]], data: DataArguments, is_test: bool) -> tuple[str, ...]:
+    """The languages in which each pair has to have a sentence: the source alone of test data without translations."""
+    alone = is_test and not any(has_text(pair, data.keys[1]) for pair in pairs)
+    return data.keys[:1] if alone else data.keys
+
+
+def gap_of(pair: dict[str, Any], wanted: tuple[str, ...]) -> str | None:
     """What is missing of a pair, in words."""
-    has = {key: isinstance(pair.get(key), str) and bool(pair[key].strip()) for key in (source, target)}
-    if has[source] and has[target]:
+    missing = [key for key in wanted if not has_text(pair, key)]
+    if not missing:
         return None
-    if not has[source] and not has[target]:
-        return f"neither '{source}' nor '{target}'"
-    return f"a source '{source}' without a target '{target}'" if has[source] else f"no source '{source}'"
+    if len(missing) == 2:
+        return f"neither '{missing[0]}' nor '{missing[1]}'"
+    source, *target = wanted
+    return f"no source '{source}'" if missing == [source] else f"a source '{source}' without a target '{target[0]}'"
 
 
-def check_languages(data: DataArguments, seen: set[str], where: str) -> None:
+def check_languages(data: DataArguments, wanted: tuple[str, ...], seen: set[str], where: str) -> None:
     """Raise UsageError if a language is none of those that were seen."""
-    for field, key in zip(("source_lang", "target_lang"), data.keys, strict=True):
-        got = f"got {getattr(data, field)!r}, {where} has: {', '.join(sorted(seen))}"
-        refuse_if(seen and key not in seen, field, got)
+    for field, key in zip(("source_lang", "target_lang"), wanted, strict=False):
+        refuse_if(key not in seen, field, f"got {getattr(data, field)!r}, {where} has: {', '.join(sorted(seen))}")
 
 
 def from_dataset(loaded: Any, part: str, data: DataArguments) -> datasets.Dataset:
     """Pairs without a source or a target (large collections have some) are left out and counted."""
-    name, (source, target), field = data.dataset_name, data.keys, "dataset_name"
+    name, field = data.dataset_name, "dataset_name"
     refuse_if(part not in loaded, field, f"{name} has no part {part}, found: {', '.join(loaded)}")
     rows, where = loaded[part], f"{name}, {part}"
-    found = ", ".join(rows.column_names)
-    refuse_if(COLUMN not in rows.column_names, field, f"{name}: no column '{COLUMN}', found: {found}")
     refuse_if(not len(rows), field, f"{name}: part {part} is empty")
-    check_languages(data, set(rows[0][COLUMN]), where)
+
+    def pairs_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
+        columns = zip(*batch.values(), strict=True)
+        return [pair_of(dict(zip(batch, row, strict=True)), data, False, f"{part}_file", where) for row in columns]
+
+    first = pairs_of(rows[:1])
+    wanted = wanted_keys(pairs_of(rows[:]) if part == "test" else first, data, part == "test")
+    check_languages(data, wanted, set(first[0]), where)
 
     def split(batch: dict[str, list[Any]]) -> dict[str, list[str]]:
-        whole = [pair for pair in batch[COLUMN] if gap_of(pair, source, target) is None]
-        return {"source": [pair[source] for pair in whole], "target": [pair[target] for pair in whole]}
+        whole = [pair for pair in pairs_of(batch) if gap_of(pair, wanted) is None]
+        return {name: [p[key] for p in whole] for name, key in zip(("source", "target"), wanted, strict=False)}
 
     pairs = rows.map(split, batched=True, remove_columns=rows.column_names, desc=f"Pairs of {where}")
     if len(pairs) < len(rows):
         logger.warning(f"{where}: {len(rows) - len(pairs)} of {len(rows)} pairs lack a sentence and are left out")
-    refuse_if(not len(pairs), field, f"{where}: no whole pair of {source} and {target}")
+    refuse_if(not len(pairs), field, f"{where}: no whole pair of {' and '.join(wanted)}")
     return pairs
 
 
 def tokenize(
     pairs: datasets.Dataset, tokenizer: Any, data: DataArguments, max_target_length: int, name: str
 ) -> datasets.Dataset:
-    """`input_ids`, `attention_mask`, `labels`; padded only with `pad_to_max_length`."""
+    """`input_ids`, `attention_mask` and, where there are targets, `labels`; padded only with `pad_to_max_length`. Tells
+    how many sentences were cut."""
     prefix, padding = data.source_prefix or "", "max_length" if data.pad_to_max_length else False
+    most = {"sources": data.max_source_length, "targets": max_target_length}
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
-        sources = [prefix + text for text in batch["source"]]
-        encoded = tokenizer(sources, max_length=data.max_source_length, padding=padding, truncation=True)
-        target = tokenizer(text_target=batch["target"], max_length=max_target_length, padding=padding, truncation=True)
-        labels = target["input_ids"]
-        if padding and data.ignore_pad_token_for_loss:
-            rows = zip(labels, target["attention_mask"], strict=True)
-            labels = [[token if seen else -100 for token, seen in zip(*row, strict=True)] for row in rows]
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+        texts = {"sources": ("text", [prefix + text for text in batch["source"]])}
+        if "target" in batch:
+            texts["targets"] = ("text_target", batch["target"])
+        encoded, made = dict[str, Any](), dict[str, Any]()
+        for side, (kind, own) in texts.items():
+            found = encoded[side] = tokenizer(**{kind: own}, max_length=most[side], padding=padding, truncation=True)
+            made[side] = is_cut = [False] * len(own)
+            full = [i for i, mask in enumerate(found["attention_mask"]) if sum(mask) == most[side]]
+            chosen = [own[i] for i in full]  # is there one more token?
+            longer = (
+                tokenizer(**{kind: chosen}, max_length=most[side] + 1, truncation=True) if full else {"input_ids": ()}
+            )
+            for i, tokens in zip(full, longer["input_ids"], strict=True):
+                is_cut[i] = len(tokens) > most[side]
+        if "targets" in encoded:
+            made["labels"] = labels = encoded["targets"]["input_ids"]
+            if padding and data.ignore_pad_token_for_loss:
+                rows = zip(labels, encoded["targets"]["attention_mask"], strict=True)
+                made["labels"] = [[token if seen else -100 for token, seen in zip(*row, strict=True)] for row in rows]
+        return {**made, **{key: encoded["sources"][key] for key in ("input_ids", "attention_mask")}}
 
-    return pairs.map(
+    tokens = pairs.map(
         encode,
         batched=True,
         num_proc=data.preprocessing_num_workers,
@@ -263,6 +343,12 @@ def tokenize(
         load_from_cache_file=not data.overwrite_cache,
         desc=f"Tokenizing {name}",
     )
+    for side in sorted(set(most) & set(tokens.column_names)):
+        count = sum(tokens[side])
+        if count:
+            logger.warning(f"{name}: {count} of {len(tokens)} {side} have more than {most[side]} tokens and are cut")
+        tokens = tokens.remove_columns(side)
+    return tokens
 
 
 # ---- Model ----
@@ -364,7 +450,8 @@ class TranslationScores:
         tokens = tokens[0] if isinstance(tokens, tuple) else tokens
         result = self._metric.compute(predictions=self.decode(tokens), references=self.decode(labels))
         self.signatures = {"bleu": result["signature"], "chrf": result["chrf_signature"]}
-        lengths = (self._unpadded(tokens) != self.tokenizer.pad_token_id).sum(-1)
+        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}  # start, end, language, padding
+        lengths = np.isin(self._unpadded(tokens), list(special), invert=True).sum(-1)
         scores = {"bleu": result["score"], "chrf": result["chrf"], "gen_len": float(np.mean(lengths))}
         return {name: round(value, 4) for name, value in scores.items()}
 
@@ -386,8 +473,8 @@ def make_card(trainer: LNGDSeq2SeqTrainer, model: ModelArguments, data: DataArgu
         name=run_shared.model_name(trainer),
         languages=f', src_lang="{data.source_lang}", tgt_lang="{data.target_lang}"' if multilingual else "",
         prefix=f"{json.dumps(data.source_prefix, ensure_ascii=False)} + " if data.source_prefix else "",
-        beams=data.num_beams or 1,
-        length=data.eval_target_length,
+        beams=trainer.args.generation_num_beams,
+        length=trainer.args.generation_max_length,
     )
     return run_shared.CardWriter(
         trainer,
@@ -410,6 +497,10 @@ def prepare(
 ) -> tuple[LNGDSeq2SeqTrainer, dict[str, Any], TranslationScores]:
     """The trainer, the tokenized parts of the data, and what scores translations. Finds all that is wrong."""
     pairs = load_pairs(data_args, model_args, run_shared.wanted_parts(args))
+    if "test" in pairs and "target" not in pairs["test"].column_names:
+        what = "got false for test data without translations, accepted: true"
+        refuse_if(not args.predict_with_generate, "predict_with_generate", what)
+        logger.warning("the test data have no translations: they are translated, and not scored")
     set_seed(args.seed)
     tokenizer = load_tokenizer(model_args)
     model = load_model(model_args, tokenizer)
@@ -422,10 +513,11 @@ def prepare(
         with args.main_process_first(desc=f"tokenizing {part}"):
             chosen = rows if most is None else rows.select(range(min(most, len(rows))))
             parts[part] = tokenize(chosen, tokenizer, data_args, length, part)
-    if args.generation_max_length is None:
-        args.generation_max_length = data_args.eval_target_length
+    # Of every evaluation, so that the scores during training and at its end are the same.
+    args.generation_max_length = args.generation_max_length or data_args.eval_target_length
+    args.generation_num_beams = args.generation_num_beams or data_args.num_beams or 1
     if not model_args.model_name_or_path:  # a trained model knows how much it may say, a new one is told
-        model.generation_config.max_length = data_args.eval_target_length
+        model.generation_config.max_length = args.generation_max_length
     scores = TranslationScores(tokenizer)
     collator = DataCollatorForSeq2Seq(
         tokenizer,
@@ -446,14 +538,21 @@ def prepare(
     return trainer, parts, scores
 
 
-def predict(trainer: LNGDSeq2SeqTrainer, dataset: Any, generation: dict[str, Any]) -> Any:
-    """Predictions in the order of the file: a Trainer that groups by length shuffles what it predicts, too."""
-    strategy = trainer.args.train_sampling_strategy
-    trainer.args.train_sampling_strategy = "sequential"
+def predict(trainer: LNGDSeq2SeqTrainer, dataset: Any) -> Any:
+    """Predictions in the order of the file: a Trainer that groups by length shuffles what it predicts, too. Without
+    translations there are no scores; the Trainer wants labels all the same."""
+    scored, args = "labels" in dataset.column_names, trainer.args
+    strategy, args.train_sampling_strategy = args.train_sampling_strategy, "sequential"
+    if not scored:
+        dataset = dataset.add_column("labels", [[trainer.processing_class.pad_token_id]] * len(dataset))
+        trainer.compute_metrics = None
     try:
-        return trainer.predict(dataset, metric_key_prefix="predict", **generation)
+        result = trainer.predict(dataset, metric_key_prefix="predict")
     finally:
-        trainer.args.train_sampling_strategy = strategy
+        args.train_sampling_strategy = strategy
+    if not scored:
+        del result.metrics["predict_loss"]
+    return result
 
 
 def main() -> None:
@@ -468,12 +567,10 @@ def main() -> None:
     card = make_card(trainer, model_args, data_args)
     if args.do_train:
         run_shared.train(trainer)
-    generation = {"max_length": data_args.eval_target_length, "num_beams": data_args.num_beams}
     if args.do_eval:
-        metrics = trainer.evaluate(metric_key_prefix="eval", **generation)
-        card.add("eval", "validation", metrics, scores.signatures)
+        card.add("eval", "validation", trainer.evaluate(), scores.signatures)
     if args.do_predict:
-        result = predict(trainer, parts["test"], generation)
+        result = predict(trainer, parts["test"])
         card.add("predict", "test", result.metrics, scores.signatures)
         if args.predict_with_generate and trainer.is_world_process_zero():
             texts = "".join(f"{text}\n" for text in scores.decode(result.predictions))

@@ -85,7 +85,7 @@ def factors(
         optimizer.zero_grad()
     layers = dict.fromkeys(layer.name for layer in optimizer.core.routing.layers)
     found = {f"{name}.{kind}": value for name in layers for kind, value in optimizer.factors(name).items()}
-    rate = optimizer.diagnostics()["layer_rate_mean"]
+    rate = optimizer.diagnostics()["direction_scale_mean"]
     optimizer.close()
     return found, rate, left_out
 

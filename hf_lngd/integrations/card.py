@@ -20,9 +20,9 @@ from .training_args import is_lngd, lngd_settings, name_of
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _LIBRARIES = ("hf_lngd", "torch", "transformers", "accelerate", "datasets")
 _ADAMW = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-# The author's alone, left out of a command: tokens, the push, the checkpoint that training went on from (a resumed run
-# ends where an uninterrupted one does). argparse takes beginnings of names, too.
-_AUTHORS = re.compile(r"--(tok|toke|token|hub.*|push.*|resume.*)$")
+# The author's alone, left out of a command: tokens, the push, consent to overwrite, the checkpoint that training went
+# on from (a resumed run ends where an uninterrupted one does). argparse takes beginnings of names, too.
+_AUTHORS = re.compile(r"--(tok|toke|token|hub.*|push.*|resume.*|overwrite_o.*)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,9 @@ class CardFacts:
     dataset_type: str  # its name on the Hub, or what it is shown as
     dataset_config: str | None = None
     dataset_on_hub: bool = False  # the Hub has a data set of that name, which is linked
-    examples: int = 0  # how many were trained on
+    file: str | None = None  # of the training data, or their folder
+    examples: int = 0  # how many there are to train on
+    seen: int | None = None  # how many of them training came to; None: all
     scores: Sequence[Score] = ()
     command: Sequence[str] = ()  # that makes the model again, in parts; shown :func:`without_authors`
     languages: Sequence[str] = ()  # codes, source first
@@ -152,7 +154,9 @@ def optimizer_options(args: Any) -> list[str]:
     """The optimizer with all its settings, as options of any script that takes the package's training arguments."""
     if is_lngd(args):
         config, lr = lngd_settings(args)
-        return ["--optim", "lngd", "--learning_rate", str(lr), "--optim_args", config.to_optim_args()]
+        options = ["--optim", "lngd", "--learning_rate", str(lr), "--optim_args", config.to_optim_args()]
+        targets = args.optim_target_modules
+        return options + ([] if targets is None else ["--optim_target_modules", str(targets)])
     options = ["--optim", name_of(args.optim), "--learning_rate", str(args.learning_rate)]
     options += ["--optim_args", args.optim_args] if args.optim_args else []
     return options + [part for name in _ADAMW for part in (f"--{name}", str(getattr(args, name)))]

@@ -29,6 +29,7 @@ from ..config import LNGDConfig
 from ..parallel.ranks import Ranks
 from ..state import check_origin, check_parameters
 from ..torch_internals import is_fully_sharded, plain_class
+from .usage import UsageError
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
@@ -143,14 +144,18 @@ def _problem_in(path: Path) -> str | None:
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """Raise ValueError, naming folder and file, for a checkpoint that :func:`problem_of` finds fault with."""
+    """Raise UsageError, naming folder and file, for a checkpoint that :func:`problem_of` finds fault with."""
     problem = problem_of(folder)
     if problem is not None:
-        raise ValueError(f"checkpoint {folder}: {problem}. Accepted: a whole checkpoint-N of a Trainer")
+        raise _refusal(folder, f"{problem}. Accepted: a whole checkpoint-N of a Trainer")
+
+
+def _refusal(folder: str | Path, what: str) -> UsageError:
+    return UsageError("resume_from_checkpoint", f"checkpoint {folder}: {what}")
 
 
 def check_optimizer(folder: str | Path, config: LNGDConfig | None, parameters: Mapping[str, list[int]]) -> None:
-    """Look into ``optimizer.pt``, if there is one, before anything is loaded. Raises ValueError where it is of another
+    """Look into ``optimizer.pt``, if there is one, before anything is loaded. Raises UsageError where it is of another
     optimizer, version or model, or of other settings.
 
     Args:
@@ -163,17 +168,15 @@ def check_optimizer(folder: str | Path, config: LNGDConfig | None, parameters: M
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint {folder}: optimizer.pt cannot be read ({error})") from error
+        raise _refusal(folder, f"optimizer.pt cannot be read ({error})") from error
     own = state.get("lngd") if isinstance(state, dict) else None
     if config is None and own is not None:
-        raise ValueError(
-            f"checkpoint {folder}: optimizer.pt is LNGD's, accepted: that of the optimizer used here (or --optim lngd)"
-        )
+        raise _refusal(folder, "optimizer.pt is LNGD's, accepted: that of the optimizer used here (or --optim lngd)")
     if config is not None:
         try:
             check_parameters(parameters, check_origin(config, own))
         except ValueError as error:
-            raise ValueError(f"checkpoint {folder}: optimizer.pt: {error}") from error
+            raise _refusal(folder, f"optimizer.pt: {error}") from error
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from ..config import LNGDConfig, other_fishers
+from ..config import LNGDConfig, LNGDFields, other_fishers
 from ..optimizer import LNGD
 from ..state import parameters_of
 from ..torch_internals import plain_name, uncompiled
@@ -25,6 +26,8 @@ from .loss import IGNORED_LABEL, ExactLoss
 from .training_args import STAND_IN, LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
 
 logger = logging.getLogger(__name__)
+# Of LNGD's diagnostics those that are logged unless asked otherwise: they are 0 as long as all goes well.
+SHORT_LOG = ("failed_inverses", "skipped_factors", "skipped_gradients")
 
 
 def create_lngd_optimizer(
@@ -33,15 +36,19 @@ def create_lngd_optimizer(
     *,
     config: LNGDConfig | None = None,
     lr: float | None = None,
-    **fields: Any,
+    param_groups: Sequence[dict[str, Any]] = (),
+    layout: str = "whole",
+    **fields: Unpack[LNGDFields],
 ) -> LNGD:
     """LNGD for a model, before any wrapper, as training arguments ask for it or by name.
 
     Args:
-        args: training arguments whose `optim_args`, `learning_rate`, `weight_decay` and `adam_*` are used.
+        args: training arguments whose `optim_args`, `learning_rate`, `weight_decay`, `adam_*` and
+            `optim_target_modules` are used.
         config: in place of the settings of `args`.
         lr: in place of the rate of `args`; 1e-3 if neither is given.
-        **fields: fields of `LNGDConfig`, on top of the rest; `param_groups` and `layout` of `LNGD`.
+        param_groups, layout: as of `LNGD`.
+        **fields: fields of `LNGDConfig`, on top of the rest.
 
     Raises:
         ValueError: a bad setting; names field, value and what is accepted.
@@ -50,15 +57,27 @@ def create_lngd_optimizer(
     refuse_unsupported(args, model)
     freeze_unsaved(model)
     if args is not None:
-        from_args, from_lr = lngd_settings(args)
+        from_args, from_lr = lngd_settings(args, model)
         config, lr = config or from_args, from_lr if lr is None else lr
-    return LNGD(model, config, lr=1e-3 if lr is None else lr, **fields)
+    lr = 1e-3 if lr is None else lr
+    return LNGD(model, config, lr=lr, param_groups=param_groups, layout=layout, **fields)
 
 
 def lngd_of(optimizer: Any) -> LNGD | None:
     """The LNGD inside accelerate's wrapper (or bare), else None."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner if isinstance(inner, LNGD) else None
+
+
+class TensorBoard(TensorBoardCallback):
+    """transformers' own, with LNGD's numbers in a group beside ``train`` and ``eval``."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """As transformers', but for keys that begin with ``lngd_``."""
+        own = {name: value for name, value in logs.items() if name.startswith("lngd_")}
+        super().on_log(args, state, control, {k: v for k, v in logs.items() if k not in own}, **kwargs)
+        for name, value in own.items() if self.tb_writer is not None else ():
+            self.tb_writer.add_scalar(name.replace("_", "/", 1), value, state.global_step)
 
 
 _ATrainer: Any = object  # one follows among the bases
@@ -93,6 +112,9 @@ class LNGDTrainerMixin(_ATrainer):
         self.card_writer: Callable[[], Any] | None = None
         constructor(*args, **kwargs)
         freeze_unsaved(self.model)
+        for callback in [one for one in self.callback_handler.callbacks if type(one) is TensorBoardCallback]:
+            self.remove_callback(callback)
+            self.add_callback(TensorBoard(callback.tb_writer))
         if given is None and not is_lngd(self.args):
             made = type(self.args).__name__
             logger.warning("args: got none, so %s made %s, which do not ask for lngd", type(self).__name__, made)
@@ -184,9 +206,11 @@ class LNGDTrainerMixin(_ATrainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's; training logs carry LNGD's diagnostics, to four digits: they share a line with the loss."""
-        if (lngd := lngd_of(self.optimizer)) is not None and self.is_in_train and "loss" in logs:
-            logs.update({f"lngd_{name}": float(f"{value:.4g}") for name, value in lngd.diagnostics().items()})
+        """As the Trainer's; training logs carry what `lngd_log` says of LNGD's diagnostics, to four digits."""
+        lngd, asked = lngd_of(self.optimizer), getattr(self.args, "lngd_log", "short")
+        if lngd is not None and self.is_in_train and "loss" in logs and asked != "none":
+            found = {name: v for name, v in lngd.diagnostics().items() if asked == "full" or name in SHORT_LOG}
+            logs.update({f"lngd_{name}": float(f"{value:.4g}") for name, value in found.items()})
         super().log(logs, *args, **kwargs)
 
     # The Hub
@@ -244,7 +268,7 @@ class LNGDTrainerMixin(_ATrainer):
         """The settings that training will have; None: of another optimizer."""
         if (made := lngd_of(self.optimizer)) is not None:
             return made.config
-        return lngd_settings(self.args)[0] if self.optimizer is None and is_lngd(self.args) else None
+        return lngd_settings(self.args, self.model)[0] if self.optimizer is None and is_lngd(self.args) else None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A checkpoint that is written over is none until its last file is there."""
@@ -292,10 +316,22 @@ class LNGDTrainerMixin(_ATrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         lngd = lngd_of(self.optimizer)
+        given = [] if lngd is None or not checkpoint else [dict(group) for group in lngd.param_groups]
         if self.is_fsdp_enabled and lngd is not None and checkpoint:
             fsdp.load(self, lngd, checkpoint)
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
+        if lngd is not None:
+            self._keep_rates(lngd, given)
+
+    def _keep_rates(self, lngd: LNGD, given: list[dict[str, Any]]) -> None:
+        """Go on with the rates and decays of the arguments, where the checkpoint's, which are loaded, are others."""
+        for number, (group, own) in enumerate(zip(lngd.param_groups, given, strict=False)):
+            group.update({key: own[key] for key in ("weight_decay", "decay_floor", "lr_scale")})
+            old, new = (g.get("initial_lr", 0.0) for g in (group, own))  # a plateau's schedule has none
+            if old != new:
+                group.update(initial_lr=new, lr=new * (group["lr"] / old if old else 1.0))
+                self.lr_scheduler.base_lrs[number] = new
 
 
 class LNGDTrainer(LNGDTrainerMixin, Trainer):

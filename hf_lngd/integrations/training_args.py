@@ -10,10 +10,15 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames
 
 from ..config import LNGDConfig
+from ..groups import KINDS, check_decay, options_of
+from ..routing import unwrapped
+from ..torch_internals import plain_name
 
 LNGD_NAME = "lngd"
 # What the parent class is shown in place of "lngd" while it checks itself: an optimizer it makes no demands on.
@@ -30,6 +35,11 @@ _OPTIM_ARGS_HELP = (
     "'factor_interval=10,preset=fast' (presets: fast, paper, lngd_sample, lngd_lr; families: lngd, kfac, ekfac, tkfac, "
     "ng+). They win over --learning_rate, --weight_decay and --adam_*, and these over the preset."
 )
+_LOG_HELP = (
+    "What of lngd stands in the training log: none; short: how many gradients, factors and inverses were passed over; "
+    "full: also means over the layers, the worst condition number and the seconds that factors took."
+)
+LOGS = ("none", "short", "full")
 
 
 def is_lngd(args: Any) -> bool:
@@ -37,8 +47,9 @@ def is_lngd(args: Any) -> bool:
     return name_of(args.optim) == LNGD_NAME
 
 
-def lngd_settings(args: Any) -> tuple[LNGDConfig, float]:
-    """The config and the learning rate that training arguments ask for.
+def lngd_settings(args: Any, model: nn.Module | None = None) -> tuple[LNGDConfig, float]:
+    """The config and the learning rate that training arguments ask for; with a `model`, also what its
+    `optim_target_modules` leave to AdamW.
 
     Precedence: `optim_args`, then `learning_rate`, a `weight_decay` that was given and those of `adam_beta1`,
     `adam_beta2`, `adam_epsilon` that differ from transformers' defaults, then the preset. In transformers' own
@@ -58,7 +69,31 @@ def lngd_settings(args: Any) -> tuple[LNGDConfig, float]:
         given["betas"] = (args.adam_beta1, args.adam_beta2)
     if args.adam_epsilon != defaults["adam_epsilon"]:
         given["eps"] = args.adam_epsilon
-    return LNGDConfig.from_optim_args(text, **given), args.learning_rate if lr is None else lr
+    config, lr = LNGDConfig.from_optim_args(text, **given), args.learning_rate if lr is None else lr
+    for kind in KINDS:
+        check_decay(options_of(kind, config, lr))
+    if model is not None and args.optim_target_modules is not None:
+        others = _others(args.optim_target_modules, unwrapped(model))
+        config = config.with_fields(exclude=f"(?:{config.exclude})|{others}" if config.exclude else others)
+    return config, lr
+
+
+def _others(targets: str | list[str], model: nn.Module) -> str:
+    """A regular expression for the parameters outside the target modules, which are meant as the Trainer means them for
+    GaLore: ``all-linear``, a regular expression of a whole name, or a list of parts of names."""
+    linear = isinstance(targets, str) and targets.replace("_", "-") == "all-linear"
+    chosen = [
+        re.escape(plain_name(name))
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        and (isinstance(module, nn.Linear) if linear else check_target_module_exists(targets, plain_name(name)))
+    ]
+    if not chosen:
+        raise ValueError(
+            f"optim_target_modules: got {targets!r}, which is no module of {type(model).__name__} with parameters, "
+            "accepted: all-linear, a regular expression of a module's whole name, or a list of parts of names"
+        )
+    return rf"^(?!(?:{'|'.join(chosen)})\.[^.]+$)"
 
 
 def _on_command_line(name: str) -> bool:
@@ -113,6 +148,7 @@ class LNGDArgumentsMixin(_SomeArguments):
     optim: str = field(default=LNGD_NAME, metadata={"help": _OPTIM_HELP})
     optim_args: str | None = field(default=None, metadata={"help": _OPTIM_ARGS_HELP})
     weight_decay: float | None = field(default=None, metadata={"help": _WEIGHT_DECAY_HELP})
+    lngd_log: str = field(default="short", metadata={"help": _LOG_HELP})
 
     def __post_init__(self) -> None:
         name = name_of(self.optim)
@@ -121,6 +157,8 @@ class LNGDArgumentsMixin(_SomeArguments):
             close = difflib.get_close_matches(name, accepted, n=3, cutoff=0.6)
             hint = f" (did you mean {' or '.join(close)}?)" if close else ""
             raise ValueError(f"optim: got {name!r}{hint}, accepted: {', '.join(accepted)}")
+        if self.lngd_log not in LOGS:
+            raise ValueError(f"lngd_log: got {self.lngd_log!r}, accepted: {', '.join(LOGS)}")
         if name == LNGD_NAME:
             lngd_settings(self)
             self.optim = STAND_IN

@@ -7,6 +7,7 @@ another tensor, a sum with one (identity). Layout changes move entries and are u
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,8 @@ def activation_derivative(activation: Callable[..., Tensor], s: Tensor) -> Tenso
     function = activation.forward if isinstance(activation, nn.Module) else activation
     # a copy for the function: an in-place activation may not change the caller's tensor
     value = s.detach().to(torch.promote_types(s.dtype, torch.float32), copy=True)
-    with torch.no_grad(), forward_ad.dual_level():
+    with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit")  # by which torch makes its first dual tensor, and warns of it
         output = function(forward_ad.make_dual(value, torch.ones_like(value)))
         derivative = forward_ad.unpack_dual(output).tangent
     if derivative is None:

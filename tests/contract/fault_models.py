@@ -18,7 +18,7 @@ from tests.helpers import hooks_of
 PARAMETERS, MODULES, COPIES, HOOKS = "Parameters", "Modules, devices, dtypes", "Copies and pickles", "Hooks"
 PAPER = ({}, {"preset": "paper"})
 NOT_TRAINED = (
-    "parameter '…' has a gradient and is not trained: it was frozen, or no part of the model, when LNGD was made"
+    "parameters have a gradient and are not trained: '…'. They were frozen, or no part of the model, when LNGD was made"
 )
 
 

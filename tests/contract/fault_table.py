@@ -182,7 +182,7 @@ def nothing_is_lost(scene: Scene) -> None:
     twin, flags = copy.deepcopy(model), {name: p.requires_grad for name, p in model.named_parameters()}
     for name, p in twin.named_parameters():
         p.requires_grad_(scene.start_flags.get(name, True))
-    other = LNGD(twin, lr=1.0, **scene.fields)
+    other = LNGD(twin, lr=0.3, **scene.fields)
     twins = dict(twin.named_parameters())
     names = {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:

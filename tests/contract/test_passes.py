@@ -269,6 +269,49 @@ def test_an_unseen_layer_trains_with_white_inputs(caplog: pytest.LogCaptureFixtu
     ) == 1
 
 
+class Dropping(nn.Module):
+    """Eight layers of which each is left out at every other call, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(8))
+        self.head, self.forgotten = nn.Linear(6, 2), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if torch.rand(()) < 0.5:
+                x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("interval", [1, 20])
+def test_layers_without_a_gradient_are_named_once_and_layerdrop_is_not(
+    interval: int, set_to_none: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = seeded(Dropping)
+    optimizer, said = LNGD(model, lr=1e-3, factor_interval=interval), []
+    for _ in range(45):
+        model(torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none)
+        said.append(len(caplog.messages))
+    assert said[18] == 0 and said[19] == 1 == said[-1], caplog.messages
+    assert "layers had no gradient in 20 steps and are as they were: 'forgotten'. The" in caplog.messages[0]
+
+
+def test_many_untrained_parameters_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = seeded(Dropping)
+    model.layers.requires_grad_(False)
+    optimizer = LNGD(model, lr=1e-3)
+    model.layers.requires_grad_(True)
+    for _ in range(2):
+        torch.stack([layer(torch.randn(4, 6)).sum() for layer in model.layers]).sum().backward()
+        optimizer.step()
+    (message,) = caplog.messages
+    assert "not trained: 'layers.0.weight', 'layers.0.bias', " in message and " and 11 more. They" in message
+
+
 @pytest.mark.parametrize("odd", ["sparse", "jagged"])
 def test_inputs_without_strides(odd: str, caplog: pytest.LogCaptureFixture) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 4), nn.Tanh()))

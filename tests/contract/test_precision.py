@@ -218,7 +218,7 @@ def measured(
         scaler.update()
         optimizer.zero_grad()
         made, tries = made + (scaler.get_scale() >= before), tries + 1
-    found = factors_of(optimizer) | {"rate": torch.tensor(optimizer.diagnostics()["layer_rate_mean"])}
+    found = factors_of(optimizer) | {"rate": torch.tensor(optimizer.diagnostics()["direction_scale_mean"])}
     optimizer.close()
     return found, tries - STEPS
 

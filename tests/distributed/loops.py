@@ -597,7 +597,7 @@ def checkpointed(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1)
-    wrapped, optimizer = prepare(model, layout, {**fields, "lr": 1.0 if load else LR})
+    wrapped, optimizer = prepare(model, layout, {**fields, "lr": 0.3 if load else LR})
     bare = wrapped if layout == "rows" or tool == "dcp" else model
     if load:
         _load(tool, folder, bare, optimizer)

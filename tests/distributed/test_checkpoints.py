@@ -29,7 +29,7 @@ def run(pools: Pools, place: Place, function: Any, **case: Any) -> list[dict[str
 
 def check_resumed(found: list[dict[str, Any]], whole: list[dict[str, Any]], same: bool) -> None:
     assert distance(found[0], whole[0]) <= 1e-10
-    assert found[0]["numbers"]["layer_rate_mean"] == pytest.approx(whole[0]["numbers"]["layer_rate_mean"])
+    assert found[0]["numbers"]["direction_scale_mean"] == pytest.approx(whole[0]["numbers"]["direction_scale_mean"])
     for mine, theirs in zip(found, whole, strict=True) if same else ():
         assert all(torch.equal(w, theirs["weights"][name]) for name, w in mine["weights"].items())
 

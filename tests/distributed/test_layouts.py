@@ -34,7 +34,7 @@ def check_same(many: list[dict[str, Any]], one: dict[str, Any], dtype: str = "fl
     for name, factors in one["factors"].items():
         for kind, value in factors.items() if dtype == "float64" else ():
             assert (many[-1]["factors"][name][kind] - value).norm() <= 1e-9 * value.norm(), (name, kind)
-    for number in ("layer_rate_mean", "damping_mean", "condition_max", "failed_inverses", "skipped_factors"):
+    for number in ("direction_scale_mean", "damping_mean", "condition_max", "failed_inverses", "skipped_factors"):
         if number in one["numbers"]:
             assert many[-1]["numbers"][number] == pytest.approx(one["numbers"][number], rel=1e-3), number
 

@@ -101,6 +101,7 @@ def test_the_optimizers_settings_remake_the_config(tmp_path: Path) -> None:
         ["--hub-token", "hf_abc"],
         ["--tok=hf_abc", "--hub_strategy", "end"],
         ["--resume_from_checkpoint", "last"],
+        ["--overwrite_output_dir", "true"],
     ],
 )
 def test_what_is_the_authors_alone_is_left_out(given: list[str]) -> None:
@@ -114,7 +115,7 @@ def test_a_command_of_many_processes() -> None:
     assert command_of(["train.py"], 8, 4) == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4", "train.py"]
 
 
-@pytest.mark.parametrize("optim_args", ["lr=0.5,exclude=a{1\\,2}=,betas=0.8:0.9", "preset=paper,family=kfac", None])
+@pytest.mark.parametrize("optim_args", ["lr=0.25,exclude=a{1\\,2}=,betas=0.8:0.9", "preset=paper,family=kfac", None])
 def test_the_optimizers_options_give_its_settings_back(optim_args: str | None, tmp_path: Path) -> None:
     first = LNGDTrainingArguments(str(tmp_path), optim_args=optim_args, weight_decay=0.3, adam_epsilon=1e-7)
     names = ("optim", "learning_rate", "optim_args")
@@ -142,6 +143,8 @@ def test_it_tells_data_and_attribution(tmp_path: Path) -> None:
     text = card_of(tmp_path).text
     data = text.split("## Training data")[1].split("## Training")[0]
     assert "WMT16, de-en: 1,234 examples." in data and "Sentences: tatoeba.org." in data
+    text = card_of(tmp_path, file="train.json", seen=1200, dataset_config=None).text
+    assert "WMT16 (`train.json`): 1,234 examples, of which 1,200 were seen." in text
 
 
 @pytest.mark.parametrize("missing", ["attribution", "license", "routing"])

@@ -211,6 +211,7 @@ def ended(place: Place, output: str, capsys: pytest.CaptureFixture[str], **fault
     """Exit status and last line of a run whose push is refused."""
     place.hub.faults = faults
     options = {"max_steps": 1, "save_strategy": "epoch", "hub_strategy": "end", "hub_token": TOKEN}
+    options |= {"overwrite_output_dir": "true"}
     with pytest.raises(SystemExit) as exit_:
         place.run(place.argv("images", output, "--push_to_hub", **options))
     said = capsys.readouterr().err

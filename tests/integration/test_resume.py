@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments
+from hf_lngd.integrations.trainer import lngd_of
 from tests.helpers import assert_identical, keeping
 from tests.hf_helpers import hf_images, hf_vit
 
@@ -40,6 +42,30 @@ def test_another_optimizer_resumes_exactly_too(tmp_path: Path) -> None:
     resumed = vit_trainer(tmp_path / "resumed", optim="adamw_torch")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_identical(resumed.model.state_dict(), whole.model.state_dict())
+
+
+def test_intervals_rates_and_decay_may_change(tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"learning_rate": 0.02},
+        {"weight_decay": 0.7},
+        {"optim_args": "preset=fast,factor_interval=2,inverse_interval=2,rate_scale=0.5,fallback_lr_scale=1.0"},
+    ]
+    vit_trainer(tmp_path / "whole", learning_rate=0.01).train()
+    found = []
+    for number, change in enumerate(changes):
+        trainer = vit_trainer(tmp_path / str(number), **{"learning_rate": 0.01, **change})
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+        found.append(trainer)
+    rates = [[entry["learning_rate"] for entry in t.state.log_history if "loss" in entry][-1] for t in found]
+    assert rates[1] == pytest.approx(2 * rates[0]) and rates[2:] == [rates[0]] * 2
+    groups = [{group["name"]: group for group in lngd_of(t.optimizer).param_groups} for t in found]
+    assert groups[1]["lngd"]["initial_lr"] == 0.02
+    assert groups[2]["lngd"]["weight_decay"] == groups[2]["fallback"]["weight_decay"] == 0.7
+    assert groups[2]["lngd"]["decay_floor"] == 0 < groups[0]["lngd"]["decay_floor"]
+    assert groups[3]["fallback"]["lr_scale"] == 1.0
+    weights = [t.model.vit.layernorm.weight for t in found]
+    assert all(not torch.equal(weights[0], other) for other in (weights[1], weights[3]))
 
 
 def test_the_best_model_is_loaded_whole(tmp_path: Path) -> None:

@@ -202,6 +202,17 @@ def test_overrides_a_split_and_another_optimizer(configs: Files, folders: Files,
     assert AutoImageProcessor.from_pretrained(tmp_path).size == {"height": 10, "width": 10}
     assert numbers(tmp_path)["train_samples"] == 9
     assert "eval_samples_per_second" in numbers(tmp_path)
+    with open(tmp_path / "predictions.csv", encoding="utf-8", newline="") as file:  # of the validation images
+        lines = list(csv.DictReader(file))
+    right = [line["predicted"] == line["label"] for line in lines]
+    assert len(lines) == 18 and sum(right) / 18 == pytest.approx(numbers(tmp_path)["eval_accuracy"], abs=1e-6)
+
+
+def test_a_type_of_model_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
+    args = run_image_classification.ModelArguments(config_name="resnet", config_overrides="depths=[1,1,2]")
+    config = run_image_classification.run_shared.load_config(args)
+    assert (config.model_type, config.depths, len(config.stage_names)) == ("resnet", [1, 1, 2], 4)
 
 
 @pytest.mark.parametrize(("family", "stop"), [("swin", 5), ("resnet", 2)])

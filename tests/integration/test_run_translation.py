@@ -5,16 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MBart50Tokenizer, NllbTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MarianMTModel, MBart50Tokenizer, NllbTokenizer
 
 from hf_lngd.integrations.usage import UsageError
 from scripts import run_translation
@@ -138,6 +142,44 @@ def test_each_family_from_end_to_end(family: str, models: Files, data: Files, tm
         assert model.config.decoder_start_token_id == tokenizer.convert_tokens_to_ids("de_DE")
 
 
+@pytest.mark.parametrize(
+    "given", [{"num_beams": 3}, {"generation_num_beams": 2, "generation_max_length": 5, "val_max_target_length": 9}]
+)
+def test_scores_during_training_and_at_its_end_are_the_same(
+    given: dict[str, int], models: Files, data: Files, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, int]] = []
+    generate = MarianMTModel.generate
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append((kwargs["num_beams"], kwargs["max_length"]))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(MarianMTModel, "generate", watched)
+    more = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, **given}
+    run(from_scratch(models, data, tmp_path, ["--do_train", "--do_eval", *FLAGS], **more))
+    beams, length = given.get("num_beams", 2), given.get("generation_max_length", 16)
+    assert set(made) == {(beams, length)} and len(made) == 2
+    history = json.loads((tmp_path / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    (during,) = (entry for entry in history if "eval_bleu" in entry)
+    result = numbers(tmp_path)
+    assert all(during[key] == result[key] for key in ("eval_bleu", "eval_chrf", "eval_gen_len", "eval_loss"))
+    assert f"num_beams={beams}, max_length={length}" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_lengths_count_words_alone() -> None:
+    """Not the start, the end, the language, padding of either kind; unknown words do count."""
+    tokenizer = hf_tokenizer(("__de__",))
+    pad, end, unknown = tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
+    start, language = tokenizer.convert_tokens_to_ids(["<s>", "__de__"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["__de__"], "bos_token": "<s>"})
+    dog = tokenizer.convert_tokens_to_ids("dog")
+    rows = [[end, language, dog, unknown, dog, end], [start, dog, end, pad, -100, -100]]
+    scores = run_translation.TranslationScores(tokenizer)
+    labels = np.full((2, 2), dog)
+    assert scores(SimpleNamespace(predictions=np.array(rows), label_ids=labels))["gen_len"] == 2.0
+
+
 def test_the_card(models: Files, data: Files, tmp_path: Path, run: Run) -> None:
     """What it tells of results and of the command: tests/integration/test_hub.py."""
     options = {"model_name_or_path": models["marian"], "output_dir": tmp_path, **data, "data_license": "cc-by-2.0"}
@@ -146,6 +188,7 @@ def test_the_card(models: Files, data: Files, tmp_path: Path, run: Run) -> None:
     (bleu,) = (r for r in card.data.eval_results if (r.dataset_split, r.metric_type) == ("test", "bleu"))
     assert bleu.metric_args == {"signature": numbers(tmp_path)["predict_bleu_signature"]}
     assert card.data.license == "cc-by-2.0" and card.data.language == ["en", "de"] and "By nobody." in card.text
+    assert "(`train.json.gz`): 32 examples, of which 24 were seen." in card.text  # in three steps of eight
 
 
 def from_scratch(models: Files, data: Files, folder: Path, flags: list[str], **more: Any) -> list[str]:
@@ -191,6 +234,50 @@ def test_resume_goes_on_to_the_same_end(models: Files, data: Files, tmp_path: Pa
         assert torch.equal(value, resumed[name]) and torch.equal(value, last[name]), name
 
 
+def test_a_checkpoint_of_another_optimizer_or_other_settings_is_one_line(
+    models: Files, data: Files, tmp_path: Path, refused: Callable[[list[str]], str], run: Run
+) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    for optim in ("lngd", "adamw_torch"):
+        run(from_scratch(models, data, tmp_path / optim, ["--do_train", *FLAGS], optim=optim, **saving))
+    lngd, adamw = (tmp_path / name / "checkpoint-2" for name in ("lngd", "adamw_torch"))
+    for checkpoint, more, words in (
+        (adamw, {}, "state_dict: got the state of another optimizer"),
+        (lngd, {"optim": "adamw_torch"}, "optimizer.pt is LNGD's"),
+        (lngd, {"optim_args": "momentum=0.5"}, "the config differs: momentum: checkpoint 0.8, here 0.5"),
+    ):
+        options = {**saving, "max_steps": 3, "resume_from_checkpoint": checkpoint, **more}
+        last = refused(from_scratch(models, data, tmp_path / "other", ["--do_train", *FLAGS], **options))
+        assert last.startswith(f"error: resume_from_checkpoint: checkpoint {checkpoint}: optimizer.pt"), last
+        assert words in last
+
+
+def test_another_runs_model_and_results_are_replaced_with_consent_alone(
+    models: Files, data: Files, tmp_path: Path, run: Run, refused: Callable[[list[str]], str]
+) -> None:
+    folder = tmp_path / "out"
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    run(from_scratch(models, data, folder, ALL, **saving))
+    before = (folder / "model.safetensors").read_bytes()
+    for more in ({}, {"resume_from_checkpoint": tmp_path / "out" / ".." / "copy" / "checkpoint-2"}):
+        if more:
+            shutil.copytree(folder / "checkpoint-2", tmp_path / "copy" / "checkpoint-2")
+        last = refused(from_scratch(models, data, folder, ["--do_train", *FLAGS], **more))
+        assert last.startswith(f"error: output_dir: got '{folder}', which has checkpoint-3, checkpoint-2, model.safe")
+        assert "--overwrite_output_dir" in last and (folder / "model.safetensors").read_bytes() == before
+    assert "predict_bleu" in numbers(folder)
+
+    run(from_scratch(models, data, folder, ["--do_eval", *FLAGS]))  # needs no consent, and says nothing of training
+    assert "eval_bleu" in numbers(folder) and not {"train_loss", "predict_bleu"} & set(numbers(folder))
+    assert (folder / "train_results.json").is_file() and (folder / "checkpoint-2").is_dir()
+
+    run(from_scratch(models, data, folder, ["--do_train", *FLAGS], overwrite_output_dir="true", seed=5))
+    assert "train_loss" in numbers(folder) and "eval_bleu" not in numbers(folder)
+    left = {path.name for path in folder.iterdir()}
+    assert not left & {"checkpoint-2", "eval_results.json", "predict_results.json", "generated_predictions.txt"}
+    assert (folder / "model.safetensors").read_bytes() != before
+
+
 def test_arguments_from_a_json_file_and_a_data_set_in_a_folder(
     models: Files, data: Files, tmp_path: Path, run: Run
 ) -> None:
@@ -231,13 +318,15 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
     "override value": ({"config_overrides": "dropout=much"}, None, "config_overrides: dropout: got 'much'"),
     "override sense": ({"config_overrides": "d_model=17"}, None, "config_overrides: got 'd_model=17'"),
     "first token": ({"forced_bos_token": "__xx__"}, None, "forced_bos_token: got '__xx__', accepted: a token"),
-    "no file": ({"train_file": None}, None, "train_file: got none, accepted: a file of JSON lines"),
+    "no file": ({"train_file": None}, None, "train_file: got none, accepted: a file of sentence pairs"),
     "file not there": ({"train_file": "nowhere.json"}, None, "train_file: got 'nowhere.json', which is no file"),
-    "kind of file": ({"train_file": "pairs.tsv"}, None, "train_file: got 'pairs.tsv', accepted: a file that ends in"),
+    "kind of file": ({"train_file": "pairs.txt"}, None, "train_file: got 'pairs.txt', accepted: a file that ends in"),
     "files and set": ({"dataset_name": "wmt16"}, None, "dataset_name: got 'wmt16' and files"),
+    "beams twice": ({"num_beams": 2, "generation_num_beams": 3}, None, "num_beams: got 2 and --generation_num_beams 3"),
     "no checkpoint": ({"resume_from_checkpoint": "true"}, None, "resume_from_checkpoint: got 'true', but"),
     "empty file": ({}, [], "which is empty, accepted: at least one line"),
     "broken line": ({}, [GOOD, GOOD, '{"translation": {"en": '], "train.json, line 3: not JSON"),
+    "name of a column": ({"target_column": "du"}, ['{"en": "a", "de": "b"}'], "got 'du', "),
     "no column": ({}, [GOOD, '{"en": "a", "de": "b"}'], "line 2: no column 'translation', found: en, de"),
     "no object": ({}, ["[1]"], "line 1: got a JSON list, accepted: an object"),
     "no pair": ({}, ['{"translation": "a"}'], "line 1: column 'translation': accepted: an object"),
@@ -255,7 +344,8 @@ def test_what_is_wrong_ends_it_before_training(
     if lines is not None:
         options["train_file"] = hf_write_pairs(tmp_path / "train.json", lines)
     last = refused(arguments({**options, **changes}, "--do_train", *FLAGS))
-    assert last.startswith("error: " if lines is None else "error: train_file: ") and words in last, last
+    own = lines is None or "target_column" in changes
+    assert last.startswith("error: " if own else "error: train_file: ") and words in last, last
     assert not (tmp_path / "out" / "train_results.json").exists()
 
 
@@ -275,6 +365,101 @@ def test_damaged_files(content: bytes, words: str, tmp_path: Path, refused: Call
     options = {"model_name_or_path": "unread", "output_dir": tmp_path / "out", "train_file": file}
     last = refused(arguments(options, "--do_train", *FLAGS))
     assert last.startswith("error: train_file: ") and words in last
+
+
+def pairs_in(path: Path, part: str = "train", **options: Any) -> dict[str, list[str]]:
+    given = run_translation.DataArguments(source_lang="en", target_lang="de", **options)
+    return run_translation.from_file(f"{part}_file", str(path), given).to_dict()
+
+
+PAIRS = {"source": ['say "a, b"', "c"], "target": ["sag a,\nb", "d"]}
+TABLES: dict[str, tuple[str, dict[str, str]]] = {
+    "a.csv": ('en,x,de\n"say ""a, b""",1,"sag a,\nb"\nc,2,d\n', {}),
+    "b.csv": ('\ufeffwords,x,de\r\n"say ""a, b""",1,"sag a,\nb"\r\nc,2,d\r\n', {"source_column": "words"}),
+    "c.json": (
+        json.dumps({"s": 'say "a, b"', "t": "sag a,\nb"}) + '\n\n{"s": "c", "t": "d"}\n',
+        {"source_column": "s", "target_column": "t"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+@pytest.mark.parametrize("zipped", [False, True])
+def test_tables_and_columns(name: str, zipped: bool, tmp_path: Path) -> None:
+    text, options = TABLES[name]
+    path = tmp_path / (f"{name}.gz" if zipped else name)
+    path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    assert pairs_in(path, **options) == PAIRS
+
+
+def test_tables_with_tabs_have_no_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('de\ten\n"gut\tgood, "well"\n', encoding="utf-8")
+    assert pairs_in(path) == {"source": ['good, "well"'], "target": ['"gut']}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("en,de\na,b,c\n", "train_file: {}, line 2: more values than the header has columns: ['c']"),
+        ("en,de\na\n", "train_file: {}, line 2: a source 'en' without a target 'de'"),
+        ("en,fr\na,b\n", "target_column: got 'de', {}, line 2 has: en, fr"),
+        ('en,de\n"a,b\n', "train_file: {}, after line 1: cannot be read as a table"),
+        ("en,de\n", "which is empty"),
+    ],
+)
+def test_damaged_tables(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=re.escape(words.format(path))):
+        pairs_in(path)
+
+
+def test_what_is_predicted_needs_no_translations_and_some_are_no_accident(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for text in ("en\na\nb\n", "en,de\na,\nb,\n"):
+        path.write_text(text, encoding="utf-8")
+        assert pairs_in(path, "test") == {"source": ["a", "b"]}
+        with pytest.raises(UsageError, match="target"):
+            pairs_in(path)
+    path.write_text("en,de\na,\nb,c\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="line 2: a source 'en' without a target 'de'"):
+        pairs_in(path, "test")
+
+
+@pytest.mark.parametrize("kind", ["a file", "a data set"])
+def test_sources_alone_are_translated(
+    kind: str, models: Files, tmp_path: Path, run: Run, refused: Callable[[list[str]], str]
+) -> None:
+    rows = [{"source": pair["en"]} for pair in hf_pairs(3)]
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = {"test_file": path} if kind == "a file" else {"dataset_name": tmp_path / "set", "cache_dir": tmp_path / "c"}
+    options = {"model_name_or_path": models["marian"], "output_dir": tmp_path / "out", "source_column": "source"}
+    run(arguments({**options, **given}, "--do_predict", *FLAGS))
+    assert (tmp_path / "out" / "generated_predictions.txt").read_text(encoding="utf-8").count("\n") == 3
+    assert "predict_runtime" in numbers(tmp_path / "out") and not {"predict_bleu", "predict_loss"} & set(
+        numbers(tmp_path / "out")
+    )
+    if kind == "a file":
+        last = refused(arguments({**options, **given}, "--do_predict", "--use_cpu"))
+        assert last.startswith("error: predict_with_generate: got false for test data without translations")
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_cut_sentences_are_counted(pad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tokens and the end are four: not cut; a sentence of five is."""
+    said: list[str] = []
+    monkeypatch.setattr(run_translation.logger, "warning", said.append)
+    data = run_translation.DataArguments(
+        source_lang="en", target_lang="de", max_source_length=4, pad_to_max_length=pad, overwrite_cache=True
+    )
+    rows = {"source": ["dog sees cat", "dog sees cat cat", "dog"], "target": ["Hund"] * 3}
+    made = run_translation.tokenize(datasets.Dataset.from_dict(rows), hf_tokenizer(), data, 2, "train")
+    assert said == ["train: 1 of 3 sources have more than 4 tokens and are cut"]
+    assert made.column_names == ["labels", "input_ids", "attention_mask"]
+    assert [sum(mask) for mask in made["attention_mask"]] == [4, 4, 2]
 
 
 def test_a_multilingual_tokenizer_knows_its_languages(
@@ -366,7 +551,8 @@ def test_predictions_keep_the_order_of_the_file(strategy: str, tmp_path: Path) -
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     parsed = run_translation.parse([*arguments, "--do_predict", "--predict_with_generate", "--use_cpu"])
     trainer, parts, _ = run_translation.prepare(*parsed)
-    result = run_translation.predict(trainer, parts["test"], {"max_length": 4, "num_beams": 1})
+    trainer.args.generation_max_length = 4
+    result = run_translation.predict(trainer, parts["test"])
     labels = [[token for token in row.tolist() if token >= 0] for row in result.label_ids]
     pad = trainer.processing_class.pad_token_id
     assert [[t for t in row if t != pad] for row in labels] == [list(row) for row in parts["test"]["labels"]]

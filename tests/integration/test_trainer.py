@@ -13,6 +13,7 @@ from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     DataCollatorForSeq2Seq,
+    Trainer,
     TrainingArguments,
     get_linear_schedule_with_warmup,
 )
@@ -24,6 +25,7 @@ from hf_lngd import (
     LNGDSeq2SeqTrainer,
     LNGDSeq2SeqTrainingArguments,
     LNGDTrainer,
+    LNGDTrainerMixin,
     LNGDTrainingArguments,
     create_lngd_optimizer,
 )
@@ -142,26 +144,54 @@ def test_stock_arguments_keep_their_optimizer_and_none_means_lngd(
     stock = LNGDTrainer(hf_vit(), TrainingArguments(str(tmp_path), use_cpu=True))
     assert isinstance(stock.create_optimizer(), torch.optim.AdamW)
     assert isinstance(LNGDTrainer(hf_vit()).create_optimizer(), LNGD)
-    own = LNGD(model := hf_vit(), lr=0.5)
+    own = LNGD(model := hf_vit(), lr=0.3)
     args = LNGDTrainingArguments(str(tmp_path), use_cpu=True)
     assert LNGDTrainer(model, args, optimizers=(own, None)).create_optimizer() is own
 
 
-def test_diagnostics_reach_training_logs_alone_and_tensorboard(tmp_path: Path) -> None:
+SHORT = {"failed_inverses", "skipped_factors", "skipped_gradients"}
+FULL = SHORT | {"direction_scale_mean", "damping_mean", "condition_max", "factor_seconds"}
+
+
+@pytest.mark.parametrize(("asked", "keys"), [(None, SHORT), ("none", set()), ("full", FULL)])
+def test_diagnostics_reach_training_logs_alone_and_tensorboard(
+    asked: str | None, keys: set[str], tmp_path: Path
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    chosen = {} if asked is None else {"lngd_log": asked}
     trainer = seq2seq_trainer(
-        tmp_path, eval_strategy="steps", eval_steps=1, report_to="tensorboard", per_device_train_batch_size=4
+        tmp_path, eval_strategy="steps", eval_steps=1, report_to="tensorboard", per_device_train_batch_size=4, **chosen
     )
     trainer.train()
-    keys = {"lngd_layer_rate_mean", "lngd_damping_mean", "lngd_condition_max", "lngd_failed_inverses"}
-    keys |= {"lngd_factor_seconds"}
     for entry in trainer.state.log_history:
-        assert keys <= set(entry) if "loss" in entry else not keys & set(entry)
+        own = {key.removeprefix("lngd_") for key in entry if key.startswith("lngd_")}
+        assert own == (keys if "loss" in entry else set())
     assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 2
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
-    assert {f"train/{key}" for key in keys} <= set(tags)
+    assert {tag for tag in tags if "lngd" in tag} == {f"lngd/{key}" for key in keys}
+    assert {"train/loss", "eval/loss"} <= set(tags)
+
+
+@pytest.mark.parametrize(("fisher", "asked"), [("expected", []), ("true", [0, 2])])
+def test_outputs_are_asked_for_where_a_second_pass_needs_them(fisher: str, asked: list[int], tmp_path: Path) -> None:
+    """trl's trainers compute more for whoever asks."""
+    found: list[int] = []
+
+    class Watched(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            if return_outputs:
+                found.append(self.state.global_step)
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+    class Own(LNGDTrainerMixin, Watched):
+        pass
+
+    optim_args = f"fisher={fisher},factor_interval=2" + (",direction=natural" if fisher == "true" else "")
+    args = LNGDTrainingArguments(str(tmp_path), **{**SETTINGS, "max_steps": 4, "optim_args": optim_args})
+    Own(hf_vit(), args, train_dataset=hf_images(8)).train()
+    assert found == asked
 
 
 def test_fisher_true_gets_its_second_pass(tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ import copy
 import dataclasses
 import json
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
 
-from hf_lngd import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments
+from hf_lngd import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, create_lngd_optimizer
 from hf_lngd.integrations.training_args import is_lngd, lngd_settings
 
 CLASSES = [LNGDTrainingArguments, LNGDSeq2SeqTrainingArguments]
@@ -65,6 +67,11 @@ def test_every_other_name_is_accepted_as_before(name: str) -> None:
         ({"optim_args": "lr=fast"}, ("optim_args: lr: got 'lr=fast'", "accepted")),
         ({"learning_rate": -1.0}, ("learning_rate: got -1.0", "accepted")),
         ({"weight_decay": -1.0}, ("weight_decay: got -1.0", "accepted")),
+        ({"lngd_log": "long"}, ("lngd_log: got 'long'", "accepted: none, short, full")),
+        (
+            {"learning_rate": 0.4},
+            ("lr: got 0.4, at which weight decay takes 60 %", "accepted: at most 50 %"),
+        ),
         ({"adam_beta2": 1.0}, ("betas: got (0.9, 1.0)", "accepted")),
     ],
 )
@@ -112,3 +119,27 @@ def test_a_pickle_has_no_token_and_a_copy_has(cls: Any) -> None:
     for made in (copy.copy(args), copy.deepcopy(args), dataclasses.replace(args)):
         assert made.hub_token == "hf_secret" and made == args
     assert copy.deepcopy(args).label_names is not args.label_names and copy.copy(args).label_names is args.label_names
+
+
+@pytest.mark.parametrize(
+    ("targets", "owned"),
+    [
+        ("all-linear", {"0", "block.fc", "block.out"}),
+        (r"block\.\w+", {"block.fc", "block.out", "block.conv"}),
+        (["fc", "0"], {"0", "block.fc"}),
+        (["block"], {"block.fc", "block.out", "block.conv"}),
+        (None, {"0", "block.fc", "block.out", "block.conv"}),
+    ],
+)
+def test_target_modules_are_lngds_and_all_others_adamws(targets: Any, owned: set[str], tmp_path: Path) -> None:
+    block = nn.ModuleDict({"fc": nn.Linear(4, 4), "out": nn.Linear(4, 4), "conv": nn.Conv2d(2, 2, 3)})
+    model = nn.Sequential(OrderedDict({"0": nn.Linear(4, 4), "block": block, "table": nn.Embedding(5, 4)}))
+    args = LNGDTrainingArguments(str(tmp_path), optim_target_modules=targets, use_cpu=True)
+    optimizer = create_lngd_optimizer(model, args)
+    routes = optimizer.routing()
+    assert {r.layer for r in routes if r.owner == "lngd" and r.parameter.endswith("weight")} - {"table"} == owned
+    args.optim_args = "exclude=^block"
+    assert {r.layer for r in create_lngd_optimizer(model, args).routing() if r.owner == "lngd"} <= {"0", "table"}
+    args.optim_target_modules = ["nowhere"]
+    with pytest.raises(ValueError, match=r"optim_target_modules: got \['nowhere'\], which is no module of Sequential"):
+        create_lngd_optimizer(model, args)

@@ -5,16 +5,38 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from hf_lngd import LNGDConfig
-from hf_lngd.config import FAMILIES, FISHERS, OPTIONS, PRESETS, other_fishers
+from hf_lngd.config import FAMILIES, FISHERS, OPTIONS, PRESETS, LNGDFields, other_fishers
 from tests.contract.fault_states import BAD
 
 
 def test_bad_values_of_every_field_are_in_the_table_of_faults() -> None:
     assert set(BAD) == {field.name for field in dataclasses.fields(LNGDConfig)} == {"preset", "family", *OPTIONS}
+
+
+def test_keywords_are_typed_as_the_fields_are() -> None:
+    assert get_type_hints(LNGDFields) == get_type_hints(LNGDConfig)
+
+
+def test_a_type_checker_knows_the_keywords(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    calls = ["factor_interval=3, betas=(0.9, 0.99)", "momentun=0.9", "seed='a'", "layout='whole', param_groups=[]"]
+    lines = ["import torch", "from hf_lngd import LNGD, create_lngd_optimizer", "model = torch.nn.Linear(2, 2)"]
+    lines += [f"{name}(model, lr=1e-3, {given})" for name in ("LNGD", "create_lngd_optimizer") for given in calls]
+    file = tmp_path / "call.py"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(file)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    found = [line.removeprefix(f"{file}:") for line in done.stdout.splitlines() if "error:" in line]
+    assert [line.split(":")[0] for line in found] == ["5", "6", "9", "10"], done.stdout + done.stderr
+    assert '"momentun"' in found[0] and '"seed"' in found[1] and '"momentun"' in found[2] and '"seed"' in found[3]
 
 
 def test_presets() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from hf_lngd import LNGDConfig
+from hf_lngd import LNGD, LNGDConfig
 from hf_lngd.groups import KINDS, Options, StepOptions, alike, make_groups, options_of
 from hf_lngd.routing import Routing, route
 
@@ -21,18 +22,18 @@ def routed(**fields: Any) -> tuple[Routing, LNGDConfig]:
 
 def test_there_is_a_group_for_each_kind() -> None:
     routing, config = routed(fallback_lr_scale=3.0, momentum=0.7)
-    groups = {group["name"]: group for group in make_groups(routing, config, 0.5)}
+    groups = {group["name"]: group for group in make_groups(routing, config, 0.25)}
     assert set(groups) == set(KINDS) and next(iter(groups)) == "lngd"
     for name, group in groups.items():
         layers = name in ("lngd", "lngd_bias")
-        assert (group["lr"], group["lr_scale"], group["eps"]) == (0.5, 1.0 if layers else 3.0, config.eps)
+        assert (group["lr"], group["lr_scale"], group["eps"]) == (0.25, 1.0 if layers else 3.0, config.eps)
         decay = {"lngd": 1.5, "embedding": 0.1, "fallback": 0.1}.get(name, 0.0)
         assert (group["weight_decay"], group["decay_floor"]) == (decay, 0.5 if name == "lngd" else 0.0)
         assert group["betas"] == ((0.7, 0.95) if layers else (0.7 if name == "embedding" else 0.9, 0.999))
-        assert {k: v for k, v in group.items() if k not in ("params", "name")} == options_of(name, config, 0.5)
-    others = {"lr": 0.5, "lr_scale": 1.0, "weight_decay": 0.0, "decay_floor": 0.0, "betas": config.betas, "eps": 1e-8}
-    assert options_of("added", config, 0.5) == others
-    assert "lngd_bias" not in {group["name"] for group in make_groups(*routed(bias="fallback"), 0.5)}
+        assert {k: v for k, v in group.items() if k not in ("params", "name")} == options_of(name, config, 0.25)
+    others = {"lr": 0.25, "lr_scale": 1.0, "weight_decay": 0.0, "decay_floor": 0.0, "betas": config.betas, "eps": 1e-8}
+    assert options_of("added", config, 0.25) == others
+    assert "lngd_bias" not in {group["name"] for group in make_groups(*routed(bias="fallback"), 0.25)}
 
 
 def test_entries_make_a_group_for_each_kind_in_them() -> None:
@@ -105,3 +106,21 @@ def test_values_of_layers_are_one_number_where_they_are_the_same() -> None:
         found = alike(values, like)
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, torch.tensor([0.1, 0.2]).double(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("lr", "fields", "words"),
+    [
+        (0.4, {}, "lr: got 0.4, at which weight decay takes 60 % of weights in each step"),
+        (0.2, {"weight_decay": 1.0, "fallback_lr_scale": 3.0}, "lr: got 0.2, at which weight decay takes 60 %"),
+        (1e-3, {"param_groups": [{"params": "fc", "lr": 1.0}]}, "lr: got 1, at which weight decay takes 150 %"),
+        (0.3, {}, None),
+        (9.0, {"weight_decay": 0.0}, None),
+    ],
+)
+def test_a_rate_at_which_decay_takes_half_of_the_weights_is_refused(
+    lr: float, fields: dict[str, Any], words: str | None
+) -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(3, 3), "table": nn.Embedding(3, 3)})
+    with nullcontext() if words is None else pytest.raises(ValueError, match=words):
+        LNGD(model, lr=lr, **fields)

@@ -38,6 +38,30 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def test_no_warning_that_the_user_did_not_cause() -> None:
+    """None at all of the core; none of torch.jit, which torch deprecates, of what the Trainer's part imports."""
+    code = """
+import warnings
+import torch
+warnings.simplefilter("error")
+from hf_lngd import LNGD
+model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+for fields in ({}, {"direction": "natural"}):
+    optimizer = LNGD(model, **fields)
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.close()
+warnings.simplefilter("default")
+warnings.filterwarnings("error", message=".*torch.jit")
+import hf_lngd.integrations.trainer
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_wheel_has_licence_types_and_metrics(installed: Path) -> None:
     (info,) = installed.glob("hf_lngd-*.dist-info")
     assert "Apache License" in next(info.rglob("LICENSE")).read_text(encoding="utf-8")
