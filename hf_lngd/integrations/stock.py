@@ -18,6 +18,7 @@ from ..config import other_fishers
 from ..optimizer import LNGD
 from .given_groups import add_outside, split_groups
 from .launching import refuse_stock_fsdp
+from .startup import tell_at_start
 from .trainer import create_lngd_optimizer
 from .training_args import LNGD_NAME, check_precision, is_lngd, lngd_settings
 
@@ -31,13 +32,12 @@ class LNGDFactory:
     groups of parameters that a trainer of another library has made."""
 
     def __call__(self, model: Any, args: Any, params: Any = None, optimizer_dict: Any = None) -> LNGD:
-        """LNGD for the model, as the arguments ask for it; tells which parameter went where."""
+        """LNGD for the model, as the arguments ask for it; see `startup` for what it tells."""
         refuse_stock_fsdp(args)
         entries, outside = split_groups(model, optimizer_dict or params or ())
         optimizer = create_lngd_optimizer(model, args, param_groups=entries)
         beside = add_outside(optimizer, outside)
-        if args.process_index == 0:
-            print(optimizer.routing_table(), beside, sep="", flush=True)
+        tell_at_start(optimizer, model, args, beside)
         return optimizer
 
 

@@ -22,6 +22,7 @@ from .checkpoints import STATE, check_checkpoint, check_optimizer, freeze_unsave
 from .given_groups import add_outside, split_groups, warn_of_untrained
 from .launching import refuse_unsupported
 from .loss import IGNORED_LABEL, ExactLoss
+from .startup import tell_at_start
 from .training_args import STAND_IN, LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class LNGDTrainerMixin(_ATrainer):
     """What both trainers add to transformers' own; goes before a trainer class among the bases.
 
     - `create_optimizer` makes LNGD where the arguments ask for it, with the groups that a trainer of another library
-      has of its own, and prints once which parameter went where.
+      has of its own, and says once which parameter went where and what it costs (see `startup`).
     - The loss of a step is that of its whole batch, however it is split (see `loss`), whatever the optimizer.
     - Resuming loads every weight (see `checkpoints`).
     - Training logs carry LNGD's diagnostics.
@@ -118,8 +119,7 @@ class LNGDTrainerMixin(_ATrainer):
         lngd = lngd_of(self.optimizer)
         if lngd is not None and not self._is_told:
             self._is_told = True
-            if self.is_world_process_zero():
-                print(lngd.routing_table(), beside, sep="", flush=True)
+            tell_at_start(lngd, self.model, self.args, beside, lambda: (self.lr_scheduler, self.state.max_steps))
         return super().create_optimizer(*args, **kwargs)
 
     def _groups_of_trainer(self, model: Any) -> Any:

@@ -61,6 +61,13 @@ def lngd_settings(args: Any) -> tuple[LNGDConfig, float]:
     return LNGDConfig.from_optim_args(text, **given), args.learning_rate if lr is None else lr
 
 
+def rate_is_untouched(args: Any) -> bool:
+    """Whether the learning rate is transformers' default, which nobody gave."""
+    default = TrainingArguments.__dataclass_fields__["learning_rate"].default
+    given = take_lr(args.optim_args)[0] is not None or _on_command_line("learning_rate")
+    return args.learning_rate == default and not given
+
+
 def _on_command_line(name: str) -> bool:
     """Whether an argument of this name was given to the process."""
     flags = {argument.split("=")[0].replace("-", "_") for argument in sys.argv[1:] if argument.startswith("--")}
