@@ -18,6 +18,7 @@ from ..optimizer import LNGD
 from ..state import parameters_of
 from ..torch_internals import plain_name, uncompiled
 from . import fsdp, hub
+from .baselines import is_baseline, make_baseline
 from .checkpoints import STATE, check_checkpoint, check_optimizer, freeze_unsaved, last_checkpoint
 from .given_groups import add_outside, split_groups, warn_of_untrained
 from .launching import refuse_unsupported
@@ -107,11 +108,13 @@ class LNGDTrainerMixin(_ATrainer):
         return model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """LNGD if the arguments ask for it, else what transformers makes of them."""
+        """LNGD, Muon or SOAP if the arguments ask for it, else what transformers makes of them."""
         beside = ""
-        if self.optimizer is None and is_lngd(self.args):
-            model = kwargs.get("model", args[0] if args else None)
-            model = self.model if model is None else model
+        model = kwargs.get("model", args[0] if args else None)
+        model = self.model if model is None else model
+        if self.optimizer is None and is_baseline(self.args):
+            self.optimizer = make_baseline(model, self.args, self._groups_of_trainer(model))
+        elif self.optimizer is None and is_lngd(self.args):
             entries, outside = split_groups(model, self._groups_of_trainer(model))
             entries += self._decay_groups(model, {p for entry in entries for p in entry["params"]})
             self.optimizer = create_lngd_optimizer(model, self.args, layout="auto", param_groups=entries)
