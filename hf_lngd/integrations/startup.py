@@ -54,7 +54,7 @@ def decay_line(optimizer: LNGD, scheduler: Any = None, steps: int = 0) -> str:
         said = f"{rate:.3g} · lr a step" + (f", ends at {100 * floor:.0f} % of the first norm" if floor else "")
         if total is not None:
             lost = -math.expm1(-rate * float(group.get("initial_lr", group["lr"])) * total)
-            said = f"up to {100 * min(lost, 1 - floor):.2g} % ({said})"
+            said = f"up to {100 * min(lost, 1 - floor):.3g} % ({said})"
         kinds.setdefault(said, []).append(group["name"])
     over = "" if total is None else f" in this run ({steps:,} steps)"
     takes = "; ".join(f"of {', '.join(names)} {said}" for said, names in kinds.items())
@@ -87,7 +87,7 @@ def cost_line(optimizer: LNGD, work: Work, args: TrainingArguments) -> str:
             args.gradient_accumulation_steps * times,
             step_to_adamw(optimizer, work, times),
         )
-    return f"A step takes about {ratio:.2g} of AdamW's here, by its matmuls. {memory}"
+    return f"A step takes about {ratio:.1f} of AdamW's here, by its matmuls. {memory}"
 
 
 def rate_line(args: TrainingArguments) -> str:
