@@ -1,6 +1,9 @@
-"""``python -m hf_lngd doctor MODEL``: who owns which parameter, factors and bytes of state, before any training.
+"""``python -m hf_lngd doctor MODEL``: before any training, what a run says at its start: who owns which parameter, what
+weight decay does, factors, bytes of state, and the batch from which on a step costs little beside AdamW's.
 
-    python -m hf_lngd doctor MODEL [--optim_args name=value,...] [--task auto|translation|image|text|classification]
+    python -m hf_lngd doctor MODEL [--optim_args name=value,...] [--task TASK]
+
+TASK: auto, or translation, image, speech (to text), ctc, audio (classification), masked, text, classification.
 
 MODEL is a folder with a config.json, such a file, or a name on the Hub. Only the configuration is read: weights are
 neither loaded nor downloaded. On the meta device nothing is computed or stored, so a model of any size takes seconds.
@@ -8,6 +11,7 @@ neither loaded nor downloaded. On the meta device nothing is computed or stored,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +23,18 @@ from ..adamw import AdamW
 from ..config import LNGDConfig
 from ..layers import factor_blocks
 from ..optimizer import LNGD
+from .forecast import counting, step_to_adamw
+from .startup import decay_line
 from .training_args import take_lr
 from .usage import LOAD_ERRORS, UsageError, UsageParser, blame, option, refuse_if
 
 FACTORIES: dict[str, Any] = {
     "translation": transformers.AutoModelForSeq2SeqLM,
     "image": transformers.AutoModelForImageClassification,
+    "speech": transformers.AutoModelForSpeechSeq2Seq,
+    "ctc": transformers.AutoModelForCTC,
+    "audio": transformers.AutoModelForAudioClassification,
+    "masked": transformers.AutoModelForMaskedLM,  # before text: BERT's kind can be built for it, and is not made for it
     "text": transformers.AutoModelForCausalLM,
     "classification": transformers.AutoModelForSequenceClassification,
 }
@@ -32,6 +42,8 @@ MOST_ON_CPU = 50_000_000  # parameters: a larger model is not built on the CPU
 # A batch: two images (for batch norm), of configurations that do not tell of such a size; one text, as some models have
 # no padding.
 _IMAGES, _CHANNELS, _SIZE, _TOKENS = 2, 3, 224, 8
+_SAMPLES, _FRAMES = 16_000, 64  # of sound: a second of a wave, and of spectra where the configuration does not tell
+_PRICES = (1.5, 1.2, 1.1)  # steps of AdamW's
 
 
 @dataclass
@@ -57,8 +69,10 @@ def doctor(argv: list[str]) -> None:
         raise UsageError("optim_args", str(error).removeprefix("optim_args: ")) from error
     with blame("model", f"got {given}, which has no configuration that can be read"):
         config = transformers.AutoConfig.from_pretrained(argv[0], trust_remote_code=False)
-    model, optimizer = step_of(config, task_of(config, args.task), settings)
+    task = task_of(config, args.task)
+    model, optimizer = step_of(config, task, settings)
     print(f"{argv[0]}: {report(model, optimizer)}")
+    print(price_line(model, optimizer, _batch(config, task, model)))
 
 
 def report(model: nn.Module, optimizer: LNGD) -> str:
@@ -68,7 +82,8 @@ def report(model: nn.Module, optimizer: LNGD) -> str:
     trained = [p for p in model.parameters() if p.requires_grad]
     adamw = sum(2 * p.nbytes + 4 for p in trained)  # of torch's AdamW, in the weights' own dtype
     mib, name, numbers = 1 << 20, type(model).__name__, sum(p.numel() for p in trained)
-    lines = [f"{name}, {total:,} parameters, {numbers:,} trained", "", optimizer.routing_table(), ""]
+    lines = [f"{name}, {total:,} parameters, {numbers:,} trained", "", optimizer.routing_table()]
+    lines += [decay_line(optimizer), ""]
     for (width, blocks), (groups, layers) in factors_of(optimizer).items():
         size = f"{blocks} blocks of {width}" if blocks > 1 else f"width {width}"
         lines.append(f"factors: {groups} for {layers} layers, {size}")
@@ -76,6 +91,21 @@ def report(model: nn.Module, optimizer: LNGD) -> str:
     ratio = memory["total"] / max(adamw, 1)
     lines.append(f"state: {memory['total'] / mib:.1f} MiB, {ratio:.2f} × AdamW's {adamw / mib:.1f} ({kinds})")
     return "\n".join(lines)
+
+
+def price_line(model: Any, optimizer: LNGD, batch: dict[str, Tensor]) -> str:
+    """The batches with which a step takes so many of AdamW's, see `forecast`; "" where there is no forecast."""
+    with counting(model, optimizer) as work, torch.no_grad():
+        model(**batch)
+    alone, settled = (step_to_adamw(optimizer, work, batches) for batches in (1, math.inf))
+    if alone is None or settled is None:
+        return ""
+    inputs = batch[model.main_input_name]
+    is_text = inputs.dim() == 2 and not inputs.is_floating_point()
+    count, what = (inputs.numel(), "tokens") if is_text else (len(inputs), f"inputs {list(inputs.shape[1:])}")
+    needed = {price: math.ceil(count * (alone - settled) / (price - settled)) for price in _PRICES if price > settled}
+    said = ", ".join(f"{price} with {number:,}" for price, number in needed.items())
+    return f"a step in AdamW's, by its matmuls, with so many {what} in a batch: {said}"
 
 
 def memory_of(optimizer: LNGD) -> dict[str, int]:
@@ -154,11 +184,32 @@ def build(config: Any, task: str, device: str = "meta") -> tuple[nn.Module, dict
     options = {"attn_implementation": "eager", "trust_remote_code": False, **({"dtype": torch.float32} if half else {})}
     with blame("model", f"got {config.model_type!r}, which cannot be built"), torch.device(device):
         model = FACTORIES[task].from_config(config, **options)
-        return model.train(), _batch(config, task, model.dtype)
+        return model.train(), _batch(config, task, model)
 
 
-def _batch(config: Any, task: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A model's inputs with labels; images are of that dtype, no text is longer than a model has positions."""
+def _batch(config: Any, task: str, model: Any) -> dict[str, Tensor]:
+    """A model's inputs with labels, on its device; images and sound are of its dtype, no text is longer than it has
+    positions."""
+    with model.device:
+        return _sound(config, task, model) if task in ("speech", "ctc", "audio") else _plain(config, task, model.dtype)
+
+
+def _sound(config: Any, task: str, model: Any) -> dict[str, Tensor]:
+    """Waves [1, samples], or spectra [1, frames, bins], of Whisper's kind [1, bins, frames]."""
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+    bins = next((found for found in (getattr(config, name, None) for name in names) if found), None)
+    if bins is None or hasattr(config, "conv_stride"):  # of convolutions over a wave; SpeechT5's speech is spectra
+        shape: tuple[int, ...] = (1, _SAMPLES)
+    elif config.model_type == "whisper":  # takes spectra of one length alone
+        shape = (1, bins, 2 * config.max_source_positions)
+    else:
+        shape = (1, getattr(config, "max_length", None) or _FRAMES, bins)
+    labels = _classes(config, 1) if task == "audio" else torch.ones(1, _TOKENS, dtype=torch.int64)
+    return {model.main_input_name: torch.zeros(shape, dtype=model.dtype), "labels": labels}
+
+
+def _plain(config: Any, task: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Images or texts."""
     if task == "image":
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", None) or _SIZE

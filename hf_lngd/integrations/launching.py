@@ -45,6 +45,13 @@ def refuse_stock_fsdp(args: TrainingArguments) -> None:
         )
 
 
+def refuse_sharding(args: TrainingArguments, model: Any, name: str) -> None:
+    """Raise RuntimeError for an optimizer of this name, which needs whole parameters, where they are split."""
+    in_fsdp = args.fsdp or _asked("ACCELERATE_USE_FSDP")
+    if sharding := "FSDP (fsdp)" if in_fsdp else _sharding(args, model):
+        raise RuntimeError(f"optim: got {name!r} under {sharding}, accepted: one process, or DDP")
+
+
 def _launch(processes: int, on_this_node: int) -> str:
     """The command of this process, as one that starts so many in all, and of these so many on each node."""
     script = sys.argv if sys.argv and sys.argv[0] else ["your_script.py"]

@@ -1,6 +1,6 @@
-"""`register()`: ``optim="lngd"`` in an unmodified Trainer script.
+"""`register()`: ``optim="lngd"``, ``"muon"`` and ``"soap"`` in an unmodified Trainer script.
 
-transformers has no public way to add a name to `--optim`: this adds a member to its enum of names and wraps the
+transformers has no public way to add a name to `--optim`: this adds members to its enum of names and wraps the
 Trainer's choice of an optimizer, both private, for the versions that it was tested with.
 """
 
@@ -16,12 +16,14 @@ from transformers import Trainer, training_args
 
 from ..config import other_fishers
 from ..optimizer import LNGD
+from .baselines import BASELINES, class_and_settings, is_baseline, make_baseline
 from .given_groups import add_outside, split_groups
 from .launching import refuse_stock_fsdp
+from .startup import tell_at_start
 from .trainer import create_lngd_optimizer
 from .training_args import LNGD_NAME, check_precision, is_lngd, lngd_settings
 
-MEMBER = "LNGD"
+MEMBERS = {name: name.upper() for name in (LNGD_NAME, *BASELINES)}
 TESTED = ((5, 6), (6, 0))  # from, up to (not included)
 _CHOICE = "get_optimizer_cls_and_kwargs"  # the Trainer's method: the class of an optimizer and its arguments
 
@@ -31,18 +33,26 @@ class LNGDFactory:
     groups of parameters that a trainer of another library has made."""
 
     def __call__(self, model: Any, args: Any, params: Any = None, optimizer_dict: Any = None) -> LNGD:
-        """LNGD for the model, as the arguments ask for it; tells which parameter went where."""
+        """LNGD for the model, as the arguments ask for it; see `startup` for what it tells."""
         refuse_stock_fsdp(args)
         entries, outside = split_groups(model, optimizer_dict or params or ())
         optimizer = create_lngd_optimizer(model, args, param_groups=entries)
         beside = add_outside(optimizer, outside)
-        if args.process_index == 0:
-            print(optimizer.routing_table(), beside, sep="", flush=True)
+        tell_at_start(optimizer, model, args, beside)
         return optimizer
 
 
+class BaselineFactory:
+    """As `LNGDFactory`, of the optimizers that LNGD is compared with."""
+
+    def __call__(self, model: Any, args: Any, params: Any = None, optimizer_dict: Any = None) -> Any:
+        """See `make_baseline`."""
+        return make_baseline(model, args, optimizer_dict or params or ())
+
+
 def register() -> None:
-    """Make a stock `Trainer` accept ``optim="lngd"``, `optim_args` as ours. To be called before arguments are made.
+    """Make a stock `Trainer` accept ``optim="lngd"`` (and ``"muon"``, ``"soap"``), `optim_args` as ours. To be called
+    before arguments are made.
 
     A second call changes nothing. What a stock Trainer lacks against `LNGDTrainer`: the exact loss under accumulation,
     diagnostics in the log, ``fisher="true"``, FSDP2.
@@ -53,13 +63,15 @@ def register() -> None:
     """
     _check_version()
     names: Any = training_args.OptimizerNames
-    if LNGD_NAME not in names._value2member_map_:
-        member = str.__new__(names, LNGD_NAME)
-        member._name_, member._value_, member.__objclass__ = MEMBER, LNGD_NAME, names
+    for name, upper in MEMBERS.items():
+        if name in names._value2member_map_:
+            continue
+        member = str.__new__(names, name)
+        member._name_, member._value_, member.__objclass__ = upper, name, names
         member._sort_order_ = len(names._member_names_)
-        names._member_names_.append(MEMBER)
-        names._member_map_[MEMBER] = names._value2member_map_[LNGD_NAME] = member
-        type.__setattr__(names, MEMBER, member)
+        names._member_names_.append(upper)
+        names._member_map_[upper] = names._value2member_map_[name] = member
+        type.__setattr__(names, upper, member)
     choice = Trainer.__dict__[_CHOICE]
     if not hasattr(choice, "replaced"):
         setattr(Trainer, _CHOICE, _with_lngd(choice))
@@ -72,10 +84,11 @@ def unregister() -> None:
     choice = Trainer.__dict__[_CHOICE]
     if hasattr(choice, "replaced"):  # else somebody has wrapped it since: for other optimizers it is as before
         setattr(Trainer, _CHOICE, choice.replaced)
-    if names._member_map_.pop(MEMBER, None) is not None:
-        del names._value2member_map_[LNGD_NAME]
-        names._member_names_.remove(MEMBER)
-        type.__delattr__(names, MEMBER)
+    for name, upper in MEMBERS.items():
+        if names._member_map_.pop(upper, None) is not None:
+            del names._value2member_map_[name]
+            names._member_names_.remove(upper)
+            type.__delattr__(names, upper)
 
 
 def _with_lngd(choice: Any) -> Any:
@@ -83,6 +96,9 @@ def _with_lngd(choice: Any) -> Any:
 
     @functools.wraps(choice.__func__)
     def choose(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        if is_baseline(args):
+            class_and_settings(args)
+            return BaselineFactory, {"args": args}
         if not is_lngd(args):
             return choice.__func__(args, *rest, **kwargs)
         check_precision(args)

@@ -19,10 +19,12 @@ from ..optimizer import LNGD
 from ..state import parameters_of
 from ..torch_internals import plain_name, uncompiled
 from . import fsdp, hub
+from .baselines import is_baseline, make_baseline
 from .checkpoints import STATE, check_checkpoint, check_optimizer, freeze_unsaved, last_checkpoint
 from .given_groups import add_outside, split_groups, warn_of_untrained
 from .launching import refuse_unsupported
 from .loss import IGNORED_LABEL, ExactLoss
+from .startup import tell_at_start
 from .training_args import STAND_IN, LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, is_lngd, lngd_settings
 
 logger = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ class LNGDTrainerMixin(_ATrainer):
     """What both trainers add to transformers' own; goes before a trainer class among the bases.
 
     - `create_optimizer` makes LNGD where the arguments ask for it, with the groups that a trainer of another library
-      has of its own, and prints once which parameter went where.
+      has of its own, and says once which parameter went where and what it costs (see `startup`).
     - The loss of a step is that of its whole batch, however it is split (see `loss`), whatever the optimizer.
     - Resuming loads every weight (see `checkpoints`).
     - Training logs carry LNGD's diagnostics.
@@ -129,11 +131,13 @@ class LNGDTrainerMixin(_ATrainer):
         return model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """LNGD if the arguments ask for it, else what transformers makes of them."""
+        """LNGD, Muon or SOAP if the arguments ask for it, else what transformers makes of them."""
         beside = ""
-        if self.optimizer is None and is_lngd(self.args):
-            model = kwargs.get("model", args[0] if args else None)
-            model = self.model if model is None else model
+        model = kwargs.get("model", args[0] if args else None)
+        model = self.model if model is None else model
+        if self.optimizer is None and is_baseline(self.args):
+            self.optimizer = make_baseline(model, self.args, self._groups_of_trainer(model))
+        elif self.optimizer is None and is_lngd(self.args):
             entries, outside = split_groups(model, self._groups_of_trainer(model))
             entries += self._decay_groups(model, {p for entry in entries for p in entry["params"]})
             self.optimizer = create_lngd_optimizer(model, self.args, layout="auto", param_groups=entries)
@@ -141,8 +145,7 @@ class LNGDTrainerMixin(_ATrainer):
         lngd = lngd_of(self.optimizer)
         if lngd is not None and not self._is_told:
             self._is_told = True
-            if self.is_world_process_zero():
-                print(lngd.routing_table(), beside, sep="", flush=True)
+            tell_at_start(lngd, self.model, self.args, beside, lambda: (self.lr_scheduler, self.state.max_steps))
         return super().create_optimizer(*args, **kwargs)
 
     def _groups_of_trainer(self, model: Any) -> Any:

@@ -19,12 +19,14 @@ from ..config import LNGDConfig
 from ..groups import KINDS, check_decay, options_of
 from ..routing import unwrapped
 from ..torch_internals import plain_name
+from .baselines import BASELINES, class_and_settings, name_of
 
 LNGD_NAME = "lngd"
 # What the parent class is shown in place of "lngd" while it checks itself: an optimizer it makes no demands on.
 STAND_IN = OptimizerNames.ADAMW_TORCH.value
 _OPTIM_HELP = (
-    "The optimizer: lngd (layer-wise natural gradient; AdamW for all other parameters) or any of transformers'."
+    "The optimizer: lngd (layer-wise natural gradient; AdamW for all other parameters), muon or soap (to compare with; "
+    "the same parameters are AdamW's), or any of transformers'."
 )
 _WEIGHT_DECAY_HELP = (
     "Weight decay of AdamW and of lngd; not on norms and biases. Where it is not given lngd has a rule of its own (see "
@@ -96,6 +98,13 @@ def _others(targets: str | list[str], model: nn.Module) -> str:
     return rf"^(?!(?:{'|'.join(chosen)})\.[^.]+$)"
 
 
+def rate_is_untouched(args: Any) -> bool:
+    """Whether the learning rate is transformers' default, which nobody gave."""
+    default = TrainingArguments.__dataclass_fields__["learning_rate"].default
+    given = take_lr(args.optim_args)[0] is not None or _on_command_line("learning_rate")
+    return args.learning_rate == default and not given
+
+
 def _on_command_line(name: str) -> bool:
     """Whether an argument of this name was given to the process."""
     flags = {argument.split("=")[0].replace("-", "_") for argument in sys.argv[1:] if argument.startswith("--")}
@@ -126,11 +135,6 @@ def take_lr(text: str | None) -> tuple[float | None, str | None]:
     return lr, ",".join(item for item in items if item not in rates)
 
 
-def name_of(value: Any) -> str:
-    """Of an optimizer or another choice that may be a member of transformers' enums."""
-    return str(getattr(value, "value", value))
-
-
 _SomeArguments: Any = object  # a class of training arguments follows among the bases
 
 
@@ -152,7 +156,8 @@ class LNGDArgumentsMixin(_SomeArguments):
 
     def __post_init__(self) -> None:
         name = name_of(self.optim)
-        accepted = [LNGD_NAME, *(member.value for member in OptimizerNames if member.value != LNGD_NAME)]
+        own = [LNGD_NAME, *BASELINES]
+        accepted = [*own, *(member.value for member in OptimizerNames if member.value not in own)]
         if name not in accepted:
             close = difflib.get_close_matches(name, accepted, n=3, cutoff=0.6)
             hint = f" (did you mean {' or '.join(close)}?)" if close else ""
@@ -161,12 +166,14 @@ class LNGDArgumentsMixin(_SomeArguments):
             raise ValueError(f"lngd_log: got {self.lngd_log!r}, accepted: {', '.join(LOGS)}")
         if name == LNGD_NAME:
             lngd_settings(self)
-            self.optim = STAND_IN
         elif self.weight_decay is None:
             self.weight_decay = 0.0
+        if name in BASELINES:
+            class_and_settings(self)
+        self.optim = STAND_IN if name in own else self.optim
         super().__post_init__()
-        if name == LNGD_NAME:
-            self.optim = LNGD_NAME
+        if name in own:
+            self.optim = name
             check_precision(self)
 
     def __getstate__(self) -> dict[str, Any]:

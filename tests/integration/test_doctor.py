@@ -10,16 +10,33 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BartConfig, BertConfig, FSMTConfig, GPT2Config, LlamaConfig, MarianConfig, ResNetConfig
+from transformers import (
+    ASTConfig,
+    BartConfig,
+    BertConfig,
+    FSMTConfig,
+    GPT2Config,
+    LlamaConfig,
+    MarianConfig,
+    ResNetConfig,
+    Speech2TextConfig,
+    Wav2Vec2Config,
+    WhisperConfig,
+)
 
 from hf_lngd import LNGD, LNGDConfig
 from hf_lngd.integrations import doctor as doctor_module
 from hf_lngd.integrations.command import main
-from hf_lngd.integrations.doctor import build, factors_of, memory_of, step_of
+from hf_lngd.integrations.doctor import build, factors_of, memory_of, price_line, step_of
+from hf_lngd.integrations.forecast import counting, step_to_adamw
+from hf_lngd.integrations.startup import decay_line
 from tests.hf_helpers import SIZES, hf_images, hf_vit
 
 TOKENS = {"vocab_size": 40, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
 HEADS = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "hidden_size": 16}
+
+WAVES: dict[str, Any] = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3)}
+WAVES |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 
 
 def saved(folder: Path, config: Any) -> str:
@@ -44,7 +61,7 @@ def test_it_tells_what_training_will_hold(tmp_path: Path, capsys: pytest.Capture
     for _ in range(3):
         model(**batch).loss.backward()
         optimizer.step()
-    assert optimizer.routing_table() in text
+    assert f"{optimizer.routing_table()}\n{decay_line(optimizer)}" in text
     total, adamw = optimizer.memory_usage()["total"], sum(8 * p.numel() + 4 for p in model.parameters())
     assert f"state: {total / 2**20:.1f} MiB, {total / adamw:.2f} × AdamW's" in text
     assert "ViTForImageClassification" in text
@@ -100,7 +117,15 @@ def test_it_takes_every_preset_of_a_large_model(
     ("config", "architecture", "made"),
     [
         (GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=4, vocab_size=50), "GPT2LMHeadModel", "GPT2LMHeadModel"),
-        (BertConfig(**TOKENS, **HEADS, max_position_embeddings=16), "BertForMaskedLM", "BertLMHeadModel"),
+        (BertConfig(**TOKENS, **HEADS, max_position_embeddings=16), "BertForMaskedLM", "BertForMaskedLM"),
+        (BertConfig(**TOKENS, **HEADS, max_position_embeddings=16), None, "BertForMaskedLM"),
+        (BertConfig(**TOKENS, **HEADS), "BertLMHeadModel", "BertLMHeadModel"),
+        (WhisperConfig(**{**SIZES, **TOKENS}), None, "WhisperForConditionalGeneration"),
+        (Speech2TextConfig(**{**SIZES, **TOKENS}), None, "Speech2TextForConditionalGeneration"),
+        (Wav2Vec2Config(**TOKENS, **HEADS, **WAVES), None, "Wav2Vec2ForCTC"),
+        (Wav2Vec2Config(**TOKENS, **HEADS, **WAVES), "Wav2Vec2ForSequenceClassification",
+         "Wav2Vec2ForSequenceClassification"),
+        (ASTConfig(**HEADS, max_length=64), None, "ASTForAudioClassification"),
         (BertConfig(**TOKENS, **HEADS, num_labels=3, problem_type="multi_label_classification"),
          "BertForSequenceClassification", "BertForSequenceClassification"),
         (BertConfig(**TOKENS, **HEADS, num_labels=2, problem_type="regression"),
@@ -113,12 +138,14 @@ def test_it_takes_every_preset_of_a_large_model(
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_a_batch_fits(
-    config: Any, architecture: str, made: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Any, architecture: str | None, made: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = copy.deepcopy(config)
-    config.architectures = [architecture]
+    config.architectures = [architecture] if architecture else None
     main(["doctor", saved(tmp_path, config)])
-    assert f"{made}, " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{made}, " in said
+    assert re.search(r"in a batch: 1.5 with [\d,]+, 1.2 with [\d,]+, 1.1 with [\d,]+", said)
 
 
 def test_what_the_meta_device_cannot_is_built_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,3 +194,14 @@ def test_convolutions_and_texts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "GPT2LMHeadModel" in capsys.readouterr().out
     main(["doctor", str(folder), "--task", "classification"])
     assert "GPT2ForSequenceClassification" in capsys.readouterr().out
+
+
+def test_a_batch_of_the_size_that_it_tells_costs_so_much() -> None:
+    model, optimizer = step_of(marian(), "translation", LNGDConfig())
+    ids = torch.ones(1, 8, dtype=torch.int64, device="meta")
+    line = price_line(model, optimizer, {"input_ids": ids, "labels": ids, "decoder_input_ids": ids})
+    tokens = int(re.search(r"so many tokens in a batch: 1.5 with ([\d,]+)", line)[1].replace(",", ""))
+    ids = torch.ones(tokens // 8, 8, dtype=torch.int64, device="meta")
+    with counting(model, optimizer) as work:
+        model(input_ids=ids, labels=ids, decoder_input_ids=ids)
+    assert step_to_adamw(optimizer, work) == pytest.approx(1.5, rel=0.02)

@@ -301,7 +301,11 @@ GOOD = json.dumps({"translation": {"en": "the dog", "de": "Hund"}})
 REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
     "unknown option": ({"num_beems": 2}, None, "num_beems: unknown argument; did you mean --num_beams"),
     "not positive": ({"max_source_length": 0}, None, "max_source_length: got 0, accepted: an integer, at least 1"),
-    "optimizer": ({"optim": "lngdd"}, None, "optim: got 'lngdd' (did you mean lngd?), accepted: lngd, adamw"),
+    "optimizer": (
+        {"optim": "lngdd"},
+        None,
+        "optim: got 'lngdd' (did you mean lngd?), accepted: lngd, muon, soap, adamw",
+    ),
     "settings name": ({"optim_args": "factor_intervall=3"}, None, "optim_args: unknown name 'factor_intervall'; did"),
     "two strategies": (
         {"load_best_model_at_end": "true", "save_strategy": "epoch"},

@@ -77,9 +77,9 @@ def test_it_is_idempotent_and_leaves_nothing_behind(tmp_path: Path) -> None:
     names = list(OptimizerNames)
     for _ in range(2):
         hf_lngd.register()
-    assert [*names, OptimizerNames("lngd")] == list(OptimizerNames)
+    assert [*names, *map(OptimizerNames, ("lngd", "muon", "soap"))] == list(OptimizerNames)
     assert OptimizerNames.LNGD is OptimizerNames["LNGD"] is OptimizerNames("lngd")  # type: ignore[attr-defined]
-    assert len(OptimizerNames) == len(names) + 1 and "lngd" in repr(OptimizerNames.LNGD)  # type: ignore[attr-defined]
+    assert len(OptimizerNames) == len(names) + 3 and "lngd" in repr(OptimizerNames.LNGD)  # type: ignore[attr-defined]
     for _ in range(2):
         hf_lngd.unregister()
     assert list(OptimizerNames) == names

@@ -62,7 +62,7 @@ def test_every_other_name_is_accepted_as_before(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"optim": "lngdd"}, ("optim: got 'lngdd'", "did you mean lngd", "accepted: lngd, adamw_torch")),
+        ({"optim": "lngdd"}, ("optim: got 'lngdd'", "did you mean lngd", "accepted: lngd, muon, soap, adamw_torch")),
         ({"optim_args": "factor_intervall=3"}, ("optim_args", "factor_intervall", "factor_interval")),
         ({"optim_args": "lr=fast"}, ("optim_args: lr: got 'lr=fast'", "accepted")),
         ({"learning_rate": -1.0}, ("learning_rate: got -1.0", "accepted")),
