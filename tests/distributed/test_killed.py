@@ -47,11 +47,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 TRAINERS = [
-    ("ddp", 0, "model.safetensors"),
-    ("ddp", 0, "optimizer.pt"),
-    pytest.param("ddp", 0, "trainer_state.json", marks=pytest.mark.slow),
-    ("ddp", 0, "rotation"),
-    ("ddp", 1, "rng_state_1.pth"),
+    pytest.param("ddp", 0, "model.safetensors", marks=trainers.resumes_on_cpus),
+    pytest.param("ddp", 0, "optimizer.pt", marks=trainers.resumes_on_cpus),
+    pytest.param("ddp", 0, "trainer_state.json", marks=[pytest.mark.slow, trainers.resumes_on_cpus]),
+    pytest.param("ddp", 0, "rotation", marks=trainers.resumes_on_cpus),
+    pytest.param("ddp", 1, "rng_state_1.pth", marks=trainers.resumes_on_cpus),
     pytest.param("fsdp2", 0, SHARD.format(1), marks=pytest.mark.slow),
     ("fsdp2", 0, "optimizer.pt"),
     ("fsdp2", 1, SHARD.format(2)),

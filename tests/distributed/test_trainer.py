@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import TrainerState
@@ -23,6 +24,9 @@ from tests.helpers import assert_identical, flat, keeping
 from tests.hf_helpers import hf_images, hf_vit
 
 ARGS = "factor_interval=2,inverse_interval=4"
+# Before 5.15 transformers takes T5's softmax, and label smoothing's mean over each micro-batch, in float32, whatever
+# the model's dtype: how a batch is cut then shows in its rounding.
+FLOAT32 = 1e-6 if Version("5.15") > trainers.TRANSFORMERS else 1e-10
 LAYOUTS = [(1, 4, 4), (2, 4, 2), (2, 2, 4), (4, 2, 2), (4, 1, 4)]
 
 
@@ -48,7 +52,8 @@ def test_many_processes_train_as_one(kind: str, values: Any, layouts: Any, pools
         layout = {"ranks": ranks, "size": size, "accumulation": accumulation}
         case = {"kind": kind, "folder": str(tmp_path), **layout, **values}
         found = [trainers.train(**case)] if ranks == 1 else pools[ranks].run(trainers.train, **case)
-        assert distance(found[0], one) <= 1e-10, layout
+        rounded = kind == "t5" or "label_smoothing_factor" in values
+        assert distance(found[0], one) <= (FLOAT32 if rounded else 1e-10), layout
         assert found[0]["losses"] == pytest.approx(one["losses"], rel=1e-5)
         for other in found[1:]:
             assert all(torch.equal(w, found[0]["weights"][name]) for name, w in other["weights"].items())
@@ -117,6 +122,7 @@ def plain(value: Any) -> Any:
 SAVED = {"optim_args": ARGS, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
 
 
+@trainers.resumes_on_cpus
 def test_a_checkpoint_that_is_written_over_holds_weights_of_one_kind(pools: Pools, tmp_path: Path) -> None:
     """A run under DDP goes on under FSDP2, then again under DDP, each time from before what was written last."""
     folder, stop = tmp_path / "run", tmp_path / "run" / "checkpoint-2"
@@ -160,7 +166,10 @@ def test_sharded_weights_go_into_one_process(parts: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("layers", "kind", "message"),
-    [(1, RuntimeError, "weights of another model: vit.layer"), (3, ValueError, r"vit\.\S+: got none, accepted")],
+    [
+        (1, RuntimeError, r"weights of another model: vit\.(encoder\.)?layer"),
+        (3, ValueError, r"vit\.\S+: got none, accepted"),
+    ],
 )
 def test_sharded_weights_of_another_model_are_refused(
     layers: int, kind: type[Exception], message: str, parts: Path, tmp_path: Path
@@ -256,7 +265,7 @@ def unbroken(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[Ran
 
 # Each pair once, a process number with itself at every stop.
 PAIRS = [
-    (before, after, stop)
+    pytest.param(before, after, stop, marks=trainers.resumes_on_cpus if after in (2, 4) else ())
     for i, (before, after) in enumerate(itertools.product(PROCESSES, repeat=2))
     for stop in (STOPS if before == after else (STOPS[i % len(STOPS)],))
 ]
@@ -279,6 +288,7 @@ def test_resume_on_as_many_and_on_others(
             assert_identical(mine["state"], theirs["state"])
 
 
+@trainers.resumes_on_cpus
 def test_random_states_of_each_rank_come_back(pools: Pools, tmp_path: Path) -> None:
     """Dropout, and the draws of the Fisher."""
     values = {"optim_args": f"{RESUMED},fisher=sampled", "dropout": 0.2}
