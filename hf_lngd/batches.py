@@ -24,7 +24,8 @@ class LayerBatch:
         members: the layers of all processes; `layers`: those that this one computes.
         bank: holds the factors of the latter (None: there are none), `rows` [L · units] are those of their matrices.
         state: the direction's: name → [L · units, …], of `layers`.
-        rate: [L], α_l of the last step."""
+        rate: [L], α_l of the last step.
+        first_rms: [L], root mean square of each weight when training began; 0: not known. None: not asked for yet."""
 
     members: list[Layer]
     layers: list[Layer]
@@ -32,6 +33,7 @@ class LayerBatch:
     rows: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
     rate: Tensor = field(default_factory=lambda: torch.zeros(0))
+    first_rms: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.place = {layer: i for i, layer in enumerate(self.layers)}

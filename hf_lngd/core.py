@@ -16,12 +16,12 @@ from .adamw import AdamW, EmbeddingTable, States
 from .batches import LayerBatch, layer_batches
 from .capture import Capture, Coming
 from .config import LNGDConfig
-from .decay import FadingDecay
 from .directions import Polar
 from .factors import Bank, FactorSpec, factor_banks
 from .layers import Layer, factor_blocks
 from .linalg import state_dtype
 from .method import Method
+from .norms import Norms
 from .routing import Routing, check_precision
 from .statistics import Statistics, reduce
 from .topology import Topology
@@ -95,7 +95,7 @@ class Core:
         self.config, self.routing, self.layout, self.states = config, routing, layout, states
         self.method = method_of(config)
         self.capture = self.method.capture(model, routing.layers, config)
-        self.adamw, self.decay = AdamW(), FadingDecay()
+        self.adamw, self.norms = AdamW(), Norms()
         self.embeddings = [
             EmbeddingTable(name, routing.parameters[name], modules, config) for name, modules in routing.embeddings
         ]

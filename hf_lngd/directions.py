@@ -31,6 +31,9 @@ from .linalg import (
 
 # Ψ of `Polar`: decay of its running average, steps between two updates, and its damping.
 PSI_DECAY, PSI_INTERVAL, PSI_DAMPING = 0.9, 5, 0.3
+# Steps are enlarged by up to MOST_GAIN as long as GAIN_STEPS more of them, at the schedule's highest rate, leave a
+# layer's path within this share of the size that its weights began with.
+MOST_GAIN, GAIN_STEPS, GAIN_REACH = 10.0, 20, 0.3
 
 
 @dataclass
@@ -42,7 +45,8 @@ class Inputs:
         bank: their factors, and `rows` [n · units] of it.
         state: the direction's own, of these layers: name → [n · units, …], to be updated in place.
         step: steps made before this one.
-        lr, beta2: effective rate and decay of the row scale, numbers or [n]."""
+        lr, peak_lr, beta2: effective rate, its schedule's highest, and decay of the row scale, numbers or [n].
+        first_rms: [n], root mean square of the weights when training began; 0: not known."""
 
     gradient: Tensor
     layers: list[Layer]
@@ -51,7 +55,9 @@ class Inputs:
     state: Mapping[str, Tensor]
     step: int
     lr: float | Tensor
+    peak_lr: float | Tensor
     beta2: float | Tensor
+    first_rms: Tensor
 
     @property
     def units(self) -> int:
@@ -91,7 +97,12 @@ class Polar:
     Ψ ← β Ψ + (1 − β) M Φ̂⁻¹ Mᵀ / tr in every `PSI_INTERVAL`-th step: given Φ the factor that minimises the KL divergence
     of Gaussians (Lin et al. 2025, arXiv:2509.03378), of the momentum in place of the gradient; it is damped by λ =
     `PSI_DAMPING` tr Ψ / m, and cut into diagonal blocks as Φ is, or one a head. Each row of D is divided by the root of
-    its running mean square (Li et al. 2025, NorMuon), and the whole scaled to root mean square lr · κ.
+    its running mean square (Li et al. 2025, NorMuon), and the whole scaled to root mean square lr · κ · s.
+
+    s is 1 but at learning rates so low that the weights hardly move. A step of signs of the same size, as AdamW's are
+    at first, lowers the loss to first order r = ‖M‖₁ / ⟨M, D⟩ times as much (RMS(D) = 1; 2 to 10 where gradients have
+    low rank, near 1 where they are noise), so s = min(r, (c RMS(W₀) − p) / (20 lr κ)), between 1 and 10, with the
+    schedule's highest lr, where p is the sum of the layer's steps so far: what it may still go, over 20 steps.
 
     Any U and V of these products do: polar(U M Vᵀ) turns with them, and the outer products turn it back."""
 
@@ -103,8 +114,10 @@ class Polar:
 
     def new_state(self, layer: Layer) -> dict[str, Tensor]:
         """``row_square`` [units, m]: the running mean square of each row of D; ``psi_blocks`` [units, k, …], packed,
-        and ``psi_whitener`` [units, k, b, b]: Ψ and U."""
+        and ``psi_whitener`` [units, k, b, b]: Ψ and U; ``gain`` and ``path`` [units]: s and p, the layer's."""
         found = {"row_square": layer.like.new_zeros(layer.units, layer.m)}
+        if self._rate == "rms":
+            found |= {"gain": layer.like.new_ones(layer.units), "path": layer.like.new_zeros(layer.units)}
         if self._whiten == "both":
             k, b = output_blocks(layer, self._limit)
             eye = torch.eye(b, dtype=kept_dtype(layer.like.dtype), device=layer.like.device)
@@ -131,10 +144,26 @@ class Polar:
         if self._rate == "rms":  # which needs but the rows' sizes: one pass over D is enough
             sizes = (sizes * scale).view(len(x.layers), -1)
             rate = rms_rate(torch.linalg.vector_norm(sizes, dim=-1), sizes.shape[1], self._scale)
+            if x.step % PSI_INTERVAL == 0:
+                self._update_gain(direction, scale * of_units(rate / self._scale, x.units)[:, None], x)
+            rate = rate * x.state["gain"].view(len(x.layers), -1)[:, 0]
         else:
             rate = sizes.new_ones(len(x.layers))
         scale = scale * of_units(rate * x.lr, x.units)[:, None]
         return direction.mul_(scale.unsqueeze(-1)), rate
+
+    def _update_gain(self, direction: Tensor, scale: Tensor, x: Inputs) -> None:
+        """s of the coming steps until the next update, and p after them. scale: [n · units, m], which makes the rows of
+        D of root mean square 1."""
+        n = len(x.layers)
+        signs = x.gradient.abs().sum((-2, -1)).view(n, -1).sum(1)
+        own = ((x.gradient * direction).sum(-1) * scale).sum(-1).view(n, -1).sum(1)
+        ratio = (signs / own).nan_to_num(nan=1.0).clamp(1, MOST_GAIN)
+        gain, path = (x.state[key].view(n, -1) for key in ("gain", "path"))
+        most = (GAIN_REACH * x.first_rms - path[:, 0]) / (GAIN_STEPS * x.peak_lr * self._scale)
+        most = most.nan_to_num(nan=1.0).clamp_min(1)  # 0 / 0: weights that began with zeros, and a rate of 0
+        gain.copy_(torch.minimum(ratio, most).unsqueeze(-1))
+        path += (PSI_INTERVAL * x.lr * self._scale * gain[:, 0]).unsqueeze(-1)
 
     def _row_scale(self, sizes: Tensor, x: Inputs) -> Tensor:
         """One over the root of the running mean square of each row; its start-up bias cancels in the layer's rate.

@@ -125,8 +125,8 @@ def _names_in(entry: dict[str, Any], number: int, routing: Routing) -> list[str]
 
 @dataclass(frozen=True)
 class Options:
-    """What a group says of its parameters in this step: `lr` is the effective rate, lr · lr_scale, `momentum` τ or
-    β₁; `decay_floor`: see `decay`."""
+    """What a group says of its parameters in this step: `lr` is the effective rate, lr · lr_scale, and `peak_lr` the
+    highest one of its schedule, as far as that has said so; `momentum` τ or β₁; `decay_floor`: see `norms`."""
 
     lr: Rate
     weight_decay: float
@@ -134,14 +134,22 @@ class Options:
     beta2: float
     eps: float
     decay_floor: float = 0.0
+    peak_lr: Rate = 0.0
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> Options:
         """Those of a group; a key ``momentum`` stands above betas[0]."""
         beta1, beta2 = group["betas"]
-        lr = group["lr"] * group["lr_scale"]
+        lr, peak = group["lr"] * group["lr_scale"], _peak_of(group) * group["lr_scale"]
         rates = lr, group["weight_decay"], group.get("momentum", beta1), beta2, group["eps"]
-        return cls(*rates, group.get("decay_floor", 0.0))
+        return cls(*rates, group.get("decay_floor", 0.0), peak)
+
+
+def _peak_of(group: dict[str, Any]) -> Rate:
+    """The highest rate that is known of: torch's schedulers write down where they began, and some their peak."""
+    known = [group[key] for key in ("lr", "initial_lr", "max_lr") if key in group]
+    # to compare tensors would wait for the device
+    return known[-1] if any(isinstance(rate, Tensor) for rate in known) else max(known)
 
 
 class StepOptions:

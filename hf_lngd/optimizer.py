@@ -148,7 +148,10 @@ class LNGD(torch.optim.Optimizer):
                 self._arm()  # a step that raised is over: the next one begins anew
                 raise
             if self._is_factor_step():
-                self._measure_decay()
+                weights = [layer.weight for layer in core.routing.layers if layer.weight in self._options]
+                core.norms.measure(weights, core.states, core.layout)
+                for batch in core.batches:  # there may be first norms of others now
+                    batch.first_rms = None
             self._seconds += time.perf_counter() - start + in_hooks
             core.capture.seconds = 0.0
             self._step_layers()
@@ -256,9 +259,12 @@ class LNGD(torch.optim.Optimizer):
         batch, layers, index = job.batch, job.layers, job.batch.index(job.layers)
         own = {key: value[index] for key, value in batch.state.items()}  # views, where it is a slice
         assert batch.bank is not None
-        lr, beta2 = self._options.of(layers, "lr"), self._options.of(layers, "beta2")
+        lr, peak_lr, beta2 = (self._options.of(layers, name) for name in ("lr", "peak_lr", "beta2"))
+        if batch.first_rms is None:
+            batch.first_rms = self.core.norms.first_rms(batch.layers, self.core.states)
+        first_rms = batch.first_rms[batch.index(layers, 1)]
         found = self.core.method.direction(
-            Inputs(gradient, layers, batch.bank, batch.rows[index], own, self.core.steps, lr, beta2)
+            Inputs(gradient, layers, batch.bank, batch.rows[index], own, self.core.steps, lr, peak_lr, beta2, first_rms)
         )
         for key, value in own.items() if not isinstance(index, slice) else ():
             batch.state[key][index] = value
@@ -281,14 +287,9 @@ class LNGD(torch.optim.Optimizer):
                     torch._foreach_mul_(values, kept)
                 torch._foreach_sub_(values, [change for _, change, _ in changes])
 
-    def _measure_decay(self) -> None:
-        own = [layer.weight for layer in self.core.routing.layers if layer.weight in self._options]
-        fading = [p for p in own if self._options[p].decay_floor and self._options[p].weight_decay]
-        self.core.decay.measure(fading, self.core.states, self.core.layout)
-
     def _decay_of(self, parameter: nn.Parameter, own: Options) -> float:
         floor = own.decay_floor
-        return own.weight_decay * (self.core.decay.share(parameter, floor, self.core.states) if floor else 1.0)
+        return own.weight_decay * (self.core.norms.share(parameter, floor, self.core.states) if floor else 1.0)
 
     def _step_others(self) -> None:
         """AdamW, and embeddings by token frequency."""

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .config import LNGDConfig
 from .core import Built, Core, Entry
-from .decay import NORMS
+from .norms import NORMS
 from .topology import Topology
 from .torch_internals import is_sharded, local
 
-VERSION = 7
+VERSION = 8
 _KINDS: dict[str, type] = {"config": dict, "parameters": dict, "topology": list, "steps": int}
 # Options that a run may go on with otherwise than it began; `preset` only says where the others come from.
 MAY_CHANGE = ("preset", "rate_scale", "factor_interval", "inverse_interval", "weight_decay", "fallback_lr_scale")
@@ -160,7 +160,7 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
     core.started = core.inverted = _any(core, any(bool((bank.weight > 0).any()) for bank in core.banks))
     for bank in core.banks:
         bank.inverted = core.inverted
-    core.decay.forget()
+    core.norms.forget()
     core.bind()
 
 
@@ -187,7 +187,7 @@ def clear(core: Core) -> None:
     """Start anew, as before the first step; who shares an input is the model's, and stays known."""
     core.built = Built()
     core.started = core.inverted = False
-    core.decay.forget()
+    core.norms.forget()
     core.count.zero_()
 
 

@@ -42,14 +42,17 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
 
 # Of the mean square of each row of the polar direction; of its Ψ, which every fifth step updates.
 ROW_DECAY, PSI_DECAY, PSI_INTERVAL, PSI_DAMPING = 0.95, 0.9, 5, 0.3
+# Of the gain at low rates: the most, steps ahead, share of the weights' first size.
+MOST_GAIN, GAIN_STEPS, GAIN_REACH = 10, 20, 0.3
 
 
 class NaiveLayer:
     """One layer under LNGD, as plainly as possible: a factor estimate and a gradient a step. `time`: steps made by the
-    optimizer; `heads`: blocks of rows of an attention."""
+    optimizer; `heads`: blocks of rows of an attention; `first_rms`: of the layer's weight."""
 
     def __init__(self, weight: Tensor, config, heads: int = 1) -> None:
         self.w, self.c, self.heads, self.time = weight.double().clone(), config, heads, 0
+        self.first_rms, self.gain, self.path = float(self.w.square().mean().sqrt()), 1.0, 0.0
         self.left = torch.zeros(len(weight), len(weight)).double()
         self.u = torch.eye(len(weight)).double()
         m, d = weight.shape
@@ -77,7 +80,7 @@ class NaiveLayer:
         if c.momentum_on == "gradient":
             self.momentum = c.momentum * self.momentum + (1 - c.momentum) * g
             g = c.momentum * self.momentum + (1 - c.momentum) * g
-        direction = self.direction(g)
+        self.gradient, direction = g, self.direction(g)
         if c.direction == "polar":
             self.rows = ROW_DECAY * self.rows + (1 - ROW_DECAY) * direction.square().mean(1)
             direction = direction / self.rows.sqrt()[:, None]
@@ -119,8 +122,23 @@ def joint_step(units: list, grads: list[Tensor], lr: float, decay: float = 0.0) 
     rate = 1.0
     if c.rate == "rms":
         rate = c.rate_scale / float(torch.stack(directions).square().mean().sqrt())
+        if c.direction == "polar":
+            rate *= gain_of(units, directions, lr * c.rate_scale)
     for unit, direction in zip(units, directions, strict=True):
         unit.apply(lr * rate * direction, lr * decay)
+
+
+def gain_of(units: list, directions: list[Tensor], lr: float) -> float:
+    """By what a layer's step is multiplied, from every fifth step on; the first of its units keeps it."""
+    own = units[0]
+    if own.time % PSI_INTERVAL == 0:
+        size = float(torch.stack(directions).square().mean().sqrt())
+        signs = sum(float(unit.gradient.abs().sum()) for unit in units)
+        inner = sum(float((unit.gradient * d / size).sum()) for unit, d in zip(units, directions, strict=True))
+        most = (GAIN_REACH * own.first_rms - own.path) / (GAIN_STEPS * lr)
+        own.gain = min(max(signs / inner, 1.0), MOST_GAIN, max(most, 1.0)) if inner else 1.0
+        own.path += PSI_INTERVAL * lr * own.gain
+    return own.gain
 
 
 # Polar Express, Amsel et al. 2025, Algorithm 1: three quintics for [0.05, 1].

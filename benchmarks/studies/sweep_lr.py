@@ -1,6 +1,6 @@
 """Where AdamW and LNGD are best when one rate drives everything: does a user's `lr` carry over?
 
-    python -m benchmarks.studies.sweep_lr --data DIR [--task TASK --model FOLDER --rates 1e-3 3e-3]
+    python -m benchmarks.studies.sweep_lr --data DIR [--task TASK --model FOLDER --rates 1e-3 3e-3 --seed 102]
 
 A task as in `specs/TASK.toml` with one learning rate for all parameters, for both optimizers in turns. Rows go to
 `benchmarks/results/sweep_lr.json`; runs that are there are not run again.
@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from statistics import mean
 
 import torch
 from tqdm import tqdm
@@ -25,19 +26,22 @@ from benchmarks.tasks.registry import TASKS, check_task, load_task
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 # One minus the momentum that users get; one rate for everything.
 FRESH = {"adamw": 0.1, "lngd": 0.2}
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
-def sweep_table(results: Results, task: str, steps: int, seed: int) -> str:
-    """Loss at each rate, the best in bold, and the best rate of a parabola through its neighbours."""
-    body, tried = [], set()
+def sweep_table(results: Results, task: str, steps: int) -> str:
+    """Loss at each rate, the mean over seeds, the best in bold, and the best rate of a parabola through its
+    neighbours."""
+    body, tried, seeds = [], set[float](), set[int]()
     for name in FRESH:
-        losses: dict[float, float] = {}
-        for row in results.find("sweep", name, task=task, steps=steps, seed=seed):
-            losses[row["settings"]["lr"]] = math.inf if row["diverged"] else row["loss"]
-        if not losses:
+        found: dict[float, list[float]] = {}
+        for row in results.find("sweep", name, task=task, steps=steps):
+            found.setdefault(row["settings"]["lr"], []).append(math.inf if row["diverged"] else row["loss"])
+            seeds.add(row["seed"])
+        if not found:
             continue
-        tried |= set(losses)
+        tried |= set(found)
+        losses = {rate: mean(each) for rate, each in found.items()}
         best = min(losses, key=lambda rate: losses[rate])
         cells = {}
         for rate, loss in losses.items():
@@ -46,7 +50,8 @@ def sweep_table(results: Results, task: str, steps: int, seed: int) -> str:
         body.append((label(name).split(" (")[0], cells, f"{refine(losses, best):.2g}"))
     rates = sorted(tried)
     rows = [[title, *(cells.get(rate, "–") for rate in rates), refined] for title, cells, refined in body]
-    return table([f"{task}: one rate for all", *(f"{rate:g}" for rate in rates), "best rate"], rows)
+    head = f"{task}, seeds {', '.join(map(str, sorted(seeds)))}"
+    return table([head, *(f"{rate:g}" for rate in rates), "best rate"], rows)
 
 
 def refine(losses: dict[float, float], best: float) -> float:
@@ -70,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--data", type=Path, help="folder of the task's data")
     add("--model", type=Path, help="folder of the pretrained model, for a task that fine-tunes one")
     add("--table", action="store_true", help="only print the table of what is there")
-    add("--rates", type=float, nargs="+", default=list(RATES), help="default: 1e-4 to 1e-2")
+    add("--rates", type=float, nargs="+", default=list(RATES), help="default: 3e-5 to 1e-2")
     add("--steps", type=int, help="default: the task's")
     add("--seed", type=int, default=101, help="default: %(default)s")
     add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
@@ -88,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--threads: got {args.threads}, accepted: at least 1")
         torch.set_num_threads(args.threads)
         sweep(results, args, steps, spec.warmup_of(steps))
-    print(sweep_table(results, args.task, steps, args.seed))
+    print(sweep_table(results, args.task, steps))
 
 
 def sweep(results: Results, args: argparse.Namespace, steps: int, warmup: int) -> None:

@@ -40,10 +40,11 @@ def test_groups_may_be_split_merged_and_ordered_as_one_likes(case: Case) -> None
 
 
 def test_rates_of_layers_of_their_own(case: Case) -> None:
-    """A step of each parameter is proportional to its group's lr · lr_scale; at 0 it rests."""
+    """A step of each parameter is proportional to its group's lr · lr_scale, where that is no low rate; at 0 it
+    rests."""
     moved = {}
     for share in (1.0, 0.0, 0.25):
-        model, optimizer = case.make(weight_decay=0.0, lr=1e-2, momentum_on="gradient", rate="rms")
+        model, optimizer = case.make(weight_decay=0.0, lr=0.1, momentum_on="gradient", rate="rms")
         before = weights_of(model)
         for i, group in enumerate(optimizer.param_groups):
             group["lr" if i else "lr_scale"] *= share

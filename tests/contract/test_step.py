@@ -230,6 +230,9 @@ def steps_as_the_reference(
     assert set(layers_of(optimizer)) == set(found)
     kind = NaiveLayer if config.family == "lngd" else NaiveFamilyLayer
     naive = {name: [kind(unit, config) for unit in matrices(layer, config.bias)] for name, (layer, _) in found.items()}
+    for name, (layer, _) in found.items():
+        for unit in naive[name]:
+            unit.first_rms = float(layer.weight.detach().square().mean().sqrt())
     for step in range(steps):
         batch = {"x": torch.randn(ROWS, LENGTH, width, dtype=torch.float64)}
         if masked:

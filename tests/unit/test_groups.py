@@ -78,7 +78,13 @@ def test_entries_that_do_not_fit_are_refused(entries: list[dict[str, Any]], told
 
 def test_what_a_group_says() -> None:
     group = {"lr": 0.5, "lr_scale": 3.0, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
-    assert Options.of(group) == Options(lr=1.5, weight_decay=0.1, momentum=0.9, beta2=0.99, eps=1e-8)
+    own = {"weight_decay": 0.1, "momentum": 0.9, "beta2": 0.99, "eps": 1e-8}
+    assert Options.of(group) == Options(lr=1.5, peak_lr=1.5, **own)
+    for key in ("initial_lr", "max_lr"):
+        assert Options.of({**group, key: 2.0}) == Options(lr=1.5, peak_lr=6.0, **own)
+        assert Options.of({**group, key: 0.1}) == Options(lr=1.5, peak_lr=1.5, **own)
+    tensors = {"lr": torch.tensor(0.5), "initial_lr": torch.tensor(2.0)}
+    assert float(Options.of({**group, **tensors}).peak_lr) == 6.0
     assert Options.of({**group, "momentum": 0.3}).momentum == 0.3
 
 

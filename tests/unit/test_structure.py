@@ -24,7 +24,7 @@ ORDER = (
     ("routing", "groups", "topology", "masks"),
     ("statistics",),
     ("factors",),
-    ("directions", "adamw", "batches", "decay"),
+    ("directions", "adamw", "batches", "norms"),
     ("capture",),
     ("method",),
     ("paper",),

@@ -1,15 +1,20 @@
-"""Weight decay of LNGD's layers where none was given. A rate of decay that helps in a short run shrinks weights to
-nothing in a long one, whose updates are small: that of a layer ends at a share of the norm that its weights had when
-training began. Weights that updates make grow decay as they do anywhere."""
+"""The norms of layers' weights, when training began and at the last factor step: they say where weight decay ends, and
+how large a step is beside the weights.
+
+Where no weight decay is given, a rate of decay that helps in a short run would shrink weights to nothing in a long one,
+whose updates are small: that of a layer ends at a share of its first norm. Weights that updates make grow decay as they
+do anywhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .adamw import States
+from .layers import Layer
 from .linalg import squared_norms
 from .torch_internals import local
 
@@ -20,9 +25,8 @@ FADES_FROM = 1.2
 NORMS = FIRST, LAST = "first_norm", "last_norm"
 
 
-class FadingDecay:
-    """The share of its decay that each weight takes; norms stand in the optimizer's state, so that a resumed run goes
-    on as it would have."""
+class Norms:
+    """They stand in the optimizer's state, so that a resumed run goes on as it would have."""
 
     def __init__(self) -> None:
         self._shares: dict[nn.Parameter, float] = {}
@@ -43,10 +47,17 @@ class FadingDecay:
         self._shares.clear()
 
     def share(self, weight: nn.Parameter, floor: float, states: States) -> float:
-        """1, and less from `FADES_FROM` · `floor` of the first norm on; 0 at `floor`."""
+        """Of its decay what a weight takes: 1, and less from `FADES_FROM` · `floor` of its first norm on; 0 at
+        `floor`."""
         if weight not in self._shares:
             state = states[weight]
             first, last = (float(state[key]) if key in state else 0.0 for key in (FIRST, LAST))
             left = (last / first / floor - 1) / (FADES_FROM - 1) if first > 0 else 1.0
             self._shares[weight] = min(max(left, 0.0), 1.0)
         return self._shares[weight]
+
+    def first_rms(self, layers: Sequence[Layer], states: States) -> Tensor:
+        """[n], root mean square of their weights when training began; 0 where it was not measured."""
+        found = [float(states[y.weight].get(FIRST, 0.0)) / y.weight.numel() ** 0.5 for y in layers]
+        like = layers[0].like
+        return torch.tensor(found, dtype=like.dtype).to(like.device, non_blocking=True)
