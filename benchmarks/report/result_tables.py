@@ -4,8 +4,8 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`: NAME is a study of
 `benchmarks/studies/specs/`, `goals` (what of the goal in time is met), `one-flag` (AdamW and LNGD, each with one
-rate), `now` (the default as it is now) or `small-batches` (what a step costs). A test asks whether the pages have them
-as they are.
+rate), `now` (the default as it is now), `rates` (AdamW and LNGD over rates) or `small-batches` (what a step costs). A
+test asks whether the pages have them as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.report.tables import metric_of, ratio, reported, results_rows, spread, table
 from benchmarks.studies.runs import Results
 from benchmarks.studies.spec import Spec, named
+from benchmarks.studies.sweep_lr import sweep_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/cost.md"))
@@ -131,6 +132,13 @@ def now() -> str:
     return table(["task", "seeds", *names.values()], body)
 
 
+def rates() -> str:
+    """AdamW and LNGD, each with one rate for all, over rates; a table a task."""
+    results = Results(ROOT / "benchmarks" / "results" / "sweep_lr.json")
+    tasks = list(dict.fromkeys((row["task"], row["steps"]) for row in results.rows))
+    return "\n".join(sweep_table(results, task, steps) for task, steps in tasks)
+
+
 def small_batches() -> str:
     """What a step costs beside AdamW's, by model and batch."""
     file = ROOT / "benchmarks" / "results" / "small_batches.json"
@@ -152,7 +160,7 @@ def render(text: str) -> str:
         name = found[1]
         if name in STUDIES:
             return f"{name}{found[2]}\n{study(name)}\n"
-        makers = {"goals": goals, "one-flag": one_flag, "now": now, "small-batches": small_batches}
+        makers = {"goals": goals, "one-flag": one_flag, "now": now, "rates": rates, "small-batches": small_batches}
         if name not in makers:
             raise ValueError(f"table: got {name!r}, accepted: {', '.join((*STUDIES, *makers))}")
         return f"{name}{found[2]}\n{makers[name]()}\n"

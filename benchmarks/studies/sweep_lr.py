@@ -50,7 +50,7 @@ def sweep_table(results: Results, task: str, steps: int) -> str:
         body.append((label(name).split(" (")[0], cells, f"{refine(losses, best):.2g}"))
     rates = sorted(tried)
     rows = [[title, *(cells.get(rate, "–") for rate in rates), refined] for title, cells, refined in body]
-    head = f"{task}, seeds {', '.join(map(str, sorted(seeds)))}"
+    head = f"{task}, {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, sorted(seeds)))}"
     return table([head, *(f"{rate:g}" for rate in rates), "best rate"], rows)
 
 

@@ -17,7 +17,7 @@ from tests.helpers import assert_identical, tensors_of, through_a_file
 SETTINGS, STATES = "Settings", "States (`load_state_dict`)"
 REFUSED = "raises before anything is made"
 WHOLE = "raises; nothing is changed"
-VERSION = 7
+VERSION = 8
 FIELDS: dict[str, Any] = {"embedding": "exact"}
 
 BAD: dict[str, list[Any]] = {

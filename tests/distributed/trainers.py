@@ -36,7 +36,10 @@ TRANSFORMERS = Version(transformers.__version__)
 resumes_on_cpus = pytest.mark.skipif(
     Version("5.18") > TRANSFORMERS, reason="transformers before 5.18 does not resume on several processes of CPUs"
 )
+# torch 2.9.1 adds clipping's 1e-6 to each process's part of the norm of sharded gradients: weights then differ by 1e-8.
+CLIP = 1.0 if Version("2.13") <= Version(torch.__version__) else 0.0
 SETTINGS: dict[str, Any] = {
+    "max_grad_norm": CLIP,
     "use_cpu": True,
     "report_to": "none",
     "num_train_epochs": 4,
