@@ -215,7 +215,7 @@ def accelerated(folder: str, layout: str, load: bool = False) -> dict[str, torch
     """Three steps in accelerate's loop and three after `save_state`; or (`load`) these alone, after `load_state`."""
     accelerator = Accelerator(cpu=True)
     model = hf_vit(seed=int(load)).double()
-    optimizer = LNGD(model, lr=1.0 if load else 1e-3, factor_interval=2, layout=layout)
+    optimizer = LNGD(model, lr=0.1 if load else 1e-3, factor_interval=2, layout=layout)
     model, optimizer = accelerator.prepare(model, optimizer)
     if load:
         accelerator.load_state(folder)

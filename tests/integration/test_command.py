@@ -186,7 +186,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     assert "python -m hf_lngd doctor MODEL" in capsys.readouterr().out
     main(["doctor", "--help"])
-    assert "[--task auto|translation|image|text|classification]" in capsys.readouterr().out
+    assert "TASK: auto, or translation, image, speech" in capsys.readouterr().out
     main(["--options"])
     told = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     assert len(told) == len(OPTIONS) and "factor_interval (default: 20)" in told

@@ -181,7 +181,7 @@ def test_tables_are_made_from_the_files_of_results() -> None:
         assert text.count("<!-- table: ") == len(result_tables.MARKED.findall(text)) > 0, page.name
         assert result_tables.render(text) == text, "python -m benchmarks.report.result_tables"
         marked += text.count("<!-- table: ")
-    assert marked == 11
+    assert marked == 12
     assert paper_tables.page(folder) == (folder / "paper.md").read_text(encoding="utf-8")
     cost = json.loads((folder / "cost_model.json").read_text(encoding="utf-8"))
     assert cost_report.tables(cost) == (folder / "cost_model.md").read_text(encoding="utf-8")
