@@ -49,7 +49,8 @@ def create_lngd_optimizer(
             `optim_target_modules` are used.
         config: in place of the settings of `args`.
         lr: in place of the rate of `args`; 1e-3 if neither is given.
-        param_groups, layout: as of `LNGD`.
+        param_groups: as of `LNGD`.
+        layout: as of `LNGD`.
         **fields: fields of `LNGDConfig`, on top of the rest.
 
     Raises:
