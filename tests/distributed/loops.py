@@ -522,12 +522,14 @@ def shard_later(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     return found[0], found[1]
 
 
-def train_scaled(first: str, spoil: int | None = None, looked: bool = False) -> tuple[dict[str, Any], float]:
+def train_scaled(
+    first: str, spoil: int | None = None, looked: bool = False, name: str = "model.encoder.layers.0.fc1.weight"
+) -> tuple[dict[str, Any], float]:
     """Four steps of FSDP2 with a gradient scaler, and its scale after them.
 
     Args:
         first: see `prepare`.
-        spoil: the step in which the last rank's rows of a gradient hold an infinity.
+        spoil: the step in which the last rank's rows of the gradient of `name` hold an infinity.
         looked: a forward pass comes before LNGD is made, which leaves parameters gathered.
     """
     model = make("marian", torch.float32)
@@ -542,7 +544,7 @@ def train_scaled(first: str, spoil: int | None = None, looked: bool = False) -> 
         (part,), _ = share_of(batch_of("marian", step, 16, torch.float32), [[8], [8]], False)
         scaler.scale(model(**part).loss).backward()
         if step == spoil and dist.get_rank() == dist.get_world_size() - 1:
-            model.get_parameter("model.encoder.layers.0.fc1.weight").grad.to_local().view(-1)[-1] = torch.inf
+            model.get_parameter(name).grad.to_local().view(-1)[-1] = torch.inf
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -576,6 +578,20 @@ def _load(tool: str, folder: str, model: Any, optimizer: LNGD) -> None:
     dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def load_into_bare() -> tuple[dict[str, Any], dict[str, Any]]:
+    """States of LNGD(DDP(model)) after a step and of LNGD(model) that has loaded it."""
+    model = make("images")
+    wrapped = DistributedDataParallel(model)
+    optimizer = LNGD(wrapped, lr=LR)
+    (part,), terms = share_of(batch_of("images", 0, 16), [[8], [8]], False)
+    backward(wrapped, optimizer, part, terms)
+    optimizer.step()
+    bare = LNGD(make("images"), lr=LR)
+    state = optimizer.state_dict()
+    bare.load_state_dict(state)
+    return state, bare.state_dict()
 
 
 @exact

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
+from torch.distributed.fsdp import FSDPModule
 
 from hf_lngd.parallel.ranks import ALL_GATHER, REDUCE_SCATTER
 from tests.distributed import loops, refused
 from tests.distributed.loops import distance
 from tests.distributed.pool import Pools
+from tests.helpers import assert_identical
 
 PAPER = {"preset": "paper", "fisher": "expected", "factor_interval": 3, "inverse_interval": 3}
 ADAPTIVE = {"rate": "adaptive", "momentum_on": "update", "direction": "natural", "damping": "paper"}
@@ -134,9 +137,15 @@ EMPIRICAL = {"fisher": "empirical", "direction": "natural"}
 FIELDS: list[dict[str, Any]] = [{}, EMPIRICAL, {"family": "kfac"}, {"rate": "adaptive"}]
 
 
-@pytest.mark.parametrize(
-    ("rate", "layout"), [*(("rms", name) for name in LAYOUTS), ("adaptive", "whole"), ("adaptive", "rows")]
-)
+# torch 2.9 has nothing that lets a rank leave a sharded layer out.
+may_skip = [] if hasattr(FSDPModule, "set_reduce_scatter_unused_params") else [pytest.mark.skip(reason="torch < 2.13")]
+SKIPPING = [
+    *(("rms", "whole"), ("rms", "owned"), ("adaptive", "whole")),
+    *(pytest.param(rate, "rows", marks=may_skip) for rate in ("rms", "adaptive")),
+]
+
+
+@pytest.mark.parametrize(("rate", "layout"), SKIPPING)
 def test_a_layer_that_a_rank_did_not_call(rate: str, layout: str, pools: Pools) -> None:
     calls = [["all", "skip" if step in (2, 3) else "all"] for step in range(6)]
     case = {"kind": "skipping", "calls": calls, "rate": rate}
@@ -281,7 +290,8 @@ def test_traffic(pools: Pools) -> None:
 def test_gradients_are_clipped_by_the_norm_of_all_ranks(pools: Pools) -> None:
     case = {"kind": "images", "fields": {}, "steps": 4, "trim": False}
     two, four = (pools[ranks].run(loops.train, layout="rows", clip=0.05, **case) for ranks in (2, 4))
-    assert distance(four[0], two[0]) <= 1e-10
+    # torch 2.9 adds clipping's 1e-6 to the norm of each process's part
+    assert distance(four[0], two[0]) <= (1e-10 if Version(torch.__version__) >= Version("2.13") else 1e-7)
     assert distance(two[0], loops.train(**case)) > 1e-6
 
 
@@ -301,6 +311,19 @@ def test_a_gradient_scaler_whatever_comes_first(spoil: int | None, pools: Pools)
         assert scale == same == (1024.0 if spoil is None else 512.0)
         assert all(torch.equal(w, theirs["weights"][name]) for name, w in mine["weights"].items())
         assert mine["numbers"]["skipped_factors"] == 0
+
+
+@pytest.mark.parametrize("name", ["model.encoder.layers.0.final_layer_norm.weight", "model.encoder.layers.0.fc1.bias"])
+def test_a_gradient_scaler_sees_infinities_of_what_adamw_takes(name: str, pools: Pools) -> None:
+    """On one rank alone: all leave the step out."""
+    for found, scale in pools[2].run(loops.train_scaled, first="shards", spoil=2, name=name):
+        assert scale == 512.0
+        assert all(w.isfinite().all() for w in found["weights"].values())
+
+
+def test_the_state_of_a_model_under_ddp_loads_without_it(pools: Pools) -> None:
+    for wrapped, bare in pools[2].run(loops.load_into_bare):
+        assert_identical(wrapped, bare)
 
 
 def test_a_forward_pass_between_sharding_and_lngd(pools: Pools) -> None:

@@ -133,8 +133,9 @@ def test_a_model_of_matrices_alone_trains(tmp_path: Path) -> None:
     """As under LoRA: AdamW has nothing to do."""
     model = hf_vit()
     for name, p in model.named_parameters():
-        p.requires_grad = name.endswith("fc1.weight")
+        p.requires_grad = name.endswith(("fc1.weight", "intermediate.dense.weight"))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer_of(tmp_path, "muon", model, max_steps=1).train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"vit.layers.0.mlp.fc1.weight", "vit.layers.1.mlp.fc1.weight"}
+    assert moved == trained and len(trained) == 2
