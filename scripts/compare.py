@@ -45,16 +45,18 @@ def loss_at(curve: Curve, seconds: float) -> str:
 
 
 def tables(found: dict[str, dict[str, Curve]]) -> str:
-    """Training loss (and validation loss, where there is one) at the same seconds of both runs; their ends."""
+    """Training loss (and validation loss, where there is one) at the same seconds of both runs, until each ends."""
     width = max(8, *map(len, found)) + 2
-    end = max(curves["train"][-1][1] for curves in found.values())
+    ends = {one: max(curve[-1][1] for curve in curves.values() if curve) for one, curves in found.items()}
+    stride = max(ends.values()) / TIMES
     lines = []
     for part in ("train", "validation"):
         if any(curves[part] for curves in found.values()):
             lines += ["", f"{part} loss after"] + [f"{'seconds':>10}" + "".join(f"{one:>{width}}" for one in found)]
             for i in range(1, TIMES + 1):
-                cells = (f"{loss_at(curves[part], i * end / TIMES):>{width}}" for curves in found.values())
-                lines.append(f"{i * end / TIMES:>10.1f}" + "".join(cells))
+                running = {one: curves[part] if ends[one] > (i - 1) * stride else [] for one, curves in found.items()}
+                cells = (f"{loss_at(curve, i * stride):>{width}}" for curve in running.values())
+                lines.append(f"{i * stride:>10.1f}" + "".join(cells))
     lines += ["", f"{'':{width}}{'steps':>10}{'seconds':>10}{'s a step':>10}{'train':>10}{'validation':>12}"]
     for name, curves in found.items():
         step, seconds, loss = curves["train"][-1]

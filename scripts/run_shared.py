@@ -135,13 +135,29 @@ def load_dataset(data: Any, model: Any) -> Any:
         return datasets.load_dataset(name, config, cache_dir=model.cache_dir, token=model.token)
 
 
-def load_config(args: Any) -> Any:
-    """The configuration with ``config_overrides``: ``name=value,name=value``; ``none`` and ``[1,2]`` are values."""
+def token_fields(config: Any, tokenizer: Any) -> dict[str, int]:
+    """What a tokenizer decides of a configuration: sizes of vocabularies, and all tokens that are padding, end or start
+    by default, the decoder's first one among them."""
+    kinds = [f"{kind}_token_id" for kind in ("bos", "eos", "pad")]
+    own = {getattr(config, kind, None): getattr(tokenizer, kind) for kind in kinds}
+    defaults = {name: value for name, value in config.to_dict().items() if name.endswith("_token_id")}
+    fields = {name: own[value] for name, value in defaults.items() if value is not None and own.get(value) is not None}
+    if not hasattr(config, "decoder_start_token_id"):
+        fields["decoder_start_token_id"] = tokenizer.pad_token_id  # T5's, which only its saved configurations name
+    return fields | {name: len(tokenizer) for name in ("vocab_size", "decoder_vocab_size") if hasattr(config, name)}
+
+
+def load_config(args: Any, tokenizer: Any = None) -> Any:
+    """The configuration with ``config_overrides``: ``name=value,name=value``; ``none`` and ``[1,2]`` are values.
+
+    With a type of model for its name it is that type's default, with `token_fields` of the tokenizer.
+    """
     field = "config_name" if args.config_name else "model_name_or_path"
     name = getattr(args, field)
     with blame(field, f"got {name!r}, which has no configuration"):
         if field == "config_name" and name in CONFIG_MAPPING and not Path(name).exists():
             config = AutoConfig.for_model(name)  # a type of model, with its defaults
+            config.update({} if tokenizer is None else token_fields(config, tokenizer))
         else:
             config = AutoConfig.from_pretrained(name, **hub_options(args))
     rebuilt: dict[str, Any] = {}
@@ -202,8 +218,18 @@ def make_trainer(factory: Callable[..., Any], args: Any, **parts: Any) -> Any:
 
 
 def train(trainer: Any) -> None:
-    """Train; save model, tokenizer or image processor, metrics, and for LNGD ``routing.json``."""
-    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    """Train; save model, tokenizer or image processor, metrics, and for LNGD ``routing.json``.
+
+    Raises:
+        UsageError: an optimizer that cannot be made: its package is missing, its settings do not fit the model.
+    """
+    try:
+        result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    except (ImportError, ValueError) as error:
+        if trainer.optimizer is not None or isinstance(error, UsageError):
+            raise
+        field, _, what = str(error).partition(": ")
+        raise (UsageError(field, what) if hasattr(trainer.args, field) else UsageError("optim", error)) from error
     trainer.save_model(_internal_call=True)  # else it is pushed now, and a Hub that is down costs the evaluation
     metrics = {**result.metrics, "train_samples": len(trainer.train_dataset)}
     trainer.log_metrics("train", metrics)

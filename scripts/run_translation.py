@@ -366,7 +366,8 @@ def load_tokenizer(args: ModelArguments) -> Any:
 
 def load_model(args: ModelArguments, tokenizer: Any) -> Any:
     """The model, with `config_overrides`; drawn anew without `model_name_or_path`. Embeddings grow to the tokenizer."""
-    model = run_shared.make_model(AutoModelForSeq2SeqLM, args, run_shared.load_config(args), "translation")
+    config = run_shared.load_config(args, tokenizer)
+    model = run_shared.make_model(AutoModelForSeq2SeqLM, args, config, "translation")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     return model
@@ -399,7 +400,7 @@ def set_languages(model: Any, tokenizer: Any, data: DataArguments) -> None:
         refuse_if(unknown, "forced_bos_token", f"got {token!r}, accepted: a token of the tokenizer")
     if forced is not None:
         model.generation_config.forced_bos_token_id = forced
-    start = model.config.decoder_start_token_id
+    start = getattr(model.config, "decoder_start_token_id", None)
     what = "decoder_start_token_id: got none, accepted: the decoder's first token"
     refuse_if(start is None, "config_overrides", what)
     model.generation_config.decoder_start_token_id = start

@@ -44,9 +44,19 @@ def test_the_losses_at_the_same_seconds() -> None:
     }
     lines = compare.tables(runs).splitlines()  # type: ignore[arg-type]
     rows = [line.split() for line in lines]
-    assert ["1.0", "4.0000"] in rows and ["2.0", "3.0000", "3.5000"] in rows and ["8.0", "3.0000", "2.0000"] in rows
+    assert ["1.0", "4.0000"] in rows and ["2.0", "3.0000", "3.5000"] in rows
+    assert ["3.0", "3.5000"] in rows and ["8.0", "2.0000"] in rows, "a had ended"
     assert rows[-2] == ["a", "2", "2.0", "1.000", "3.0000"]
     assert rows[-1] == ["b", "2", "8.0", "4.000", "2.0000", "2.5000"]
+
+
+def test_an_evaluation_after_the_last_step_is_in_the_last_row() -> None:
+    runs = {
+        "a": {"train": [(2, 4.0, 3.0)], "validation": [(1, 2.0, 3.5), (2, 4.1, 3.2)]},
+        "b": {"train": [(2, 7.9, 2.0)], "validation": [(1, 4.0, 2.9), (2, 8.0, 2.5)]},
+    }
+    rows = [line.split() for line in compare.tables(runs).splitlines()]  # type: ignore[arg-type]
+    assert ["4.0", "3.5000", "2.9000"] in rows and ["5.0", "3.2000", "2.9000"] in rows and ["8.0", "2.5000"] in rows
 
 
 @pytest.mark.parametrize("given", [[], ["lngd", "--", "x.py"], ["lngd", "lngd", "--", "x.py"], ["lngd", "sgd", "x.py"]])

@@ -206,6 +206,32 @@ def test_from_scratch_with_changes(models: Files, data: Files, tmp_path: Path, r
     assert numbers(tmp_path)["train_samples"] == 9
 
 
+@pytest.mark.parametrize("kind, start", [("marian", "pad"), ("bart", "eos"), ("t5", "pad")])
+def test_a_type_of_model_takes_its_tokens_from_the_tokenizer(kind: str, start: str, tmp_path: Path) -> None:
+    tokenizer = hf_tokenizer()
+    sizes = "d_model=16,d_ff=24,num_layers=1,num_heads=2" if kind == "t5" else "d_model=16,encoder_layers=1"
+    args = SimpleNamespace(
+        **dict.fromkeys(("model_name_or_path", "cache_dir", "model_revision", "token")), config_name=kind,
+        config_overrides=sizes, trust_remote_code=False,
+    )  # fmt: skip
+    model = run_translation.load_model(args, tokenizer)  # type: ignore[arg-type]
+    config = model.config
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
+    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert config.decoder_start_token_id == getattr(tokenizer, f"{start}_token_id")
+    assert config.d_model == 16
+
+
+def test_an_optimizer_that_cannot_be_made_is_one_line(
+    models: Files, data: Files, tmp_path: Path, refused: Callable[[list[str]], str]
+) -> None:
+    for more, words in (
+        ({"optim_target_modules": "none_such"}, "error: optim_target_modules: got 'none_such', which is no module of"),
+        ({"optim": "adamw_bnb_8bit"}, "error: optim: You need to install `bitsandbytes`"),
+    ):
+        assert refused(from_scratch(models, data, tmp_path, ["--do_train", *FLAGS], **more)).startswith(words)
+
+
 def test_a_seed_gives_one_model_and_another_optimizer_works(
     models: Files, data: Files, tmp_path: Path, run: Run
 ) -> None:
