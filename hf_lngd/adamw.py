@@ -217,7 +217,7 @@ class EmbeddingTable(Collector):
         frequency, weight = state["frequency"], state["frequency_weight"]
         uniform = torch.full_like(frequency, 1.0 / self.modules[0].num_embeddings)
         frequency = torch.where(weight > 0, frequency / weight.clamp_min(1e-30), uniform)
-        lam = damping(frequency.mean(), c.damping, c.damping_rho, c.damping_bounds)
+        lam = damping(frequency.mean(), c.damping, c.damping_bounds)
         momentum, grad = local(state["momentum"]), local(self.weight.grad).to(frequency.dtype)
         (square,) = layout.complete([torch.linalg.vector_norm(grad).square()])
         bad = ~(square < torch.inf)

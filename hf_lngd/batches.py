@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class LayerBatch:
         bank: holds the factors of the latter (None: there are none), `rows` [L · units] are those of their matrices.
         state: the direction's: name → [L · units, …], of `layers`.
         rate: [L], α_l of the last step.
+        turn: in which of `update_interval` steps they are updated.
         first_rms: [L], root mean square of each weight when training began; 0: not known. None: not asked for yet."""
 
     members: list[Layer]
@@ -33,6 +35,7 @@ class LayerBatch:
     rows: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
     rate: Tensor = field(default_factory=lambda: torch.zeros(0))
+    turn: int = 0
     first_rms: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -76,19 +79,21 @@ def layer_batches(
     key_of: Callable[[Layer], Hashable],
     group_of: Mapping[str, str],
     bank_of: Mapping[str, Bank],
+    turn_of: Mapping[str, int],
 ) -> list[LayerBatch]:
     """The batches of these layers, the same on every process.
 
     Args:
         key_of: layer → what decides which bank its factor is in.
+        turn_of: layer → in which step it is updated.
         group_of: layer → the name of its group; `bank_of`: group → its bank, of those that this process keeps."""
-    keyed: dict[Hashable, list[Layer]] = {}
+    keyed: dict[tuple[Any, ...], list[Layer]] = {}
     for layer in layers:
         like, kind, shape = layer.like, layer.geometry.kind, (layer.units, layer.m, tuple(layer.weight.shape))
         key = (*shape, layer.heads, layer.bias is None, kind, like.device, like.dtype, key_of(layer))
-        keyed.setdefault(key, []).append(layer)
+        keyed.setdefault((turn_of[layer.name], *key), []).append(layer)
     batches = []
-    for members in keyed.values():
+    for (turn, *_), members in keyed.items():
         first = members[0]
         most = max(1, _MOST_ELEMENTS // (first.units * first.m * first.columns))
         for start in range(0, len(members), most):
@@ -98,5 +103,17 @@ def layer_batches(
             bank = bank_of[groups[0]] if own else None
             rows = () if bank is None else bank.rows_of(groups)
             index = torch.tensor(rows, dtype=torch.int64, device=first.weight.device)
-            batches.append(LayerBatch(chunk, own, bank, index, rate=first.like.new_zeros(len(own))))
+            batches.append(LayerBatch(chunk, own, bank, index, {}, first.like.new_zeros(len(own)), turn))
     return batches
+
+
+def balanced(costs: Sequence[Sequence[float]], ranks: int) -> list[int]:
+    """The rank (or turn) of each task, by its costs in each of several steps: largest first, each to the rank whose
+    longest step stays the shortest. Depends on nothing but the arguments. With one step the most loaded rank has at
+    most 4/3 of what it would have in the best assignment (Graham 1969)."""
+    owners, loads = [0] * len(costs), [[0.0] * len(costs[0]) for _ in range(ranks)] if costs else []
+    for task in sorted(range(len(costs)), key=lambda i: (-sum(costs[i]), i)):
+        after = [[load + cost for load, cost in zip(own, costs[task], strict=True)] for own in loads]
+        owners[task] = min(range(ranks), key=lambda rank: (max(after[rank]), sum(after[rank]), rank))
+        loads[owners[task]] = after[owners[task]]
+    return owners

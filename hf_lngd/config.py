@@ -67,6 +67,7 @@ def _regex(name: str, value: Any) -> None:
 
 _POSITIVE = _number("above 0", lambda x: x > 0)
 _FRACTION = _number("in [0, 1)", lambda x: 0 <= x < 1)
+_DAMPING = _must("paper or a number above 0", lambda x: x == "paper" or (_is(x, int, float) and 0 < x < math.inf))
 _AUTO = _must("auto or an integer, at least 1", lambda x: x == "auto" or (_is(x, int) and x >= 1))
 _DECAY = _must("auto or a number, at least 0", lambda x: x == "auto" or (_is(x, int, float) and 0 <= x < math.inf))
 _BETAS = _pair("two numbers in [0, 1), written 0.9:0.999 in optim_args", lambda a, b: 0 <= a < 1 and 0 <= b < 1)
@@ -131,10 +132,9 @@ class LNGDConfig:
     rate_scale: float = _option(1.0, _POSITIVE,
         "κ of rms. 1: the size of AdamW's first steps, with which AdamW's rates suit LNGD; 0.2: its settled size "
         "(Muon's match_rms_adamw), for rates five times as high.")
-    damping: str = _option("relative", _choice("relative", "paper"),
-        "relative: λ = ρ · tr/dim; paper: λ = clamp(tr/dim, ν1, ν2).")
-    damping_rho: float = _option(1.0, _POSITIVE, "ρ of relative damping.")
-    damping_bounds: tuple[float, float] = _option((1e-5, 1e-2), _BOUNDS, "(ν1, ν2) of the paper's damping.")
+    damping: float | str = _option(1.0, _DAMPING,
+        "λ, which is added to a factor before it is inverted. A number ρ: ρ · tr/dim; paper: clamp(tr/dim, ν1, ν2).")
+    damping_bounds: tuple[float, float] = _option((1e-5, 1e-2), _BOUNDS, "(ν1, ν2) of damping=paper.")
     momentum: float = _option(0.8, _FRACTION, "τ. A parameter group's betas[0] starts with it.")
     momentum_on: str = _option("gradient", _choice("gradient", "update"),
         "gradient averages G before it is preconditioned, and looks one step ahead (Nesterov); update averages α_l D "
@@ -142,6 +142,11 @@ class LNGDConfig:
     ema_decay: float = _option(0.95, _FRACTION, "ε of Eq. 14, the weight of the old factor.")
     factor_interval: int = _option(20, _integer(1), "T_FIM, steps between two updates of the factors.")
     inverse_interval: int = _option(20, _integer(1), "T_INV, steps between two inverses of the factors.")
+    update_interval: int | str = _option("auto", _AUTO,
+        "steps between two updates of a layer: layers take turns, and in its turn a layer goes so many times as far. "
+        "Every gradient enters the momentum. auto: the least, up to 4, with which updates are at most a fifth of the "
+        "arithmetic of forward and backward, in the mean of the factor steps so far. Above 1 only with "
+        "direction=polar, rate=rms or none, and momentum_on=gradient.")
     weight_decay: float | str = _option("auto", _DECAY,
         "decoupled, never on norms and biases. A number: as with AdamW, for all. auto: 1.5 for LNGD's layers, none "
         "below half of the norm that their weights began with; 0.1 for all other parameters.")
@@ -180,6 +185,14 @@ class LNGDConfig:
         for name, accepted in _OTHER_FAMILIES.items() if self.family != "lngd" else ():
             if getattr(self, name) not in accepted:
                 raise invalid(name, getattr(self, name), f"{', '.join(accepted)} (family={self.family})")
+        if self.update_interval not in (1, "auto") and not self.takes_turns:
+            allowed = "auto or 1, but with direction=polar, rate=rms or none and momentum_on=gradient"
+            raise invalid("update_interval", self.update_interval, allowed)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a layer may rest in some steps: the others need each step's update, or its samples."""
+        return self.direction == "polar" and self.rate != "adaptive" and self.momentum_on == "gradient"
 
     @classmethod
     def from_optim_args(cls, text: str | None, **overrides: Any) -> LNGDConfig:
@@ -233,14 +246,14 @@ class LNGDFields(TypedDict, total=False):
     whiten: str
     rate: str
     rate_scale: float
-    damping: str
-    damping_rho: float
+    damping: float | str
     damping_bounds: tuple[float, float]
     momentum: float
     momentum_on: str
     ema_decay: float
     factor_interval: int
     inverse_interval: int
+    update_interval: int | str
     weight_decay: float | str
     bias: str
     max_factor_dim: int | str

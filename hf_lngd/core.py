@@ -5,7 +5,7 @@ where these compute for many layers at once. What layers share (Φ) stands in th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adamw import AdamW, EmbeddingTable, States
-from .batches import LayerBatch, layer_batches
+from .batches import LayerBatch, balanced, layer_batches
 from .capture import Capture, Coming
 from .config import LNGDConfig
 from .directions import Polar
@@ -26,6 +26,7 @@ from .routing import Routing, check_precision
 from .statistics import Statistics, reduce
 from .topology import Topology
 from .torch_internals import Collector
+from .work import flops_of_update, interval_for
 
 
 def method_of(config: LNGDConfig) -> Method:
@@ -89,6 +90,9 @@ class Core:
     Attributes:
         states: parameter → name → tensor; the optimizer's own mapping.
         in_layers: the parameters of layers; `tables`: embeddings with a rule of their own, by parameter.
+        turns: of the state: the interval that was decided, operations of forward and backward in the factor steps
+            since training began, their number; zeros: none yet.
+        interval: steps between two updates of a layer.
         started: there are factors, so that the next ones can wait for their interval; `inverted`: whiteners, too."""
 
     def __init__(self, model: nn.Module, config: LNGDConfig, routing: Routing, layout: Any, states: States) -> None:
@@ -101,6 +105,8 @@ class Core:
         ]
         self.collectors: list[Collector] = [self.capture, *self.embeddings]
         self.count = torch.zeros((), dtype=torch.float32, device="cpu")  # steps made, the layers' ``step``
+        self.turns = torch.zeros(3, dtype=torch.float32, device="cpu")
+        self.set_turns(self.turns)
         self.skipped_gradients: Tensor | int = 0
         self.built = Built()
         self.started = self.inverted = False
@@ -139,7 +145,8 @@ class Core:
         for group in topology.groups:
             first = layers[group.name]
             specs[group.name] = FactorSpec(first, group.follows, self.method.scale(group, first.m))
-        layout.assign(self._costs(topology), group_of)
+        turn_of = self._turns()
+        layout.assign(self._costs(topology, turn_of), group_of)
         banks = list(self.method.banks([spec for spec in specs.values() if layout.keeps(spec.name)]))
         bank_of = {name: bank for bank in banks for name in bank.rows}
 
@@ -147,7 +154,7 @@ class Core:
             spec = specs[group_of[layer.name]]
             return factor_blocks(layer, limit), spec.scale, bool(spec.follows)
 
-        batches = layer_batches(self.routing.layers, key_of, group_of, bank_of)
+        batches = layer_batches(self.routing.layers, key_of, group_of, bank_of, turn_of)
         self.built = built = Built(topology, banks, batches, group_of, bank_of)
         for batch in batches:
             for parameter in (p for layer in layout.with_momentum(batch) for p in layer.parameters):
@@ -171,14 +178,23 @@ class Core:
             for key, shape, dtype, shared in described[name]:
                 yield Entry(name, layer.weight, key, values.get(key), owner, shared, shape, layer.like.to(dtype))
 
-    def _costs(self, topology: Topology) -> dict[str, float]:
-        """Of each group the numbers that are kept, and roughly what a step costs: momenta, Φ and its inverse."""
+    def _turns(self) -> dict[str, int]:
+        """Layer → its turn: all steps cost about the same. Of the model alone, as states may come without topology."""
+        layers = self.routing.layers
+        costs = [[float(y.units * y.m * y.columns * min(y.m, y.columns))] for y in layers]
+        return {y.name: turn for y, turn in zip(layers, balanced(costs, self.interval), strict=True)}
+
+    def _costs(self, topology: Topology, turn_of: Mapping[str, int]) -> dict[str, list[float]]:
+        """Of each group and turn the numbers that are kept, and roughly what a step costs: momenta, Φ and its
+        inverse."""
         costs = {}
         for group in topology.groups:
             members = [self.capture.layers[name] for name in group.members]
             k, b = factor_blocks(members[0], self.config.max_factor_dim)
-            momenta = sum(layer.units * layer.m * layer.columns for layer in members)
-            costs[group.name] = float(momenta + members[0].units * k * b * b)
+            own = costs[group.name] = [0.0] * self.interval
+            own[turn_of[members[0].name]] += float(members[0].units * k * b * b)
+            for layer in members:
+                own[turn_of[layer.name]] += float(layer.units * layer.m * layer.columns)
         return costs
 
     @property
@@ -186,17 +202,34 @@ class Core:
         """Steps made."""
         return int(self.count)
 
+    def set_turns(self, turns: Tensor) -> None:
+        """Take over what is known for the interval, see `turns`."""
+        self.turns.copy_(turns)
+        fixed = self.config.update_interval
+        self.interval = max(1, int(self.turns[0])) if isinstance(fixed, str) else fixed
+
+    def _decide_interval(self, flops: Tensor) -> bool:
+        """Where it is left open: by the operations of forward and backward, of all processes, in the mean of the factor
+        steps so far; is it another one now? Waits for the device."""
+        before = self.interval
+        if self.capture.counts_flops and not flops.is_meta and float(flops) > 0:
+            _, total, steps = (self.turns + torch.tensor([0.0, float(flops), 1.0])).tolist()
+            updates = sum(flops_of_update(layer, self.config) for layer in self.routing.layers)
+            self.set_turns(torch.tensor([interval_for(updates * steps / total), total, steps]))
+        return self.interval != before
+
     def restore(self, built: Built) -> None:
         """Go back to banks and batches that :meth:`build` has replaced."""
         self.built = built
         if built.batches:
-            self.layout.assign(self._costs(built.topology), built.group_of)
+            self.layout.assign(self._costs(built.topology, self._turns()), built.group_of)
 
     def bind(self) -> None:
         """Put this process's tensors of the layers into `states`, as views."""
         for entry in self.built.entries:
             if entry.value is not None:
-                self.states[entry.parameter].update({"step": self.count, entry.key: entry.value})
+                own = {"step": self.count, "turns": self.turns, entry.key: entry.value}
+                self.states[entry.parameter].update(own)
 
     def lost_state(self) -> bool:
         """Whether a user has taken the state of a layer away since :meth:`bind`: ``optimizer.state.clear()``."""
@@ -214,18 +247,20 @@ class Core:
                 moved |= here != (batch.rate.device, batch.rate.dtype)
         return moved
 
-    def update_factors(self, own: dict[str, Statistics], loss_scale: Tensor | None) -> None:
-        """Take one step's statistics, of this process by group, into the running averages of all (Eq. 4, 5, 14).
-        `loss_scale`: what the loss was multiplied by; None: one."""
+    def update_factors(self, own: dict[str, Statistics], loss_scale: Tensor | None) -> bool:
+        """Take one step's statistics, of this process by group, into the running averages of all (Eq. 4, 5, 14); do the
+        layers take other turns now? `loss_scale`: what the loss was multiplied by; None: one."""
         capture, names = self.capture, [group.name for group in self.capture.topology.groups]
         likes = {name: capture.layers[name].like for name in names}
-        found, scalars = reduce(own, names, capture.empty_statistics, likes.__getitem__, capture.scalars(), self.layout)
+        numbers: list[Tensor | float] = [capture.flops, *capture.scalars()]
+        found, (flops, *scalars) = reduce(own, names, capture.empty_statistics, likes.__getitem__, numbers, self.layout)
         scale = capture.scale(scalars, self.layout.size, loss_scale)
         seen = {name: one.kept > 0 for name, one in found.items() if isinstance(one.kept, Tensor)}
         fresh = {name: one.factors(scale) for name, one in found.items() if one.sums}
         for bank in self.banks:
             bank.update(fresh, seen)
         self.started = True
+        return self._decide_interval(flops)
 
     def invert(self) -> None:
         """Derive all whiteners or inverses anew."""

@@ -29,7 +29,7 @@ from .linalg import (
     whitener,
 )
 
-# Ψ of `Polar`: decay of its running average, steps between two updates, and its damping.
+# Ψ of `Polar`: decay of its running average, steps between two updates (see `psi_interval`), and its damping.
 PSI_DECAY, PSI_INTERVAL, PSI_DAMPING = 0.9, 5, 0.3
 # Steps are enlarged by up to MOST_GAIN as long as GAIN_STEPS more of them, at the schedule's highest rate, leave a
 # layer's path within this share of the size that its weights began with.
@@ -44,7 +44,7 @@ class Inputs:
         gradient: [n · units, m, columns], the averaged gradient, in the state's dtype.
         bank: their factors, and `rows` [n · units] of it.
         state: the direction's own, of these layers: name → [n · units, …], to be updated in place.
-        step: steps made before this one.
+        step, psi_interval: updates of these layers before this one, and between two of their Ψ.
         lr, peak_lr, beta2: effective rate, its schedule's highest, and decay of the row scale, numbers or [n].
         first_rms: [n], root mean square of the weights when training began; 0: not known."""
 
@@ -54,6 +54,7 @@ class Inputs:
     rows: Tensor
     state: Mapping[str, Tensor]
     step: int
+    psi_interval: int
     lr: float | Tensor
     peak_lr: float | Tensor
     beta2: float | Tensor
@@ -63,6 +64,11 @@ class Inputs:
     def units(self) -> int:
         """Matrices a layer."""
         return self.layers[0].units
+
+
+def psi_interval(interval: int) -> int:
+    """Updates of a layer between two of its Ψ, where there are `interval` steps between two updates."""
+    return max(1, PSI_INTERVAL // interval)
 
 
 def of_units(value: Tensor | float, units: int) -> Any:
@@ -94,10 +100,10 @@ class Polar:
     """D = Uᵀ polar(U M Vᵀ) V with VᵀV = Φ̂⁻¹ and UᵀU = Ψ̂⁻¹: the momentum orthogonalised where the layer's inputs and its
     gradients are white; in an attention head by head (blocks of rows).
 
-    Ψ ← β Ψ + (1 − β) M Φ̂⁻¹ Mᵀ / tr in every `PSI_INTERVAL`-th step: given Φ the factor that minimises the KL divergence
-    of Gaussians (Lin et al. 2025, arXiv:2509.03378), of the momentum in place of the gradient; it is damped by λ =
-    `PSI_DAMPING` tr Ψ / m, and cut into diagonal blocks as Φ is, or one a head. Each row of D is divided by the root of
-    its running mean square (Li et al. 2025, NorMuon), and the whole scaled to root mean square lr · κ · s.
+    Ψ ← β Ψ + (1 − β) M Φ̂⁻¹ Mᵀ / tr, about every `PSI_INTERVAL` steps: given Φ the factor that minimises the KL
+    divergence of Gaussians (Lin et al. 2025, arXiv:2509.03378), of the momentum in place of the gradient; it is damped
+    by λ = `PSI_DAMPING` tr Ψ / m, and cut into diagonal blocks as Φ is, or one a head. Each row of D is divided by the
+    root of its running mean square (Li et al. 2025, NorMuon), and the whole scaled to root mean square lr · κ · s.
 
     s is 1 but at learning rates so low that the weights hardly move. A step of signs of the same size, as AdamW's are
     at first, lowers the loss to first order r = ‖M‖₁ / ⟨M, D⟩ times as much (RMS(D) = 1; 2 to 10 where gradients have
@@ -144,7 +150,7 @@ class Polar:
         if self._rate == "rms":  # which needs but the rows' sizes: one pass over D is enough
             sizes = (sizes * scale).view(len(x.layers), -1)
             rate = rms_rate(torch.linalg.vector_norm(sizes, dim=-1), sizes.shape[1], self._scale)
-            if x.step % PSI_INTERVAL == 0:
+            if x.step % x.psi_interval == 0:
                 self._update_gain(direction, scale * of_units(rate / self._scale, x.units)[:, None], x)
             rate = rate * x.state["gain"].view(len(x.layers), -1)[:, 0]
         else:
@@ -163,7 +169,7 @@ class Polar:
         most = (GAIN_REACH * x.first_rms - path[:, 0]) / (GAIN_STEPS * x.peak_lr * self._scale)
         most = most.nan_to_num(nan=1.0).clamp_min(1)  # 0 / 0: weights that began with zeros, and a rate of 0
         gain.copy_(torch.minimum(ratio, most).unsqueeze(-1))
-        path += (PSI_INTERVAL * x.lr * self._scale * gain[:, 0]).unsqueeze(-1)
+        path += (x.psi_interval * x.lr * self._scale * gain[:, 0]).unsqueeze(-1)
 
     def _row_scale(self, sizes: Tensor, x: Inputs) -> Tensor:
         """One over the root of the running mean square of each row; its start-up bias cancels in the layer's rate.
@@ -180,7 +186,7 @@ class Polar:
         dtype = matmul_dtype(x.gradient.dtype, x.gradient.device)
         grad = x.gradient.to(dtype)
         v = None if self._whiten == "none" else x.bank.whitener(x.rows, dtype)  # type: ignore[attr-defined]
-        tall, updates_psi = m > columns and heads == 1, self._whiten == "both" and x.step % PSI_INTERVAL == 0
+        tall, updates_psi = m > columns and heads == 1, self._whiten == "both" and x.step % x.psi_interval == 0
         white = grad
         if v is not None and (updates_psi or not tall):
             white = apply_right(grad, v.mT)

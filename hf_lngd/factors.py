@@ -148,7 +148,7 @@ class FactorBank(Bank):
     def invert(self) -> None:
         phi, c = corrected(self.phi, self.weight, self.b), self.config
         mean = linalg.trace(phi) / self._columns
-        lam = linalg.damping(mean, c.damping, c.damping_rho, c.damping_bounds, self._scale)
+        lam = linalg.damping(mean, c.damping, c.damping_bounds, self._scale)
         self.damping.copy_(lam * self._scale)
         if self.kind == "whitener":
             safe = mean.clamp_min(torch.finfo(mean.dtype).tiny)

@@ -196,11 +196,11 @@ def along(flags: Tensor, value: Tensor) -> Tensor:
 
 
 def damping(
-    mean_eigenvalue: Tensor, kind: str, rho: float, bounds: tuple[float, float], scale: Tensor | float = 1.0
+    mean_eigenvalue: Tensor, rho: float | str, bounds: tuple[float, float], scale: Tensor | float = 1.0
 ) -> Tensor:
-    """λ from tr/dim of what is kept: ``relative`` ρ·tr/dim; ``paper`` clamp(tr/dim, ν1, ν2) of `scale` times it, which
-    is the paper's Φ."""
-    return rho * mean_eigenvalue if kind == "relative" else (mean_eigenvalue * scale).clamp(*bounds) / scale
+    """λ from tr/dim of what is kept: ρ·tr/dim, or of ``paper`` clamp(tr/dim, ν1, ν2) of `scale` times it, which is the
+    paper's Φ."""
+    return (mean_eigenvalue * scale).clamp(*bounds) / scale if isinstance(rho, str) else rho * mean_eigenvalue
 
 
 def add_damping(blocks: Tensor, lam: Tensor) -> Tensor:

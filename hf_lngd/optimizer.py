@@ -19,7 +19,7 @@ from .adamw import Rounding
 from .batches import Job
 from .config import LNGDConfig, LNGDFields, settings_of
 from .core import Core
-from .directions import Inputs, of_units
+from .directions import Inputs, of_units, psi_interval
 from .groups import Options, StepOptions, check_lr, make_groups, options_of
 from .linalg import along, squared_norms
 from .parallel.adopt import adopt_shards
@@ -32,13 +32,14 @@ from .torch_internals import check_not_flat, local, stepping_scaler
 class LNGD(torch.optim.Optimizer):
     """Layer-Wise Natural Gradient Descent (Liu et al., NeurIPS 2024), with AdamW for all other parameters.
 
-    A step, for the layers' gradients G (Algorithm 1 of the paper; names are `LNGDConfig`'s fields)::
+    A step, for the layers' gradients G (Algorithm 1 of the paper; names are `LNGDConfig`'s fields, k is
+    update_interval)::
 
         every factor_interval steps:    Φ ← running average of this step's factor      (Eq. 4, 5, 14)
         every inverse_interval steps:   inverse or whitener of the damped Φ
         each step:                      M ← τ M + (1 − τ) G
-                                        D = direction(M; Φ)
-                                        W ← W − lr · α_l · D − lr · weight_decay · W
+        in a layer's turn:              D = direction(M; Φ)
+                                        W ← W − k · lr · (α_l · D + weight_decay · W)
 
     Args:
         model: the model that will be trained; hooks on its layers collect statistics in factor steps.
@@ -172,8 +173,8 @@ class LNGD(torch.optim.Optimizer):
             capture.check()
             if capture.topology.frozen and core.built.topology is not capture.topology:
                 state.rebuild(core, capture.topology)
-            if capture.topology.groups:
-                core.update_factors(statistics, self._loss_scale)
+            if capture.topology.groups and core.update_factors(statistics, self._loss_scale):
+                state.rebuild(core, core.built.topology)
         if not core.batches:  # nothing was seen: each layer by itself, with the identity for its factor
             known = capture.topology if capture.topology.frozen else None
             state.rebuild(core, known or Topology.unshared([layer.name for layer in core.routing.layers]))
@@ -200,6 +201,10 @@ class LNGD(torch.optim.Optimizer):
                 part.masked_fill_(along(of_units(job.unusable, len(part) // len(job.unusable)), part), 0.0)
         for job, own in zip(jobs, parts, strict=True) if on_gradient else ():
             self._average(job, own)
+        due = [i for i, job in enumerate(jobs) if job.batch.turn == core.steps % core.interval]
+        jobs, parts = [jobs[i] for i in due], [parts[i] for i in due]
+        if not jobs:
+            return
         gradients = layout.to_owners(jobs, parts)
         updates: list[Tensor | None] = [None] * len(jobs)
         rates: list[Tensor | None] = [None] * len(jobs)
@@ -263,16 +268,20 @@ class LNGD(torch.optim.Optimizer):
         if batch.first_rms is None:
             batch.first_rms = self.core.norms.first_rms(batch.layers, self.core.states)
         first_rms = batch.first_rms[batch.index(layers, 1)]
+        k = self.core.interval
         found = self.core.method.direction(
-            Inputs(gradient, layers, batch.bank, batch.rows[index], own, self.core.steps, lr, peak_lr, beta2, first_rms)
-        )
+            Inputs(
+                gradient, layers, batch.bank, batch.rows[index], own, self.core.steps // k, psi_interval(k), k * lr,
+                k * peak_lr, beta2, first_rms,
+            )
+        )  # fmt: skip
         for key, value in own.items() if not isinstance(index, slice) else ():
             batch.state[key][index] = value
         return found
 
     def _subtract(self, job: Job, parts: list[Tensor]) -> None:
-        """W ← W − lr · decay · W − update; a bias takes its part at the rate of its own group."""
-        options, weights, biases = self._options, [], []
+        """W ← W − k · lr · decay · W − update; a bias takes its part at the rate of its own group."""
+        options, k, weights, biases = self._options, self.core.interval, [], []
         for layer, (change, *bias_change) in self.core.layout.unstack(job.members, parts):
             own = options[layer.weight]
             weights.append((layer.weight, change, own))
@@ -283,7 +292,7 @@ class LNGD(torch.optim.Optimizer):
             with Rounding(self.core.states).full([parameter for parameter, _, _ in changes]) as values:
                 decays = [self._decay_of(parameter, own) for parameter, _, own in changes]
                 if any(decays):
-                    kept: Any = [1 - own.lr * decay for (_, _, own), decay in zip(changes, decays, strict=True)]
+                    kept: Any = [1 - k * own.lr * decay for (_, _, own), decay in zip(changes, decays, strict=True)]
                     torch._foreach_mul_(values, kept)
                 torch._foreach_sub_(values, [change for _, change, _ in changes])
 

@@ -16,10 +16,18 @@ from .norms import NORMS
 from .topology import Topology
 from .torch_internals import is_sharded, local
 
-VERSION = 8
+VERSION = 9
 _KINDS: dict[str, type] = {"config": dict, "parameters": dict, "topology": list, "steps": int}
 # Options that a run may go on with otherwise than it began; `preset` only says where the others come from.
-MAY_CHANGE = ("preset", "rate_scale", "factor_interval", "inverse_interval", "weight_decay", "fallback_lr_scale")
+MAY_CHANGE = (
+    "preset",
+    "rate_scale",
+    "factor_interval",
+    "inverse_interval",
+    "update_interval",
+    "weight_decay",
+    "fallback_lr_scale",
+)
 
 ByParameter = dict[nn.Parameter, dict[str, Any]]
 
@@ -37,7 +45,8 @@ def save(core: Core) -> ByParameter:
         key = (entry.group, entry.key)
         if not entry.shared or key not in shared:
             shared[key] = core.layout.export(entry.value, entry.group, entry.shape, entry.like)
-        found.setdefault(entry.parameter, {}).update({"step": core.count, entry.key: shared[key]})
+        own = {"step": core.count, "turns": core.turns, entry.key: shared[key]}
+        found.setdefault(entry.parameter, {}).update(own)
     return found
 
 
@@ -125,15 +134,16 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
 
     Raises:
         ValueError: a tensor is missing, has another shape, or is not finite; names it."""
-    before = core.built
+    before, turns = core.built, core.turns.clone()
     known = [layer.name for layer in core.routing.layers]
     try:
         topology = Topology.from_state(described["topology"]) if described and described["topology"] else None
-        has_layers = _any(core, any("momentum" in states.get(parameter, ()) for parameter in core.in_layers))
+        has_layers = any(_everywhere(core, any("momentum" in states.get(p, ()) for p in core.in_layers)))
         if known and described is None and not has_layers:
             raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote")
         _check_others(core, states)
         core.built = Built()
+        core.set_turns(max(_everywhere(core, _turns_in(states)), key=lambda turns: float(turns[2])))
         if has_layers:
             whole = topology or Topology.unshared(known)
             if unknown := sorted(set(whole.of_layer) ^ set(known)):
@@ -146,6 +156,7 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
             for entry in here:
                 _copy(core, entry, states[entry.parameter][entry.key])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        core.set_turns(turns)
         core.restore(before)
         if isinstance(error, ValueError):
             raise
@@ -157,16 +168,25 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
         core.states[parameter].update(state)
     steps = [state["step"] for state in states.values() if "step" in state]
     core.count.fill_(float(described["steps"] if described else max(steps, default=0)))
-    core.started = core.inverted = _any(core, any(bool((bank.weight > 0).any()) for bank in core.banks))
+    core.started = core.inverted = any(_everywhere(core, any(bool((bank.weight > 0).any()) for bank in core.banks)))
     for bank in core.banks:
         bank.inverted = core.inverted
     core.norms.forget()
     core.bind()
 
 
-def _any(core: Core, own: bool) -> bool:
-    """Whether it holds on any process that has a share of the state."""
-    return any(core.layout.everyone.all_gather_value(own)) if core.layout.has_owners else own
+def _everywhere(core: Core, own: Any) -> list[Any]:
+    """The values of all processes that have a share of the state."""
+    return core.layout.everyone.all_gather_value(own) if core.layout.has_owners else [own]
+
+
+def _turns_in(states: ByParameter) -> Tensor:
+    """`Core.turns` of a state; zeros where it has none."""
+    found = next((state["turns"] for state in states.values() if "turns" in state), torch.zeros(3))
+    _check_tensor("turns", found, torch.Size([3]))
+    if bool((found < 0).any()):
+        raise ValueError(f"state_dict: turns: got {found.tolist()}, accepted: numbers, at least 0")
+    return found
 
 
 def rebuild(core: Core, topology: Topology) -> None:
@@ -189,6 +209,7 @@ def clear(core: Core) -> None:
     core.started = core.inverted = False
     core.norms.forget()
     core.count.zero_()
+    core.set_turns(torch.zeros(3))
 
 
 def _share(core: Core, value: Any, sharded: bool) -> Tensor:

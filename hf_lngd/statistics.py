@@ -101,7 +101,7 @@ def exact(like: Tensor) -> Any:
 
 def reduce(
     own: Mapping[str, Statistics], names: Sequence[str], empty: Callable[[str], Statistics],
-    like: Callable[[str], Tensor], scalars: Sequence[Tensor | int], layout: Any,
+    like: Callable[[str], Tensor], scalars: Sequence[Tensor | float], layout: Any,
 ) -> tuple[dict[str, Statistics], list[Tensor]]:  # fmt: skip
     """The statistics of every group over all processes, of those groups that this process keeps, and sums of numbers.
     Symmetric sums travel packed: one collective, and one for the numbers.

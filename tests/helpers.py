@@ -19,7 +19,7 @@ from transformers import MarianConfig, MarianMTModel
 from hf_lngd import LNGD
 
 IGNORED = -100
-EVERY_STEP: dict[str, Any] = {"factor_interval": 1, "inverse_interval": 1}
+EVERY_STEP: dict[str, Any] = {"factor_interval": 1, "inverse_interval": 1, "update_interval": 1}
 
 
 class Images(nn.Module):

@@ -29,9 +29,9 @@ def blockwise(matrix: Tensor, k: int, b: int) -> Tensor:
     return result
 
 
-def damping_of(mean: float, kind: str, rho: float, least: float, most: float) -> float:
+def damping_of(mean: float, rho: float | str, least: float, most: float) -> float:
     """λ from tr/dim."""
-    return rho * mean if kind == "relative" else min(max(mean, least), most)
+    return min(max(mean, least), most) if rho == "paper" else rho * mean
 
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
@@ -40,7 +40,7 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
     return vectors @ torch.diag(values.clamp_min(0) ** exponent) @ vectors.T
 
 
-# Of the mean square of each row of the polar direction; of its Ψ, which every fifth step updates.
+# Of the mean square of each row of the polar direction; of its Ψ, which every fifth step updates, or so.
 ROW_DECAY, PSI_DECAY, PSI_INTERVAL, PSI_DAMPING = 0.95, 0.9, 5, 0.3
 # Of the gain at low rates: the most, steps ahead, share of the weights' first size.
 MOST_GAIN, GAIN_STEPS, GAIN_REACH = 10, 20, 0.3
@@ -48,10 +48,12 @@ MOST_GAIN, GAIN_STEPS, GAIN_REACH = 10, 20, 0.3
 
 class NaiveLayer:
     """One layer under LNGD, as plainly as possible: a factor estimate and a gradient a step. `time`: steps made by the
-    optimizer; `heads`: blocks of rows of an attention; `first_rms`: of the layer's weight."""
+    optimizer; `every`: the interval of updates, and `turn` the first; `heads`: blocks of rows of an attention;
+    `first_rms`: of the layer's weight."""
 
     def __init__(self, weight: Tensor, config, heads: int = 1) -> None:
-        self.w, self.c, self.heads, self.time = weight.double().clone(), config, heads, 0
+        self.w, self.c, self.heads, self.time, self.turn = weight.double().clone(), config, heads, 0, 0
+        self.every = 1 if config.update_interval == "auto" else config.update_interval
         self.first_rms, self.gain, self.path = float(self.w.square().mean().sqrt()), 1.0, 0.0
         self.left = torch.zeros(len(weight), len(weight)).double()
         self.u = torch.eye(len(weight)).double()
@@ -74,13 +76,26 @@ class NaiveLayer:
         """Algorithm 1 and its variants, recomputing everything."""
         joint_step([self], [grad], lr, decay)
 
-    def prepare(self, grad: Tensor) -> Tensor:
-        """D of this step, its rows scaled."""
-        c, g = self.c, grad.double()
+    @property
+    def is_due(self) -> bool:
+        """Whether it is the layer's turn."""
+        return self.time % self.every == self.turn
+
+    @property
+    def updates(self) -> int:
+        """Made before this step."""
+        return self.time // self.every
+
+    def average(self, grad: Tensor) -> None:
+        """The gradient of this step, averaged."""
+        c, self.gradient = self.c, grad.double()
         if c.momentum_on == "gradient":
-            self.momentum = c.momentum * self.momentum + (1 - c.momentum) * g
-            g = c.momentum * self.momentum + (1 - c.momentum) * g
-        self.gradient, direction = g, self.direction(g)
+            self.momentum = c.momentum * self.momentum + (1 - c.momentum) * self.gradient
+            self.gradient = c.momentum * self.momentum + (1 - c.momentum) * self.gradient
+
+    def prepare(self) -> Tensor:
+        """D of this step, its rows scaled."""
+        c, direction = self.c, self.direction(self.gradient)
         if c.direction == "polar":
             self.rows = ROW_DECAY * self.rows + (1 - ROW_DECAY) * direction.square().mean(1)
             direction = direction / self.rows.sqrt()[:, None]
@@ -97,13 +112,13 @@ class NaiveLayer:
         """D."""
         c, d = self.c, g.shape[1]
         phi, psi = self.phi / self.seen, self.psi / self.seen
-        lam = damping_of(float(phi.trace()) / d, c.damping, c.damping_rho, *c.damping_bounds)
+        lam = damping_of(float(phi.trace()) / d, c.damping, *c.damping_bounds)
         damped = phi + lam * torch.eye(d).double()
         if c.direction == "natural":
-            lam_psi = damping_of(float(psi.mean()), c.damping, c.damping_rho, *c.damping_bounds)
+            lam_psi = damping_of(float(psi.mean()), c.damping, *c.damping_bounds)
             return torch.diag(1 / (psi + lam_psi)) @ g @ power(damped, -1)
         white = torch.eye(d).double() if c.whiten == "none" else power(damped / (phi.trace() / d), -0.5)
-        if c.whiten == "both" and self.time % PSI_INTERVAL == 0 and g.any():
+        if c.whiten == "both" and self.updates % psi_interval(self.every) == 0 and g.any():
             self.update_psi(g @ white)
         heads = (self.u @ g @ white).chunk(self.heads)
         return self.u @ torch.cat([newton_schulz(head) for head in heads]) @ white
@@ -116,10 +131,19 @@ class NaiveLayer:
         self.u = power(self.left * (m / self.left.trace()) + PSI_DAMPING * torch.eye(m).double(), -0.5)
 
 
+def psi_interval(interval: int) -> int:
+    """Updates of a layer between two of its Ψ."""
+    return max(1, PSI_INTERVAL // interval)
+
+
 def joint_step(units: list, grads: list[Tensor], lr: float, decay: float = 0.0) -> None:
     """A step of a layer's groups, which have factors and directions of their own and one α_l."""
-    c, directions = units[0].c, [unit.prepare(grad) for unit, grad in zip(units, grads, strict=True)]
-    rate = 1.0
+    c = units[0].c
+    for unit, grad in zip(units, grads, strict=True):
+        unit.average(grad)
+    if not units[0].is_due:
+        return
+    directions, lr, rate = [unit.prepare() for unit in units], units[0].every * lr, 1.0
     if c.rate == "rms":
         rate = c.rate_scale / float(torch.stack(directions).square().mean().sqrt())
         if c.direction == "polar":
@@ -131,13 +155,13 @@ def joint_step(units: list, grads: list[Tensor], lr: float, decay: float = 0.0) 
 def gain_of(units: list, directions: list[Tensor], lr: float) -> float:
     """By what a layer's step is multiplied, from every fifth step on; the first of its units keeps it."""
     own = units[0]
-    if own.time % PSI_INTERVAL == 0:
+    if own.updates % psi_interval(own.every) == 0:
         size = float(torch.stack(directions).square().mean().sqrt())
         signs = sum(float(unit.gradient.abs().sum()) for unit in units)
         inner = sum(float((unit.gradient * d / size).sum()) for unit, d in zip(units, directions, strict=True))
         most = (GAIN_REACH * own.first_rms - own.path) / (GAIN_STEPS * lr)
         own.gain = min(max(signs / inner, 1.0), MOST_GAIN, max(most, 1.0)) if inner else 1.0
-        own.path += PSI_INTERVAL * lr * own.gain
+        own.path += psi_interval(own.every) * lr * own.gain
     return own.gain
 
 
@@ -248,7 +272,7 @@ class NaiveFamily:
     def direction(self, grad: Tensor) -> Tensor:
         """D by one dense solve: grad [m, d]."""
         c, m, d = self.c, self.m, self.d
-        lam_of = lambda mean: damping_of(mean, c.damping, c.damping_rho, *c.damping_bounds)  # noqa: E731
+        lam_of = lambda mean: damping_of(mean, c.damping, *c.damping_bounds)  # noqa: E731
         eye_m, eye_d = torch.eye(m).double(), torch.eye(d).double()
         if self.family == "ng+":
             (name,) = self.average

@@ -6,7 +6,7 @@ The spec file names task, budget, seeds and rivals. Every run becomes a row of `
 are there are not run again, so interrupted work goes on where it stopped. What DIR holds is said in
 `docs/reproducing.md`; the phases `table` and `plot` need no data.
 
-`--trial "lr=8e-3,other_lr=1e-2,damping_rho=0.1"` runs LNGD once on a tuning seed with fields of its own, for finding
+`--trial "lr=8e-3,other_lr=1e-2,damping=0.1"` runs LNGD once on a tuning seed with fields of its own, for finding
 defaults; `--trial "rival=muon,lr=8e-3"` another rival of the study.
 """
 

@@ -1,7 +1,7 @@
 """The measured effect of LNGD's options: each variant beside the default, paired by seed, on any task.
 
     python -m benchmarks.studies.option_effects --task multi30k --data DIR --seeds 11 12 13
-    python -m benchmarks.studies.option_effects --task marian-wmt --data DIR --model FOLDER --variants damping_rho=0.1
+    python -m benchmarks.studies.option_effects --task marian-wmt --data DIR --model FOLDER --variants damping=0.1
 
 Each variant runs on the same seeds as the default does with one flag, at AdamW's best rate
 (`benchmarks/results/TASK.json`; a task that was not tuned: where its search starts). Without `--variants` these are the
@@ -41,24 +41,24 @@ Variants = Mapping[str, float]
 # best on Multi30k.
 COMMON: Variants = {
     "": 1.0,
-    "direction=natural,damping_rho=0.3": 0.25,
+    "direction=natural,damping=0.3": 0.25,
     PAPER: 33.0,
-    "damping_rho=1000": 1.0,
+    "damping=1000": 1.0,
     "bias=factor": 1.0,
     "factor_interval=100,inverse_interval=100": 1.0,
 }
 TRANSLATION: Variants = {
     **COMMON,
-    "direction=natural,damping_rho=0.3,rate=adaptive": 5.0,
+    "direction=natural,damping=0.3,rate=adaptive": 5.0,
     "fisher=sampled": 1.0,
-    "damping_rho=0.1": 1.0,
+    "damping=0.1": 1.0,
     "momentum=0.9": 1.0,
     "momentum_on=update": 0.2,  # which is 1 / (1 - momentum) longer
     "weight_decay=0": 1.0,
     "embedding=fallback": 1.0,
     "embedding=exact": 1.0,
 }
-IMAGES: Variants = {**COMMON, "damping_rho=10": 1.0, "max_factor_dim=1152": 1.0}
+IMAGES: Variants = {**COMMON, "damping=10": 1.0, "max_factor_dim=1152": 1.0}
 
 
 def variants_of(task: str) -> Variants:

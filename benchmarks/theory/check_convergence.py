@@ -62,7 +62,7 @@ NATURAL: dict[str, Any] = {
     "fisher": "expected",
     "rate": "none",
     "momentum": 0.0,
-    "damping": "relative",
+    "damping": 1.0,
     "bias": "fallback",
     "max_factor_dim": "auto",
     "weight_decay": 0.0,

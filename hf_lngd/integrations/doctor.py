@@ -23,7 +23,7 @@ from ..adamw import AdamW
 from ..config import LNGDConfig
 from ..layers import factor_blocks
 from ..optimizer import LNGD
-from .forecast import counting, step_to_adamw
+from .forecast import batches_for, counting, step_to_adamw
 from .startup import decay_line
 from .training_args import take_lr
 from .usage import LOAD_ERRORS, UsageError, UsageParser, blame, option, refuse_if
@@ -95,16 +95,15 @@ def report(model: nn.Module, optimizer: LNGD) -> str:
 
 def price_line(model: Any, optimizer: LNGD, batch: dict[str, Tensor]) -> str:
     """The batches with which a step takes so many of AdamW's, see `forecast`; "" where there is no forecast."""
-    with counting(model, optimizer) as work, torch.no_grad():
+    with counting(model, optimizer) as work:
         model(**batch)
-    alone, settled = (step_to_adamw(optimizer, work, batches) for batches in (1, math.inf))
-    if alone is None or settled is None:
+    if step_to_adamw(optimizer, work) is None:
         return ""
     inputs = batch[model.main_input_name]
     is_text = inputs.dim() == 2 and not inputs.is_floating_point()
     count, what = (inputs.numel(), "tokens") if is_text else (len(inputs), f"inputs {list(inputs.shape[1:])}")
-    needed = {price: math.ceil(count * (alone - settled) / (price - settled)) for price in _PRICES if price > settled}
-    said = ", ".join(f"{price} with {number:,}" for price, number in needed.items())
+    needed = {price: count * batches_for(optimizer, work, price) for price in _PRICES}
+    said = ", ".join(f"{price} with {math.ceil(x):,}" for price, x in needed.items() if math.isfinite(x))
     return f"a step in AdamW's, by its matmuls, with so many {what} in a batch: {said}"
 
 

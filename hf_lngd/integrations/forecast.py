@@ -6,6 +6,7 @@ the batch. On accelerators the calls of small models take longer than their arit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,41 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import LNGDConfig
-from ..directions import PSI_INTERVAL, Polar
-from ..layers import Layer, factor_blocks, geometry_of, output_blocks
-from ..linalg import QUINTICS
+from ..core import Core
+from ..directions import Polar
+from ..layers import factor_blocks, geometry_of
 from ..optimizer import LNGD
-from ..torch_internals import in_backward
-
-# How much longer the operations of a grouped convolution take than a matmul's: fitted to the ConvNeXt of
-# `benchmarks.cost.small_batches`.
-GROUPED = 20
-# A multiplication more than the quintic's own: R ← ZRZ between two, and the product of the Zs.
-_ROOT = len(QUINTICS) + 3 * (len(QUINTICS) - 1)
-_INVERSE = 2 / 3  # of a matmul of the same width: Cholesky, and the inverse of its factor
-
-
-def products(layer: Layer, config: LNGDConfig) -> list[tuple[float, int, int, int]]:
-    """The matmuls of a layer's `Polar` direction with its factors: (times a step, n, k, m) of [n, k] · [k, m]."""
-    m, d, limit, whiten = layer.m, layer.columns, config.max_factor_dim, config.whiten
-    (k_phi, b_phi), (k_psi, b_psi) = factor_blocks(layer, limit), output_blocks(layer, limit)
-    has_phi, has_psi = whiten != "none", whiten == "both"
-    tall = m > d and layer.heads == 1
-    side, others = (d, m) if tall else (m // layer.heads, d)  # of the Gram matrix, and the sum within it
-    ends = 2.0 * has_psi if tall else 2.0 * has_phi  # the factor of the other side: before and after
-    inner = 4.0 * has_phi if tall else 4.0 * has_psi  # that of this side: left and right of R and of its root
-    psi = has_psi / PSI_INTERVAL
-    heads = layer.heads * layer.units
-    return [
-        (layer.units * ends, others, b_psi if tall else b_phi, d if tall else m),
-        (heads * inner, side, b_phi if tall else b_psi, side),
-        (heads * 2.0, side, others, side),
-        (heads * float(_ROOT), side, side, side),
-        (layer.units * psi, m, d, b_psi),
-        (layer.units * psi * tall, m, b_phi, d),
-        (layer.units * psi * k_psi * _INVERSE, b_psi, b_psi, b_psi),
-        (layer.units * has_phi * k_phi * _INVERSE / config.inverse_interval, b_phi, b_phi, b_phi),
-    ]
+from ..work import MOST_INTERVAL, MOST_SHARE, flops_of_call, flops_of_update, interval_for
 
 
 @dataclass
@@ -63,14 +34,12 @@ class Work:
 
     def add(self, module: Any, args: Any, output: Tensor) -> None:
         """A forward hook."""
-        geometry = geometry_of(module)
-        if geometry is None or not module.training or in_backward():  # recomputation: of no new batch
+        flops = flops_of_call(module, output)
+        if not flops:
             return
-        passes = 3 if module.weight.requires_grad else 2
-        slower = GROUPED if geometry.units > 1 else 1
-        self.model += 2.0 * output.numel() * geometry.in_features * passes * slower
+        self.model += flops
         columns, block = self.columns.get(module, (0, 0))
-        tokens = output.numel() / geometry.out_features  # of all units
+        tokens = output.numel() / geometry_of(module).out_features  # type: ignore[union-attr]
         self.statistics += 2.0 * tokens * columns * block / self.config.factor_interval
 
 
@@ -93,8 +62,27 @@ def step_to_adamw(optimizer: LNGD, work: Work, batches: float = 1.0) -> float | 
     core = optimizer.core
     if not isinstance(core.method.direction, Polar) or not work.model:
         return None
-    matmuls = (one for layer in core.routing.layers for one in products(layer, core.config))
-    step = sum(2 * times * n * k * m for times, n, k, m in matmuls)
-    if core.layout.has_owners or core.layout.shards_rows:
-        step /= core.layout.ranks.size
-    return 1 + (step / batches + work.statistics) / work.model
+    interval = core.interval
+    if core.capture.counts_flops and (batches != 1 or not core.turns[0]):  # other batches, or nothing decided yet
+        interval = interval_for(_updates(core, 1) / (work.model * batches))
+    return 1 + (_updates(core, interval) / _sharers(core) / batches + work.statistics) / work.model
+
+
+def batches_for(optimizer: LNGD, work: Work, ratio: float) -> float:
+    """Of how many of the counted batches and more a step takes at most `ratio` of AdamW's; infinity: of none."""
+    core, left = optimizer.core, ratio - 1 - work.statistics / work.model
+    if left <= 0:
+        return math.inf
+    fixed = core.config.update_interval
+    auto = MOST_INTERVAL if left >= MOST_SHARE else 1  # above this share layers take turns, below none is left out
+    return _updates(core, auto if isinstance(fixed, str) else fixed) / _sharers(core) / (work.model * left)
+
+
+def _updates(core: Core, interval: int) -> float:
+    """Operations of a step's updates."""
+    return sum(flops_of_update(layer, core.config, interval) for layer in core.routing.layers) / interval
+
+
+def _sharers(core: Core) -> int:
+    """Processes that share them out."""
+    return core.layout.ranks.size if core.layout.has_owners else 1

@@ -87,7 +87,9 @@ def cost_line(optimizer: LNGD, work: Work, args: TrainingArguments) -> str:
             args.gradient_accumulation_steps * times,
             step_to_adamw(optimizer, work, times),
         )
-    return f"A step takes about {ratio:.1f} of AdamW's here, by its matmuls. {memory}"
+    every = optimizer.core.interval
+    turns = f" Each layer is updated in one of {every} steps (update_interval)." if every > 1 else ""
+    return f"A step takes about {ratio:.1f} of AdamW's here, by its matmuls.{turns} {memory}"
 
 
 def rate_line(args: TrainingArguments) -> str:

@@ -220,7 +220,7 @@ class FamilyBank(Bank):
     def _damping(self, mean: Tensor) -> Tensor:
         """λ of F itself, from the mean eigenvalue that the family gives it."""
         c = self.config
-        return linalg.damping(mean, c.damping, c.damping_rho, c.damping_bounds)
+        return linalg.damping(mean, c.damping, c.damping_bounds)
 
     def _keep(self, good: Tensor, found: dict[str, Tensor], condition: Tensor) -> None:
         """Take what was derived where all of it is good; a failed row keeps the last."""

@@ -62,9 +62,9 @@ def output_statistic(a: Tensor, g2: Tensor) -> Tensor:
     return (a.square().sum(-1).unsqueeze(-2) @ g2).squeeze(-2)
 
 
-def psi_inverse(psi: Tensor, kind: str, rho: float, bounds: tuple[float, float]) -> Tensor:
+def psi_inverse(psi: Tensor, rho: float | str, bounds: tuple[float, float]) -> Tensor:
     """(Ψ + λ_Ψ)⁻¹ of a diagonal Ψ: [..., m] → [..., m]. λ_Ψ from tr Ψ/m as for Φ."""
-    return 1.0 / (psi + damping(psi.mean(-1), kind, rho, bounds).unsqueeze(-1))
+    return 1.0 / (psi + damping(psi.mean(-1), rho, bounds).unsqueeze(-1))
 
 
 def estimates_psi(follows: Sequence[str], fisher: str) -> bool:
@@ -135,7 +135,7 @@ class Natural:
         direction = x.bank.precondition(x.gradient, x.rows)
         if c.family == "lngd":
             psi, scale = self._psi(x.bank, x.rows, direction.shape[1])
-            inverse = psi_inverse(psi, c.damping, c.damping_rho, c.damping_bounds) / scale  # E[a aᵀ] was inverted
+            inverse = psi_inverse(psi, c.damping, c.damping_bounds) / scale  # E[a aᵀ] was inverted
             direction = direction.mul_(inverse.unsqueeze(-1))
         if c.rate == "adaptive":
             return direction, None

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..batches import Job, LayerBatch
+from ..batches import Job, LayerBatch, balanced
 from ..config import LNGDConfig
 from ..layers import Layer
 from ..linalg import state_dtype
 from ..torch_internals import is_fully_sharded, is_sharded
-from .ranks import Ranks, balanced, by_dtype
+from .ranks import Ranks, by_dtype
 
 Sums = tuple[list[Tensor | None], list[Tensor]]
 
@@ -55,9 +55,9 @@ class Whole:
         """Number of processes."""
         return self.everyone.size
 
-    def assign(self, costs: Mapping[str, float], group_of: Mapping[str, str]) -> None:
-        """Decide which process owns each group of layers, the same on all. `costs`: group → what it keeps and costs,
-        roughly; `group_of`: layer → its group."""
+    def assign(self, costs: Mapping[str, Sequence[float]], group_of: Mapping[str, str]) -> None:
+        """Decide which process owns each group of layers, the same on all. `costs`: group → what it keeps and costs in
+        each turn, roughly; `group_of`: layer → its group."""
 
     def owner(self, group: str) -> int | None:
         """The process that owns a group; None: each has it."""
@@ -127,7 +127,7 @@ class Owned(Whole):
     name = "owned"
     has_owners = True
 
-    def assign(self, costs: Mapping[str, float], group_of: Mapping[str, str]) -> None:
+    def assign(self, costs: Mapping[str, Sequence[float]], group_of: Mapping[str, str]) -> None:
         self._owner = dict(zip(costs, balanced(list(costs.values()), self.ranks.size), strict=True))
         self._group_of = group_of
 

@@ -147,13 +147,3 @@ class Ranks:
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
     return repr(values[name]) if name in values else "none"
-
-
-def balanced(costs: Sequence[float], ranks: int) -> list[int]:
-    """The rank of each task: longest processing time first, each to the rank that has least. Depends on nothing but the
-    arguments. The most loaded rank has at most 4/3 of what it would have in the best assignment (Graham 1969)."""
-    owners, loads = [0] * len(costs), [0.0] * ranks
-    for task in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[task] = min(range(ranks), key=lambda rank: (loads[rank], rank))
-        loads[owners[task]] += costs[task]
-    return owners

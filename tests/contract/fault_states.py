@@ -17,7 +17,7 @@ from tests.helpers import assert_identical, tensors_of, through_a_file
 SETTINGS, STATES = "Settings", "States (`load_state_dict`)"
 REFUSED = "raises before anything is made"
 WHOLE = "raises; nothing is changed"
-VERSION = 8
+VERSION = 9
 FIELDS: dict[str, Any] = {"embedding": "exact"}
 
 BAD: dict[str, list[Any]] = {
@@ -28,14 +28,14 @@ BAD: dict[str, list[Any]] = {
     "whiten": ["phi"],
     "rate": ["fast", None, "trust"],
     "rate_scale": [0, -1, "a", float("nan"), True],
-    "damping": ["none"],
-    "damping_rho": [0, -1],
+    "damping": ["none", 0, -1],
     "damping_bounds": [(1.0, 0.1), (0.0, 1.0), 0.1, ("a", "b")],
     "momentum": [1, -0.1, "x"],
     "momentum_on": ["both"],
     "ema_decay": [1.0, -1],
     "factor_interval": [0, 2.5, True],
     "inverse_interval": [0],
+    "update_interval": [0, 1.5, "often", True],
     "weight_decay": [-1, "x", True],
     "bias": ["none"],
     "max_factor_dim": [0, "big", 2.0],

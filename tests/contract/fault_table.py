@@ -55,7 +55,7 @@ class Scene:
         self.fields = {"factor_interval": 1, "inverse_interval": 1, **self.fields, **fields}
         self.model = net() if model is None else model
         self.start_flags = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        self.optimizer = LNGD(self.model, lr=1e-2, **self.fields)
+        self.optimizer = LNGD(self.model, lr=1e-2, update_interval=1, **self.fields)
         for _ in range(steps):
             self.step()
         return self.model, self.optimizer
@@ -184,7 +184,7 @@ def nothing_is_lost(scene: Scene) -> None:
     twin, flags = copy.deepcopy(model), {name: p.requires_grad for name, p in model.named_parameters()}
     for name, p in twin.named_parameters():
         p.requires_grad_(scene.start_flags.get(name, True))
-    other = LNGD(twin, lr=0.3, **scene.fields)
+    other = LNGD(twin, lr=0.3, update_interval=1, **scene.fields)
     twins = dict(twin.named_parameters())
     names = {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:

@@ -44,7 +44,7 @@ def test_gradients_are_divided_by_token_frequency(on: str, tied: bool) -> None:
     """Averages, damping, momentum, decay and the cap, over several steps; padding does not count."""
     model = seeded(lambda: Bag(tied)).double()
     fields = {"embedding": "exact", "momentum": 0.7, "momentum_on": on, "weight_decay": 0.1}
-    optimizer = LNGD(model, lr=1e-2, ema_decay=0.9, damping_rho=0.3, factor_interval=1, **fields)
+    optimizer = LNGD(model, lr=1e-2, ema_decay=0.9, damping=0.3, factor_interval=1, **fields)
     average, seen, momentum = torch.zeros(7).double(), 0.0, torch.zeros(7, 4).double()
     for step in range(4):
         w, tokens = model.table.weight.detach().clone(), ids(step)

@@ -44,7 +44,7 @@ def test_rates_of_layers_of_their_own(case: Case) -> None:
     rests."""
     moved = {}
     for share in (1.0, 0.0, 0.25):
-        model, optimizer = case.make(weight_decay=0.0, lr=0.1, momentum_on="gradient", rate="rms")
+        model, optimizer = case.make(weight_decay=0.0, lr=0.1, momentum_on="gradient", rate="rms", update_interval=1)
         before = weights_of(model)
         for i, group in enumerate(optimizer.param_groups):
             group["lr" if i else "lr_scale"] *= share
@@ -150,7 +150,7 @@ def test_weight_decay_of_a_group_is_read_in_every_step(case: Case) -> None:
     """Decoupled: the weights shrink by lr · lr_scale · weight_decay of the group, whatever the step is."""
     found = []
     for decay in (0.0, 1.0):
-        model, optimizer = case.make(weight_decay=0.0)
+        model, optimizer = case.make(weight_decay=0.0, update_interval=1)
         case.train(model, optimizer, range(2))
         before = weights_of(model)
         for group in optimizer.param_groups:

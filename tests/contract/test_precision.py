@@ -375,7 +375,7 @@ class Products(TorchDispatchMode):
 def trained(steps: int = 4) -> tuple[nn.Module, LNGD, set[torch.dtype]]:
     """A model, its optimizer, and the dtypes of the products of its last step, which updates no factors."""
     model = tiny_marian().float()
-    optimizer = LNGD(model, lr=2e-3, factor_interval=100, inverse_interval=100)
+    optimizer = LNGD(model, lr=2e-3, factor_interval=100, inverse_interval=100, update_interval=1)
     watch = Products()
     for seed in range(steps):
         model(**marian_batch(seed)).loss.backward()

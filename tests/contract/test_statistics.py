@@ -283,7 +283,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("fields", [{}, {"direction": "natural"}, {"embedding": "fallback"}], ids=str)
 def test_a_step_does_not_wait_for_the_device(fields: dict[str, Any]) -> None:
     model = tiny_marian().float()
-    optimizer = LNGD(model, lr=1e-3, factor_interval=50, inverse_interval=50, **fields)
+    optimizer = LNGD(model, lr=1e-3, factor_interval=50, inverse_interval=50, update_interval=1, **fields)
     for seed in range(4):
         model(**marian_batch(seed)).loss.backward()
         if seed == 3:

@@ -376,7 +376,7 @@ def make_differently(what: str) -> None:
     for name, module in sorted(named.items(), reverse=odd == "order"):
         model.add_module(name, module)
     model = model.double() if odd == "dtype" else model
-    fields = {"direction": "natural", "damping_rho": 0.5 if odd == "config" else 1.0}
+    fields = {"direction": "natural", "damping": 0.5 if odd == "config" else 1.0}
     optimizer = LNGD(model, lr=2e-3 if odd == "lr" else 1e-3, **fields)
     x = torch.ones(3, 4, dtype=first.weight.dtype)
     for step in range(3):

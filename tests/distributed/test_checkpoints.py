@@ -101,7 +101,7 @@ def test_another_models_checkpoint_is_named(tmp_path: Path) -> None:
     loops.checkpointed(str(tmp_path), "images", FIELDS, 2, layout="whole")
     for model, message, more in (
         (tiny_marian(), "the model differs: ", {}),
-        (loops.make("images"), "config differs: damping_rho", {"damping_rho": 0.5}),
+        (loops.make("images"), "config differs: damping", {"damping": 0.5}),
     ):
         optimizer = LNGD(model, **FIELDS, **more)
         with keeping(model), pytest.raises(ValueError, match=message):

@@ -116,7 +116,7 @@ def test_gradients_that_one_rank_spoils_are_left_out_by_all(layout: str, pools: 
     ("what", "expected"),
     [
         ("shape", r"0\.weight: rank 0 has '\[6, 4\] .*rank 1 has '\[5, 4\] "),
-        ("config", r"damping_rho: rank 0 has 1\.0, rank 1 has 0\.5"),
+        ("config", r"damping: rank 0 has 1\.0, rank 1 has 0\.5"),
         ("lr", r"lngd\.lr: rank 0 has 0\.001, rank 1 has 0\.002"),
         ("dtype", r"0\.weight: rank 0 has '.* torch\.float32, .*rank 1 has '.* torch\.float64, "),
         ("order", r"0\.weight: rank 0 has '.*number 0', rank 1 has '.*number 2'"),
@@ -261,13 +261,13 @@ def test_memory_falls_with_the_ranks(pools: Pools) -> None:
 
 def test_matmuls_of_a_step_fall_with_the_ranks(pools: Pools) -> None:
     """Counted in a step with factors and in one without; under `owned` the ranks together do what one does."""
-    (_, alone) = loops.costs("whole")
+    (_, alone) = loops.costs("whole", update_interval=1)
     for ranks, most in ((2, 0.62), (4, 0.40)):
-        owned = [flops for _, flops in pools[ranks].run(loops.costs, layout="owned")]
+        owned = [flops for _, flops in pools[ranks].run(loops.costs, layout="owned", update_interval=1)]
         for step in (0, 1):
             assert sum(flops[step] for flops in owned) == pytest.approx(alone[step], rel=0.01), (ranks, step)
             assert max(flops[step] for flops in owned) <= most * alone[step], (ranks, step)
-    assert all(flops == alone for _, flops in pools[2].run(loops.costs, layout="whole"))
+    assert all(flops == alone for _, flops in pools[2].run(loops.costs, layout="whole", update_interval=1))
 
 
 def test_traffic(pools: Pools) -> None:

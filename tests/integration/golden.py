@@ -264,7 +264,8 @@ class Run:
     tolerance: float = 1e-10
 
     def settings(self) -> dict[str, Any]:
-        return {"embedding": "fallback", "factor_interval": 5, "inverse_interval": 5} | self.fields
+        intervals = {"factor_interval": 5, "inverse_interval": 5, "update_interval": 1}
+        return {"embedding": "fallback", **intervals} | self.fields
 
 
 def _paper(preset: str = "paper", **fields: Any) -> dict[str, Any]:
@@ -291,7 +292,7 @@ RUNS: dict[str, Run] = {
     "fast-marian-decay": Run("marian", {"weight_decay": 0.3}),
     "fast-vit-no-decay": Run("vit", {"weight_decay": 0.0, "betas": (0.8, 0.98), "eps": 1e-6}),
     "fast-marian-update": Run("marian", {"momentum_on": "update", "momentum": 0.9}),
-    "fast-gpt2-no-momentum": Run("gpt2", {"momentum": 0.0, "ema_decay": 0.5, "damping_rho": 0.1}),
+    "fast-gpt2-no-momentum": Run("gpt2", {"momentum": 0.0, "ema_decay": 0.5, "damping": 0.1}),
     "fast-vit-damping": Run("vit", {"damping": "paper", "damping_bounds": (1e-3, 3e-2)}),
     "fast-resnet-rates": Run("resnet", {"rate_scale": 0.2, "fallback_lr_scale": 0.5}, lr=5e-2),
     "fast-gpt2-no-rate": Run("gpt2", {"rate": "none"}),
@@ -318,6 +319,8 @@ RUNS: dict[str, Run] = {
     "fast-tied-bias": Run("tied", {"bias": "factor"}),
     "fast-branches": Run("branches", {"bias": "factor"}),
     "fast-mlp": Run("mlp"),
+    "turns-marian": Run("marian", {"update_interval": 2, "embedding": "exact", "bias": "factor"}, parts=2),
+    "turns-resnet": Run("resnet", {"update_interval": "auto"}),
     # precision
     "float32-marian": Run("marian", dtype=torch.float32, tolerance=LOOSE),
     "bfloat16-mlp": Run("mlp", WITHOUT_HEAD, lr=3e-3, dtype=torch.bfloat16, tolerance=HALF),
@@ -365,6 +368,7 @@ RUNS: dict[str, Run] = {
     "ddp2-kfac": Run("conv", {"family": "kfac"}, ranks=2),
     "fsdp2-fast": Run("marian", {"embedding": "exact"}, ranks=2, layout="fsdp"),
     "fsdp2-fast-conv": Run("grouped", {"bias": "factor"}, ranks=2, layout="fsdp"),
+    "fsdp2-turns": Run("marian", {"update_interval": 3}, ranks=2, layout="fsdp"),
     "fsdp2-paper": Run("marian", _paper(), ranks=2, layout="fsdp"),
     "ddp4-fast": Run("marian", ranks=4),
     "ddp4-paper": Run("marian", _paper(), ranks=4),

@@ -224,7 +224,7 @@ def test_the_setting_that_is_muon(m: int, d: int, adjust: str) -> None:
     theirs.load_state_dict(ours.state_dict())
     before = ours.weight.detach().clone()
     rate = 0.02 / (d**0.5 if adjust == "original" else 5.0)
-    fields = {"whiten": "none", "embedding": "fallback", "momentum": 0.95, "weight_decay": 0.1}
+    fields = {"whiten": "none", "embedding": "fallback", "momentum": 0.95, "weight_decay": 0.1, "update_interval": 1}
     optimizers = (
         LNGD(ours, lr=rate, **fields),
         torch.optim.Muon(theirs.parameters(), lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust),

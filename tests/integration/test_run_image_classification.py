@@ -120,7 +120,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Files:
 def test_from_end_to_end(family: str, configs: Files, folders: Files, tmp_path: Path, run: Run) -> None:
     folder = tmp_path / "my-model"
     size = {"image_size": 8} if family == "resnet" else {}
-    options = {"config_name": configs[family], "output_dir": folder, **folders, **size, "optim_args": "damping_rho=0.7"}
+    options = {"config_name": configs[family], "output_dir": folder, **folders, **size, "optim_args": "damping=0.7"}
     run({**options, "hub_token": "hf_secret"}, *ALL)
     result = numbers(folder)
     wanted = ("eval_accuracy", "eval_top5_accuracy", "eval_loss", "train_loss", "train_runtime", "predict_accuracy")

@@ -15,9 +15,10 @@ from transformers import TrainingArguments
 
 import hf_lngd
 from hf_lngd import LNGD, LNGDTrainer, LNGDTrainingArguments
-from hf_lngd.integrations.forecast import counting, products, step_to_adamw
+from hf_lngd.integrations.forecast import counting, step_to_adamw
 from hf_lngd.integrations.startup import decay_line
 from hf_lngd.integrations.stock import Trainer
+from hf_lngd.work import flops_of_update
 from tests.hf_helpers import hf_images, hf_vit
 
 SETTINGS: dict[str, Any] = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
@@ -111,13 +112,14 @@ def test_matmuls_are_those_that_torch_counts() -> None:
             optimizer.step()
         found += counter.get_total_flops() if step >= 20 else 0
         optimizer.zero_grad()
-    matmuls = [one for layer in optimizer.core.routing.layers for one in products(layer, optimizer.config)]
-    assert sum(2 * times * n * k * m for times, n, k, m in matmuls) * 20 == pytest.approx(found, rel=0.05)
+    assert optimizer.core.interval == 4
+    expected = sum(flops_of_update(layer, optimizer.config, 4) for layer in optimizer.core.routing.layers)
+    assert expected * 20 / 4 == pytest.approx(found, rel=0.05)
 
 
 def test_forward_and_backward_are_those_that_torch_counts_and_larger_batches_cost_less() -> None:
     model = hf_vit(**WIDE)
-    optimizer = LNGD(model)
+    optimizer = LNGD(model, update_interval=2)
     images = hf_images(8)
     batch = {name: torch.stack([torch.as_tensor(row[name]) for row in images]) for name in images[0]}
     with counting(model, optimizer) as work, FlopCounterMode(display=False) as counter:

@@ -143,7 +143,7 @@ def test_given_variants_run_on_several_seeds_of_an_untuned_task(
     arguments = ["--task", "tatoeba", "--data", str(folder), "--tuned", str(tmp_path / "none.json"), "--steps", "8"]
     arguments += ["--results", str(tmp_path / "options.json"), "--seeds", "1", "2", "--variants"]
     threads = torch.get_num_threads()
-    option_effects.main([*arguments, r"damping_rho=0.1,exclude=a{1\,2}", "weight_decay=0.3,momentum=0.9"])
+    option_effects.main([*arguments, r"damping=0.1,exclude=a{1\,2}", "weight_decay=0.3,momentum=0.9"])
     torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "options.json").read_text(encoding="utf-8"))
     start = spec.named("tatoeba").rivals[option_effects.DEFAULT].start
@@ -152,7 +152,7 @@ def test_given_variants_run_on_several_seeds_of_an_untuned_task(
         replace(start, **changes).to_dict()
         for changes in (
             {},
-            {"fields": r"damping_rho=0.1,exclude=a{1\,2}"},
+            {"fields": r"damping=0.1,exclude=a{1\,2}"},
             {"weight_decay": 0.3, "fields": "momentum=0.9"},
         )
     ]
@@ -186,7 +186,7 @@ def test_option_effects_go_on_at_the_settings_of_their_first_row(tmp_path: Path)
     tuned.add(row_of("lngd-same", 101, [(10, 1.0, 3.0)], "tune"))
     best = Settings(**tuned.rows[0]["settings"])
     assert option_effects.base_of(results, tuned.path, study) == best
-    natural = option_effects.variant("direction=natural,damping_rho=0.3", 0.25, best)
+    natural = option_effects.variant("direction=natural,damping=0.3", 0.25, best)
     for settings in (natural, replace(best, weight_decay=0.3)):
         results.add({**row_of("lngd", 11, [(10, 1.0, 3.0)], "option"), "settings": settings.to_dict()})
     with pytest.raises(ValueError, match="options.json: has no row of the default"):

@@ -177,11 +177,11 @@ def test_one_trial_is_a_row(folder: Path, tmp_path: Path) -> None:
         str(tmp_path / "r.json"),
     ]
     threads = torch.get_num_threads()
-    compare_optimizers.main([*arguments, "--trial", "lr=1e-3,damping_rho=0.5", "--trial", "rival=adamw,fresh=0.5"])
+    compare_optimizers.main([*arguments, "--trial", "lr=1e-3,damping=0.5", "--trial", "rival=adamw,fresh=0.5"])
     torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert [(r["phase"], r["optimizer"], r["seed"]) for r in rows] == [("trial", n, 101) for n in ("lngd", "adamw")]
-    assert [(r["settings"]["lr"], r["settings"]["fields"]) for r in rows] == [(1e-3, "damping_rho=0.5"), (1e-2, "")]
+    assert [(r["settings"]["lr"], r["settings"]["fields"]) for r in rows] == [(1e-3, "damping=0.5"), (1e-2, "")]
     assert rows[1]["settings"]["fresh"] == 0.5
 
 
@@ -370,7 +370,7 @@ def test_a_study_that_goes_on_another_day_runs_adamw_once_more(
         (["--trial", "lr=-1"], "--trial: lr: got -1.0, accepted: a rate above 0"),
         (["--trial", "fresh=1"], "--trial: fresh: got 1.0, accepted: a number between 0 and 1"),
         (["--trial", "dampign_rho=1"], "dampign_rho"),
-        (["--trial", "rival=adamw,damping_rho=0.5"], "--trial: got damping_rho for adamw, accepted: weight_decay"),
+        (["--trial", "rival=adamw,damping=0.5"], "--trial: got damping for adamw, accepted: weight_decay"),
         (["--phases", "plot"], "no reported runs"),
         (["--forget", "lgnd", "--phases", "table"], "--forget: got 'lgnd', accepted: lngd"),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_lngd import LNGD
 from hf_lngd.directions import GAIN_REACH
 
-FIELDS = {"weight_decay": 0.0, "momentum": 0.0}
+FIELDS = {"weight_decay": 0.0, "momentum": 0.0, "update_interval": 1}
 
 
 def trained(lr: float, steps: int, falls: float = 4.0, warmup: int = 1) -> tuple[list[Tensor], list[Tensor], nn.Linear]:

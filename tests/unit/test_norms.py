@@ -17,7 +17,7 @@ def train(steps: int, lr: float, fields: dict[str, Any], scale: float = 1.0, mov
     model = nn.Linear(6, 5, bias=False)
     with torch.no_grad():
         model.weight.mul_(scale)
-    optimizer = LNGD(model, lr=lr, **fields)
+    optimizer = LNGD(model, lr=lr, update_interval=1, **fields)
     for _ in range(steps):
         (model(torch.randn(8, 6)).sum() * move).backward()
         optimizer.step()

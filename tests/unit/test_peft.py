@@ -84,7 +84,7 @@ class Net(nn.Module):
 def test_a_zero_b_makes_no_step_of_a(fields: dict[str, Any]) -> None:
     """B begins at zero, so A's first gradient is zero; its polar factor and its rate must not be NaN."""
     model = lora(Net(), ["first", "second"], r=3)
-    optimizer = LNGD(model, lr=1e-2, weight_decay=0.0, **fields)
+    optimizer = LNGD(model, lr=1e-2, weight_decay=0.0, update_interval=1, **fields)
     a, b = (getattr(model.base_model.model.first, f"lora_{side}")["default"].weight for side in "AB")
     for step in range(3):
         before = a.detach().clone(), b.detach().clone()

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_lngd.parallel.ranks import Ranks, balanced, by_dtype
+from hf_lngd.batches import balanced
+from hf_lngd.parallel.ranks import Ranks, by_dtype
 
 COSTS = st.lists(st.integers(0, 50).map(float), max_size=7)
 MANY = st.lists(st.floats(0, 1e9), max_size=200)
@@ -24,7 +25,7 @@ def loads_of(costs: list[float], owners: list[int], ranks: int) -> list[float]:
 @settings(deadline=None, max_examples=30)
 @given(COSTS, st.integers(1, 3))
 def test_within_four_thirds_of_the_best(costs: list[float], ranks: int) -> None:
-    found = max(loads_of(costs, balanced(costs, ranks), ranks))
+    found = max(loads_of(costs, balanced([[cost] for cost in costs], ranks), ranks))
     best = min(max(loads_of(costs, owners, ranks)) for owners in itertools.product(range(ranks), repeat=len(costs)))
     assert found <= 4 / 3 * best
 
@@ -32,11 +33,17 @@ def test_within_four_thirds_of_the_best(costs: list[float], ranks: int) -> None:
 @settings(deadline=None)
 @given(MANY, st.integers(1, 512))
 def test_every_task_has_one_rank_and_always_the_same(costs: list[float], ranks: int) -> None:
-    owners = balanced(costs, ranks)
+    owners = balanced([[cost] for cost in costs], ranks)
     assert len(owners) == len(costs) and all(0 <= owner < ranks for owner in owners)
-    assert owners == balanced(tuple(costs), ranks)
+    assert owners == balanced(tuple((cost,) for cost in costs), ranks)
     # never more than a fair share and the largest task
     assert max(loads_of(costs, owners, ranks)) <= (sum(costs) / ranks + max(costs, default=0.0)) * (1 + 1e-9)
+
+
+def test_every_step_of_several_is_shared_out() -> None:
+    """Two tasks of the first step and two of the second: each rank gets one of both."""
+    owners = balanced([[4.0, 0.0], [4.0, 0.0], [0.0, 1.0], [0.0, 1.0]], 2)
+    assert sorted(owners[:2]) == [0, 1] == sorted(owners[2:])
 
 
 def test_what_can_travel_together() -> None:

@@ -25,6 +25,7 @@ ORDER = (
     ("statistics",),
     ("factors",),
     ("directions", "adamw", "batches", "norms"),
+    ("work",),
     ("capture",),
     ("method",),
     ("paper",),

@@ -1,0 +1,70 @@
+"""The arithmetic of a layer's update, counted from shapes, and how often it is therefore made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import LNGDConfig
+from .directions import psi_interval
+from .layers import Layer, factor_blocks, geometry_of, output_blocks
+from .linalg import QUINTICS
+from .torch_internals import in_backward
+
+# update_interval=auto: the arithmetic of updates is at most this share of forward's and backward's, but at most so many
+# steps lie between two of them.
+MOST_SHARE, MOST_INTERVAL = 0.2, 4
+# How much longer the operations of a grouped convolution take than a matmul's: fitted to the ConvNeXt of
+# `benchmarks.cost.small_batches`.
+GROUPED = 20
+# A multiplication more than the quintic's own: R ← ZRZ between two, and the product of the Zs.
+_ROOT = len(QUINTICS) + 3 * (len(QUINTICS) - 1)
+_INVERSE = 2 / 3  # of a matmul of the same width: Cholesky, and the inverse of its factor
+
+
+def products(layer: Layer, config: LNGDConfig, interval: int) -> list[tuple[float, int, int, int]]:
+    """The matmuls of an update of a layer by `Polar`, every `interval` steps, with its factors': (times, n, k, m) of
+    [n, k] · [k, m]."""
+    m, d, limit, whiten = layer.m, layer.columns, config.max_factor_dim, config.whiten
+    (k_phi, b_phi), (k_psi, b_psi) = factor_blocks(layer, limit), output_blocks(layer, limit)
+    has_phi, has_psi = whiten != "none", whiten == "both"
+    tall = m > d and layer.heads == 1
+    side, others = (d, m) if tall else (m // layer.heads, d)  # of the Gram matrix, and the sum within it
+    ends = 2.0 * has_psi if tall else 2.0 * has_phi  # the factor of the other side: before and after
+    inner = 4.0 * has_phi if tall else 4.0 * has_psi  # that of this side: left and right of R and of its root
+    psi, phi = has_psi / psi_interval(interval), has_phi * interval / config.inverse_interval
+    heads = layer.heads * layer.units
+    return [
+        (layer.units * ends, others, b_psi if tall else b_phi, d if tall else m),
+        (heads * inner, side, b_phi if tall else b_psi, side),
+        (heads * 2.0, side, others, side),
+        (heads * float(_ROOT), side, side, side),
+        (layer.units * psi, m, d, b_psi),
+        (layer.units * psi * tall, m, b_phi, d),
+        (layer.units * psi * k_psi * _INVERSE, b_psi, b_psi, b_psi),
+        (layer.units * phi * k_phi * _INVERSE, b_phi, b_phi, b_phi),
+    ]
+
+
+def flops_of_update(layer: Layer, config: LNGDConfig, interval: int = 1) -> float:
+    """Floating point operations of an update of a layer."""
+    return sum(2 * times * n * k * m for times, n, k, m in products(layer, config, interval))
+
+
+def flops_of_call(module: Any, output: Tensor) -> float:
+    """Floating point operations of a call of a linear layer or a convolution, and of its backward pass. Those of
+    grouped convolutions count `GROUPED` times. 0 for another module, an evaluation, and a recomputation, which has no
+    batch of its own."""
+    geometry = geometry_of(module)
+    if geometry is None or not torch.is_grad_enabled() or in_backward():
+        return 0.0
+    passes, slower = 3 if module.weight.requires_grad else 2, GROUPED if geometry.units > 1 else 1
+    return 2.0 * output.numel() * geometry.in_features * passes * slower
+
+
+def interval_for(share: float) -> int:
+    """The steps between two updates of a layer, where one of all layers in each step would cost `share` of forward and
+    backward."""
+    return next((k for k in range(1, MOST_INTERVAL) if share <= MOST_SHARE * k), MOST_INTERVAL)
