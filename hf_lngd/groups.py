@@ -20,6 +20,8 @@ Rate = float | Tensor
 KINDS = ("lngd", "lngd_bias", "embedding", "fallback", "fallback_no_decay")
 # Decay of the running mean square of each row of a layer's direction (Li et al. 2025, NorMuon): betas[1] of the group.
 ROW_DECAY = 0.95
+# What an entry of a user may say.
+ENTRY_KEYS = {"params", "name", "lr", "lr_scale", "weight_decay", "decay_floor", "momentum", "betas", "eps"}
 
 
 def check_lr(lr: Any) -> None:
@@ -95,6 +97,9 @@ def _names_in(entry: dict[str, Any], number: int, routing: Routing) -> list[str]
     """The names of the trained parameters in an entry."""
     if not isinstance(entry, dict) or "params" not in entry:
         raise ValueError(f"param_groups: entry {number}: got {entry!r}, accepted: a dict with the key 'params'")
+    if unknown := sorted(set(entry) - ENTRY_KEYS):
+        accepted = ", ".join(sorted(ENTRY_KEYS))
+        raise ValueError(f"param_groups: entry {number}: got the key {unknown[0]!r}, accepted: {accepted}")
     if "lr" in entry:
         check_lr(entry["lr"])
     decay = entry.get("weight_decay", 0.0)

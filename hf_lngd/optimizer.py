@@ -24,7 +24,7 @@ from .groups import Options, StepOptions, check_lr, make_groups, options_of
 from .linalg import along, squared_norms
 from .parallel.adopt import adopt_shards
 from .parallel.layout import make_layout
-from .routing import LNGD_OWNER, Route, format_rates, format_routes, route, unwrapped
+from .routing import LNGD_OWNER, UNSAVED, Route, format_rates, format_routes, route, unwrapped
 from .topology import Topology
 from .torch_internals import check_not_flat, local, stepping_scaler
 
@@ -139,7 +139,8 @@ class LNGD(torch.optim.Optimizer):
         core.states = self.state  # which a user may have put another in the place of
         self._options.read(self.param_groups)
         if core.capture.armed or all(parameter.grad is None for parameter in self._options):
-            core.capture.warn_of_untrained(self._options)
+            kept = (core.routing.parameters[r.parameter] for r in core.routing.routes if r.reason == UNSAVED)
+            core.capture.warn_of_untrained(chain(self._options, kept))
         core.capture.warn_of_idle()
         if any(layer.weight.grad is not None for layer in core.routing.layers):
             start, in_hooks = time.perf_counter(), core.capture.seconds

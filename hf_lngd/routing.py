@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from .torch_internals import plain_name, uncompiled
 
 LNGD_OWNER, FALLBACK_OWNER, FROZEN_OWNER = "lngd", "fallback", "frozen"
 EXACT_EMBEDDING = "embedding, exact"
+UNSAVED = "left out of checkpoints"
 # A linear layer with so many outputs, so many times more than inputs, is taken for an output layer over a vocabulary.
 VOCABULARY, VOCABULARY_RATIO = 1000, 16
 
@@ -92,7 +93,8 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
     """Assign each parameter of the model, in the order of `model.named_parameters()`.
 
     Names are those from before torch.compile. Tied parameters have one route, under their first name; a weight that is
-    both an embedding and a head is an embedding. Parameters that do not require a gradient are ``frozen``.
+    both an embedding and a head is an embedding. Parameters that do not require a gradient are ``frozen``, as are those
+    that checkpoints of transformers leave out.
 
     Raises:
         ValueError: a parameter that cannot be trained here: complex, float16, not initialized, of sparse gradients.
@@ -103,7 +105,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 homes.setdefault(id(parameter), []).append((name, module, attribute))
-    vocabularies = vocabulary_layers(model)
+    vocabularies, lost = vocabulary_layers(model), set(map(id, unsaved_parameters(model)))
     routing, layer_of = Routing([], [], [], {}, {}), dict[int, Layer]()
     for compiled_name, parameter in model.named_parameters():
         name = plain_name(compiled_name)
@@ -113,6 +115,8 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
         routing.parameters[name], routing.homes[name] = parameter, modules[0][1:]
         _check(name, parameter, modules)
         owner, reason, decays = _decide(name, parameter, homes, config, around, vocabularies)
+        if owner != FROZEN_OWNER and id(parameter) in lost:
+            owner, reason, decays = FROZEN_OWNER, UNSAVED, False
         if reason == EXACT_EMBEDDING:
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
         elif owner == LNGD_OWNER:
@@ -146,6 +150,18 @@ def check_precision(name: str, weight: torch.Tensor) -> None:
             f"{name}: got a weight of torch.float16, whose updates are lost below 6e-8, accepted: torch.float32 (under "
             "torch.autocast and with a GradScaler for fp16) or torch.bfloat16"
         )
+
+
+def unsaved_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Sinusoidal positions, and what else a model of transformers leaves out of its checkpoints.
+
+    `from_pretrained` makes them parameters that want a gradient (transformers 5.23, 5.24): what an optimizer made of
+    them would be lost with every save."""
+    for module in model.modules():
+        if "sinusoidal" in type(module).__name__.lower():
+            yield from module.parameters()
+        left_out = getattr(module, "_keys_to_ignore_on_save", None) or ()
+        yield from (parameter for name, parameter in module.named_parameters() if name in left_out)
 
 
 def vocabulary_layers(model: nn.Module) -> set[nn.Module]:

@@ -85,7 +85,7 @@ def check_origin(config: LNGDConfig, found: Any) -> Mapping[str, Any]:
     differing = [name for name in here if name not in MAY_CHANGE and there.get(name) != here[name]]
     if differing:
         what = "; ".join(f"{name}: checkpoint {there.get(name)!r}, here {here[name]!r}" for name in differing)
-        raise ValueError(f"state_dict: the config differs: {what}")
+        raise ValueError(f"state_dict: the config differs: {what} (only {', '.join(MAY_CHANGE[1:])} may change)")
     return found
 
 

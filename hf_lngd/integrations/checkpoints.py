@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import LNGDConfig
 from ..parallel.ranks import Ranks
+from ..routing import unsaved_parameters
 from ..state import check_origin, check_parameters
 from ..torch_internals import is_fully_sharded, plain_class
 from .usage import UsageError
@@ -45,18 +46,9 @@ def restores_by_name(model: nn.Module, folder: str) -> bool:
 
 
 def freeze_unsaved(model: nn.Module) -> None:
-    """Make constants again of sinusoidal positions, and of what a model of transformers leaves out of its checkpoints.
-
-    `from_pretrained` makes them parameters that want a gradient (transformers 5.23, 5.24): what an optimizer made of
-    them would be lost with every save, and a resumed run go another way.
-    """
-    for module in model.modules():
-        if "sinusoidal" in type(module).__name__.lower():
-            module.requires_grad_(False)
-        left_out = (isinstance(module, PreTrainedModel) and module._keys_to_ignore_on_save) or ()
-        for name, parameter in module.named_parameters() if left_out else ():
-            if name in left_out:
-                parameter.requires_grad_(False)
+    """Make constants again of what checkpoints leave out: a resumed run would go another way."""
+    for parameter in unsaved_parameters(model):
+        parameter.requires_grad_(False)
 
 
 def load_weights(model: Any, folder: str) -> None:

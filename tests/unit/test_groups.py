@@ -59,6 +59,10 @@ def test_entries_make_a_group_for_each_kind_in_them() -> None:
 @pytest.mark.parametrize(
     ("entries", "told"),
     [
+        (
+            [{"params": ".", "rate": 1e-4}],
+            "entry 0: got the key 'rate', accepted: betas, decay_floor, eps, lr, lr_scale, ",
+        ),
         ([{"params": "nothing"}], "entry 0: no trained parameter has a name that 'nothing' matches"),
         ([{"params": "1"}, {"params": ["1.weight"]}], "parameter '1.weight' is in entries 0 and 1, accepted: in one"),
         ([{"params": ["9.weight"]}], "entry 0: got '9.weight', accepted: names or parameters of the model"),

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MarianMTModel
 
 from hf_lngd import LNGD, LNGDConfig
 from hf_lngd.routing import FALLBACK_OWNER, LNGD_OWNER, format_rates, format_routes, route
-from tests.helpers import tiny_marian
+from tests.helpers import marian_batch, tiny_marian
+
+
+def test_what_checkpoints_leave_out_is_not_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`from_pretrained` makes sinusoidal positions want a gradient, and `save_pretrained` leaves them out."""
+    tiny_marian().save_pretrained(tmp_path)
+    model = MarianMTModel.from_pretrained(tmp_path).double()
+    names = [f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")]
+    before = []
+    for name in names:
+        before.append(model.get_parameter(name).requires_grad_().detach().clone())
+    optimizer = LNGD(model, lr=1e-2)
+    assert all(routes(model)[name] == ("frozen", "left out of checkpoints") for name in names)
+    for seed in range(2):
+        model(**marian_batch(seed)).loss.backward()
+        optimizer.step()
+    assert all(torch.equal(model.get_parameter(n), old) for n, old in zip(names, before, strict=True))
+    assert not caplog.records
 
 
 class Zoo(nn.Module):

@@ -41,7 +41,6 @@ LAZY = ("hf_lngd.core", "method_of", "hf_lngd.paper")
 # What is read of torch's and transformers' own outside `torch_internals`.
 FOREIGN = {
     "hf_lngd.capture": "_parameters",
-    "hf_lngd.integrations.checkpoints": "_keys_to_ignore_on_save",
     "hf_lngd.integrations.doctor": "_model_mapping",
     "hf_lngd.integrations.fsdp": "_save",
     "hf_lngd.integrations.stock": "_member_map_ _member_names_ _name_ _sort_order_ _value2member_map_ _value_",
