@@ -144,7 +144,7 @@ class LNGDConfig:
     inverse_interval: int = _option(20, _integer(1), "T_INV, steps between two inverses of the factors.")
     update_interval: int | str = _option("auto", _AUTO,
         "steps between two updates of a layer: layers take turns, and in its turn a layer goes so many times as far. "
-        "Every gradient enters the momentum. auto: the least, up to 4, with which updates are at most a fifth of the "
+        "Every gradient enters the momentum. auto: the least, up to 4, with which updates are at most a third of the "
         "arithmetic of forward and backward, in the mean of the factor steps so far. Above 1 only with "
         "direction=polar, rate=rms or none, and momentum_on=gradient.")
     weight_decay: float | str = _option("auto", _DECAY,

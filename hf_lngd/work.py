@@ -15,7 +15,7 @@ from .torch_internals import in_backward
 
 # update_interval=auto: the arithmetic of updates is at most this share of forward's and backward's, but at most so many
 # steps lie between two of them.
-MOST_SHARE, MOST_INTERVAL = 0.2, 4
+MOST_SHARE, MOST_INTERVAL = 1 / 3, 4
 # How much longer the operations of a grouped convolution take than a matmul's: fitted to the ConvNeXt of
 # `benchmarks.cost.small_batches`.
 GROUPED = 20

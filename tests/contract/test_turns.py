@@ -100,7 +100,7 @@ def test_the_least_interval_that_keeps_the_share() -> None:
 
 
 def test_the_share_is_that_of_the_matmuls() -> None:
-    """Around the number of tokens at which an update of all layers costs a fifth of forward and backward."""
+    """Around the number of tokens at which an update of all layers costs a third of forward and backward."""
     layer = LNGD(seeded(make), lr=1e-3).core.routing.layers[0]
     tokens = flops_of_update(layer, LNGD(seeded(make)).config) / (6 * WIDTH * WIDTH * MOST_SHARE)
     for factor, expected in ((1.05, 1), (0.95, 2)):
