@@ -232,7 +232,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch]]] = {
 }
 
 # A bias of keys changes no attention: its gradient is rounding, which AdamW blows up to steps of full size.
-FROZEN = ("k_proj.bias", "key.bias", "c_attn.bias")
+FROZEN = ("k_proj.bias", "key.bias", "c_attn.bias", "embed_positions.weight")
 
 
 @dataclass(frozen=True)
