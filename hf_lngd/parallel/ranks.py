@@ -139,11 +139,6 @@ class Ranks:
         dist.broadcast_object_list(box, group=self.group, group_src=rank)
         return box[0]
 
-    def barrier(self) -> None:
-        """Wait for all of them."""
-        if self.size > 1:
-            dist.barrier(group=self.group)
-
 
 def _shown(values: Mapping[str, Any], name: str) -> str:
     return repr(values[name]) if name in values else "none"
