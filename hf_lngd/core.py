@@ -21,7 +21,6 @@ from .factors import Bank, FactorSpec, factor_banks
 from .layers import Layer, factor_blocks
 from .linalg import state_dtype
 from .method import Method
-from .norms import Norms
 from .routing import Routing, check_precision
 from .statistics import Statistics, reduce
 from .topology import Topology
@@ -89,13 +88,13 @@ class Core:
     Attributes:
         states: parameter → name → tensor; the optimizer's own mapping.
         in_layers: the parameters of layers; `tables`: embeddings with a rule of their own, by parameter.
-        started: there are factors, so that the next ones can wait for their interval; `inverted`: whiteners, too."""
+        started: there are factors and whiteners, so that the next ones can wait for their interval."""
 
     def __init__(self, model: nn.Module, config: LNGDConfig, routing: Routing, layout: Any, states: States) -> None:
         self.config, self.routing, self.layout, self.states = config, routing, layout, states
         self.method = method_of(config)
         self.capture = self.method.capture(model, routing.layers, config)
-        self.adamw, self.norms = AdamW(), Norms()
+        self.adamw = AdamW()
         self.embeddings = [
             EmbeddingTable(name, routing.parameters[name], modules, config) for name, modules in routing.embeddings
         ]
@@ -103,7 +102,7 @@ class Core:
         self.count = torch.zeros((), dtype=torch.float32, device="cpu")  # steps made, the layers' ``step``
         self.skipped_gradients: Tensor | int = 0
         self.built = Built()
-        self.started = self.inverted = False
+        self.started = False
         self.read_parameters()
 
     @property
@@ -140,7 +139,8 @@ class Core:
             first = layers[group.name]
             specs[group.name] = FactorSpec(first, group.follows, self.method.scale(group, first.m))
         layout.assign(self._costs(topology), group_of)
-        banks = list(self.method.banks([spec for spec in specs.values() if layout.keeps(spec.name)]))
+        kept = [spec for name, spec in specs.items() if layout.owner(name) in (None, layout.ranks.rank)]
+        banks = list(self.method.banks(kept))
         bank_of = {name: bank for bank in banks for name in bank.rows}
 
         def key_of(layer: Layer) -> Any:
@@ -218,9 +218,9 @@ class Core:
         """Take one step's statistics, of this process by group, into the running averages of all (Eq. 4, 5, 14).
         `loss_scale`: what the loss was multiplied by; None: one."""
         capture, names = self.capture, [group.name for group in self.capture.topology.groups]
-        likes = {name: capture.layers[name].like for name in names}
-        found, scalars = reduce(own, names, capture.empty_statistics, likes.__getitem__, capture.scalars(), self.layout)
-        scale = capture.scale(scalars, self.layout.size, loss_scale)
+        every = {n: (own[n] if n in own else capture.empty_statistics(n), capture.layers[n].like) for n in names}
+        found, scalars = reduce(every, capture.scalars(), self.layout)
+        scale = capture.scale(scalars, self.layout.everyone.size, loss_scale)
         seen = {name: one.kept > 0 for name, one in found.items() if isinstance(one.kept, Tensor)}
         fresh = {name: one.factors(scale) for name, one in found.items() if one.sums}
         for bank in self.banks:
@@ -231,15 +231,14 @@ class Core:
         """Derive all whiteners or inverses anew."""
         for bank in self.banks:
             bank.invert()
-            bank.inverted = True
-        self.inverted = True
 
     def arm(self, factors: bool) -> None:
         """Attach the hooks that the coming step needs."""
         everyone = self.layout.everyone
         for table in self.embeddings:
             table.arm(factors)
-        self.capture.arm(factors, Coming(self.steps, everyone.rank, everyone.size, self.built.bank_of))
+        bank_of = self.built.bank_of if self.started else {}
+        self.capture.arm(factors, Coming(self.steps, everyone.rank, everyone.size, bank_of))
 
     def factors(self, name: str) -> dict[str, Tensor]:
         """The factors of a layer, see `LNGD.factors`. A collective where layers have owners."""

@@ -64,12 +64,9 @@ def check_origin(config: LNGDConfig, found: Any) -> Mapping[str, Any]:
         raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote (key 'lngd')")
     if found["version"] != VERSION:
         raise ValueError(f"state_dict: got version {found['version']}, accepted: {VERSION}")
-    missing = sorted(set(_KINDS) - set(found))
-    if missing:
-        raise ValueError(f"state_dict: got a state without {', '.join(missing)}, accepted: a whole one")
     for name, kind in _KINDS.items():
-        if not isinstance(found[name], kind) or isinstance(found[name], bool):
-            raise ValueError(f"state_dict: {name}: got {found[name]!r}, accepted: a {kind.__name__}")
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"state_dict: {name}: got {found.get(name, 'none')!r}, accepted: a {kind.__name__}")
     if found["steps"] < 0:
         raise ValueError(f"state_dict: steps: got {found['steps']!r}, accepted: an integer, at least 0")
     here, there = config.to_dict(), found["config"]
@@ -103,17 +100,24 @@ def _check_tensor(name: str, found: Any, shape: torch.Size) -> None:
         raise ValueError(f"state_dict: {name}: got NaN or infinity, accepted: finite numbers")
 
 
-def _check_others(core: Core, states: ByParameter) -> None:
-    """What is kept of parameters in no layer, and what bfloat16 weights lack."""
-    names = {parameter: name for name, parameter in core.routing.parameters.items()}
+def _others(core: Core, states: ByParameter) -> ByParameter:
+    """What is kept of parameters in no layer, what bfloat16 weights lack, and norms: checked, a copy on the parameter's
+    device, sharded as that is."""
+    names, found = {parameter: name for name, parameter in core.routing.parameters.items()}, ByParameter()
     for parameter, state in states.items():
         name = names.get(parameter, f"an added parameter {list(parameter.shape)}")
-        for key, shape in {"lost": parameter.shape, **dict.fromkeys(NORMS, torch.Size())}.items():
-            if key in state:
-                _check_tensor(f"{name}.{key}", state[key], shape)
-        if parameter not in core.in_layers and set(state) - {"lost", *NORMS}:
-            for key, like in core.new_state(parameter).items():
-                _check_tensor(f"{name}.{key}", state.get(key), like.shape)
+        shapes = {"lost": parameter.shape, **dict.fromkeys(NORMS, torch.Size())}
+        shapes = {key: shape for key, shape in shapes.items() if key in state}
+        if parameter not in core.in_layers and set(state) - set(shapes):
+            shapes |= {key: like.shape for key, like in core.new_state(parameter).items()}
+        own = found[parameter] = {}
+        for key, shape in shapes.items():
+            _check_tensor(f"{name}.{key}", state.get(key), shape)
+            sharded = is_sharded(parameter) and shape == parameter.shape
+            device = "cpu" if key in NORMS else parameter.device
+            value = _share(core, state[key].detach(), sharded).to(device, copy=True)
+            own[key] = core.layout.as_sharded(value, shape) if sharded else value
+    return found
 
 
 def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -> None:
@@ -132,7 +136,7 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
         has_layers = _any(core, any("momentum" in states.get(parameter, ()) for parameter in core.in_layers))
         if known and described is None and not has_layers:
             raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote")
-        _check_others(core, states)
+        others = _others(core, states)
         core.built = Built()
         if has_layers:
             whole = topology or Topology.unshared(known)
@@ -151,16 +155,12 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
             raise
         raise ValueError(f"state_dict: got a damaged state ({type(error).__name__}: {error})") from error
     core.capture.topology = topology or Topology()  # to be found
-    others = {p: _of_others(core, p, state) for p, state in states.items()}
     core.states.clear()
     for parameter, state in others.items():
         core.states[parameter].update(state)
     steps = [state["step"] for state in states.values() if "step" in state]
     core.count.fill_(float(described["steps"] if described else max(steps, default=0)))
-    core.started = core.inverted = _any(core, any(bool((bank.weight > 0).any()) for bank in core.banks))
-    for bank in core.banks:
-        bank.inverted = core.inverted
-    core.norms.forget()
+    core.started = _any(core, any(bool((bank.weight > 0).any()) for bank in core.banks))
     core.bind()
 
 
@@ -178,16 +178,13 @@ def rebuild(core: Core, topology: Topology) -> None:
         value = carried.get(entry.parameter, {}).get(entry.key)
         if value is not None:
             _copy(core, entry, value)
-    for bank in core.banks:
-        bank.inverted = core.inverted
     core.bind()
 
 
 def clear(core: Core) -> None:
     """Start anew, as before the first step; who shares an input is the model's, and stays known."""
     core.built = Built()
-    core.started = core.inverted = False
-    core.norms.forget()
+    core.started = False
     core.count.zero_()
 
 
@@ -202,21 +199,6 @@ def _copy(core: Core, entry: Entry, value: Tensor) -> None:
     share = _share(core, value, entry.group is None and core.layout.shards_rows)
     if entry.value is not None:
         local(entry.value).copy_(share)
-
-
-def _of_others(core: Core, parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of what is kept of a parameter besides its layer's tensors, on its device, sharded as it is."""
-    found = {}
-    for key, value in state.items():
-        if parameter in core.in_layers and key not in ("lost", *NORMS):
-            continue
-        if isinstance(value, Tensor):
-            sharded = is_sharded(parameter) and value.shape == parameter.shape
-            device = "cpu" if key in NORMS else parameter.device
-            own = _share(core, value.detach(), sharded).to(device, copy=True)
-            value = core.layout.as_sharded(own, parameter.shape) if sharded else own
-        found[key] = value
-    return found
 
 
 def memory_usage(core: Core) -> dict[str, int]:

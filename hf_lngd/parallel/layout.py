@@ -50,11 +50,6 @@ class Whole:
         self._owner: dict[str, int] = {}
         self._group_of: Mapping[str, str] = {}
 
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-        return self.everyone.size
-
     def assign(self, costs: Mapping[str, float], group_of: Mapping[str, str]) -> None:
         """Decide which process owns each group of layers, the same on all. `costs`: group → what it keeps and costs,
         roughly; `group_of`: layer → its group."""
@@ -62,10 +57,6 @@ class Whole:
     def owner(self, group: str) -> int | None:
         """The process that owns a group; None: each has it."""
         return self._owner.get(group)
-
-    def keeps(self, group: str) -> bool:
-        """Whether this process owns a group, or each has it."""
-        return self.owner(group) in (None, self.ranks.rank)
 
     def reduce(self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]) -> Sums:
         """Sums over processes of the statistics of the groups named beside them, for those who keep them (None for the
@@ -142,28 +133,18 @@ class Owned(Whole):
     def all_matrices(self, jobs: list[Job], own: list[Tensor | None]) -> list[Tensor]:
         """Matrices [n · units, m, columns] of the layers that each process computes → of all present ones, everywhere:
         one collective for each dtype."""
-        found = [job.batch.members[0].like for job in jobs]
-        shapes = [(y.units, y.m, y.columns) for y in (job.batch.members[0] for job in jobs)]
-        shares, sizes = [self._shares(job) for job in jobs], [math.prod(shape) for shape in shapes]
-        for places in by_dtype(found):
-            most = max(sum(len(shares[i][rank]) * sizes[i] for i in places) for rank in range(self.ranks.size))
+        likes = [job.batch.members[0].like for job in jobs]
+        found = [[like] * len(job.members) for job, like in zip(jobs, likes, strict=True)]
+        for places in by_dtype(likes):
+            every = [(i, j, layer) for i in places for j, layer in enumerate(jobs[i].members)]
+            shares = [[one for one in every if self._owner_of(one[2]) == rank] for rank in range(self.ranks.size)]
+            sizes = [[layer.units * layer.m * layer.columns for *_, layer in share] for share in shares]
             flat = [matrices.reshape(-1) for i in places if (matrices := own[i]) is not None]
-            everyone = self.ranks.all_gather(torch.cat(flat) if flat else found[places[0]], most)
-            starts = [0] * self.ranks.size
-            for i in places:
-                count, (units, *shape) = len(jobs[i].members), shapes[i]
-                whole = everyone.new_empty(count, sizes[i])
-                for rank, share in enumerate(shares[i]):
-                    end = starts[rank] + len(share) * sizes[i]
-                    whole[share] = everyone[rank, starts[rank] : end].view(len(share), sizes[i])
-                    starts[rank] = end
-                found[i] = whole.view(count * units, *shape)
-        return found
-
-    def _shares(self, job: Job) -> list[list[int]]:
-        """Of each process the places of its layers among the present ones."""
-        owners = [self._owner_of(layer) for layer in job.members]
-        return [[place for place, owner in enumerate(owners) if owner == rank] for rank in range(self.ranks.size)]
+            everyone = self.ranks.all_gather(torch.cat(flat) if flat else likes[places[0]], max(map(sum, sizes)))
+            for row, share, counts in zip(everyone, shares, sizes, strict=True):
+                for (i, j, layer), part in zip(share, row[: sum(counts)].split(counts), strict=True):
+                    found[i][j] = part.view(layer.units, layer.m, layer.columns)
+        return [torch.cat(parts) for parts in found]
 
     def _owner_of(self, layer: Layer) -> int:
         return self._owner[self._group_of[layer.name]]
@@ -313,15 +294,6 @@ class Rows(Owned):
 
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(rows, self.mesh, self._placements, run_check=False, shape=shape, stride=stride)
-
-    def shard(self, whole: Tensor) -> Any:
-        """This process's rows of a tensor that is there whole, as a DTensor; a copy."""
-        return self.as_sharded(whole[self.rows(len(whole))].clone(), whole.shape)
-
-    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
-        """A tensor of this shape, sharded by rows."""
-        rows = self.rows(shape[0])
-        return self.as_sharded(torch.empty(rows.stop - rows.start, *shape[1:], dtype=dtype, device=device), shape)
 
     def export(self, value: Tensor | None, group: str, shape: torch.Size, like: Tensor) -> Any:
         """Sharded by rows, as parameters are."""

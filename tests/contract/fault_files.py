@@ -84,7 +84,7 @@ def file_rows() -> None:
             "optimizer.pt: state_dict: the model differs: vit.layernorm.weight: checkpoint none, here [16]",
             lambda f: write(f, lambda s: s["lngd"]["parameters"].pop("vit.layernorm.weight"))),
         "an optimizer.pt of which a part is gone": (
-            "optimizer.pt: state_dict: got a state without topology",
+            "optimizer.pt: state_dict: topology: got 'none', accepted: a list",
             lambda f: write(f, lambda s: s["lngd"].pop("topology"))),
     }  # fmt: skip
     for name, (told, spoil) in rows.items():
