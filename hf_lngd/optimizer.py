@@ -383,8 +383,8 @@ class LNGD(torch.optim.Optimizer):
         return found
 
     def routing_table(self) -> str:
-        """The routing as a printable table, and below it what `lr` means for each owner."""
-        return f"{format_routes(self.routing())}\n\n{format_rates(self.config)}"
+        """The routing as a printable table, and below it what `lr` means in each parameter group."""
+        return f"{format_routes(self.routing())}\n\n{format_rates(self.param_groups)}"
 
     def factors(self, name: str) -> dict[str, Tensor]:
         """The factors of a layer by module name: running averages, start-up bias corrected, undamped.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from .config import DECAY_FLOOR, LAYER_DECAY, OTHER_DECAY, LNGDConfig
+from .config import LNGDConfig
 from .heads import heads_of
 from .layers import Geometry, Layer, geometry_of
 from .torch_internals import plain_name, uncompiled
@@ -104,7 +104,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
             if parameter is not None:
                 homes.setdefault(id(parameter), []).append((name, module, attribute))
     vocabularies = vocabulary_layers(model)
-    routing, layer_of = Routing([], [], [], {}, {}), dict[int, Layer]()
+    routing, layer_of, biases = Routing([], [], [], {}, {}), dict[nn.Module, Layer](), dict[str, nn.Module]()
     for compiled_name, parameter in model.named_parameters():
         name = plain_name(compiled_name)
         # peft's MultiheadAttention makes its frozen weights anew whenever its modules are listed
@@ -115,11 +115,17 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
         owner, reason, decays = _decide(name, parameter, homes, config, around, vocabularies)
         if reason == EXACT_EMBEDDING:
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
+        elif owner == LNGD_OWNER and decays:
+            layer = _layer(name, parameter, modules, around)
+            routing.layers.append(layer)
+            layer_of |= {module: layer for _, module, _ in modules}
+            reason += f", {layer.heads} heads" if layer.heads > 1 and config.direction == "polar" else ""
         elif owner == LNGD_OWNER:
-            layer = _place(name, parameter, modules, layer_of, routing, around)
-            reason += f", {layer.heads} heads" if layer.heads > 1 and decays and config.direction == "polar" else ""
+            biases[name] = modules[0][1]
         shape = tuple(parameter.shape)
         routing.routes.append(Route(name, owner, modules[0][0], reason, shape, parameter.numel(), decays))
+    for name, module in biases.items():  # which may come before their weights
+        layer_of[module].bias_name, layer_of[module].bias = name, routing.parameters[name]
     return routing
 
 
@@ -221,28 +227,13 @@ def _inside_attention(module: nn.Module) -> bool:
     return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 
-def _place(
-    name: str, parameter: nn.Parameter, modules: Homes, layer_of: dict[int, Layer], routing: Routing,
-    around: Mapping[str, nn.Module],
-) -> Layer:  # fmt: skip
-    """The layer of a parameter; made where this is the first of its module."""
-    module_name, module, attribute = modules[0]
-    layer = layer_of.get(id(module))
-    if layer is None:
-        geometry = geometry_of(module)
-        assert geometry is not None
-        layer = layer_of[id(module)] = Layer(module_name, geometry, name, parameter)  # weight or bias may come first
-        if geometry.window is None:
-            layer.heads = heads_of(module_name, geometry.out_features, around)
-        routing.layers.append(layer)
-    if attribute == "weight":
-        layer.weight_name, layer.weight = name, parameter
-        layer.modules = [(n, m) for n, m, _ in modules]
-        for _, m, _ in modules:
-            layer_of[id(m)] = layer
-    else:
-        layer.bias_name, layer.bias = name, parameter
-    return layer
+def _layer(name: str, weight: nn.Parameter, modules: Homes, around: Mapping[str, nn.Module]) -> Layer:
+    """The layer of a weight, without a bias."""
+    module_name, module, _ = modules[0]
+    geometry = geometry_of(module)
+    assert geometry is not None
+    heads = heads_of(module_name, geometry.out_features, around) if geometry.window is None else 1
+    return Layer(module_name, geometry, name, weight, modules=[(n, m) for n, m, _ in modules], heads=heads)
 
 
 # PEFT's adapters. LoRA's A and B are linear layers, called like any other, and need nothing of this. Told by the
@@ -310,14 +301,11 @@ def format_routes(routes: list[Route]) -> str:
     return "\n".join(lines)
 
 
-def format_rates(config: LNGDConfig) -> str:
-    """What a rate `lr` means for each owner, and the weight decays: two short sentences."""
-    own = others = config.weight_decay
-    fades = ""
-    if own == "auto":
-        own, others = LAYER_DECAY, OTHER_DECAY
-        fades = f" (none below {DECAY_FLOOR:g} of their first norm)"
-    return (
-        f"Rate of LNGD's layers: lr, weight decay {own:g}{fades}. Of all other parameters: "
-        f"{config.fallback_lr_scale:g} × lr, weight decay {others:g}; none on norms and biases."
-    )
+def format_rates(groups: Iterable[Mapping[str, Any]]) -> str:
+    """What a rate `lr` means in each parameter group, and the weight decays."""
+    said = []
+    for group in groups:
+        floor = f" (none below {group['decay_floor']:g} of the first norm)" if group["decay_floor"] else ""
+        decay = f"weight decay {group['weight_decay']:g}{floor}" if group["weight_decay"] else "no weight decay"
+        said.append(f"{group['name']} {group['lr_scale']:g} × lr, {decay}")
+    return f"Rates: {'; '.join(said)}."

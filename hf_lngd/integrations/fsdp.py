@@ -43,7 +43,8 @@ def save_weights(trainer: Any, folder: str | Path) -> None:
         return
     parts = Path(folder) / f"{SHARDED}0"
     parts.mkdir(parents=True, exist_ok=True)
-    write_tensors(parts, untied(get_model_state_dict(trainer.model, options=_options(trainer.model))))
+    weights = get_model_state_dict(trainer.model, options=_options(trainer.model))
+    write_tensors(parts, untied(trainer.model, weights))
 
 
 def _options(model: nn.Module) -> StateDictOptions:
@@ -83,7 +84,7 @@ def load_weights(model: nn.Module, folder: str | Path, under_fsdp: bool, crossin
     if parts.is_dir() and (under_fsdp or crossing):
         options = _options(model)
         state: dict[str, Any] = get_model_state_dict(model, options=options)
-        weights = {name: torch.empty_like(value) for name, value in untied(state).items()}
+        weights = {name: torch.empty_like(value) for name, value in untied(model, state).items()}
         read_tensors(parts, weights)
         set_model_state_dict(model, {**state, **weights}, options=options)
     elif not parts.is_dir() and whole and (crossing or not under_fsdp):

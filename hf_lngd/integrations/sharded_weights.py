@@ -8,25 +8,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, load, save
 
 from ..parallel.ranks import is_distributed
-from ..torch_internals import local
+from ..torch_internals import plain_name
 
 
-def untied(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a model's state dict, each once: of names that are tied the first one."""
-    seen: set[Any] = set()
-    found = {}
-    for name, value in weights.items():
-        if isinstance(value, Tensor):
-            here = local(value)
-            memory = (here.data_ptr(), here.shape, here.stride()) if here.numel() else name
-            if memory not in seen:
-                seen.add(memory)
-                found[name] = value
-    return found
+def untied(model: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's state dict with each tensor once: of parameters that are tied under the first name."""
+    once, every = ({plain_name(name) for name, _ in model.named_parameters(remove_duplicate=d)} for d in (True, False))
+    return {name: value for name, value in weights.items() if name in once or name not in every}
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Any]) -> None:

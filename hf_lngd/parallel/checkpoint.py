@@ -5,6 +5,7 @@ process. Nothing in it can be run. What is too large for the first rank's memory
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ FILE = "lngd.pt"
 
 
 def save_checkpoint(folder: str | Path, model: Any, optimizer: Any) -> None:
-    """Write a model's weights and LNGD's state into a folder. Every rank has to call it; the first one writes.
+    """Write a model's weights and LNGD's state into a folder that all ranks see. Each has to call it; the first writes.
 
     What was saved there before stays until the new one is whole, whenever a process dies."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -36,16 +37,23 @@ def save_checkpoint(folder: str | Path, model: Any, optimizer: Any) -> None:
 def whole_state(optimizer: Any) -> dict[str, Any]:
     """The state dict with whole tensors on the CPU of the first rank; every rank has to call it."""
     state, first = optimizer.state_dict(), optimizer.core.layout.everyone.rank == 0
-    state["state"] = {number: whole_tensors(own, first) for number, own in state["state"].items()}
+    tensors = {(number, key): value for number, own in state["state"].items() for key, value in own.items()}
+    state["state"] = {number: {} for number in state["state"]}
+    for (number, key), value in whole_tensors(tensors, first).items():
+        state["state"][number][key] = value
     return state
 
 
-def whole_tensors(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """These tensors, gathered one by one, on the CPU where they are kept; elsewhere None."""
-    found = {}
+def whole_tensors(tensors: Mapping[Any, Any], keep: bool) -> dict[Any, Any]:
+    """These tensors, gathered one by one, on the CPU where they are kept; elsewhere None. One that is there under
+    several names stays one."""
+    found, known = {}, dict[int, Any]()
     for name in sorted(tensors):  # in an order that is the same on every rank
-        value = tensors[name].full_tensor() if is_sharded(tensors[name]) else tensors[name]
-        found[name] = value.cpu() if keep else None
+        value = tensors[name]
+        if id(value) not in known:
+            whole = value.full_tensor() if is_sharded(value) else value
+            known[id(value)] = whole.cpu() if keep else None
+        found[name] = known[id(value)]
     return found
 
 
