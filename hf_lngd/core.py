@@ -139,7 +139,7 @@ class Core:
             first = layers[group.name]
             specs[group.name] = FactorSpec(first, group.follows, self.method.scale(group, first.m))
         layout.assign(self._costs(topology), group_of)
-        kept = [spec for name, spec in specs.items() if layout.owner(name) in (None, layout.ranks.rank)]
+        kept = [spec for name, spec in specs.items() if layout.owners.get(name) in (None, layout.ranks.rank)]
         banks = list(self.method.banks(kept))
         bank_of = {name: bank for bank in banks for name in bank.rows}
 
@@ -251,7 +251,7 @@ class Core:
             own = {key: value[batch.own(layer)] for key, value in batch.state.items()}
             found = self.method.direction.factors(layer, bank, rows, own)
             found = {key: value if layer.units > 1 else value[0].clone() for key, value in found.items()}
-        owner = self.layout.owner(group)
+        owner = self.layout.owners.get(group)
         if owner is not None:
             cpu = {key: value.cpu() for key, value in found.items()}
             found = self.layout.ranks.broadcast_value(cpu, owner)
