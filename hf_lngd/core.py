@@ -225,12 +225,12 @@ class Core:
         fresh = {name: one.factors(scale) for name, one in found.items() if one.sums}
         for bank in self.banks:
             bank.update(fresh, seen)
-        self.started = True
 
     def invert(self) -> None:
         """Derive all whiteners or inverses anew."""
         for bank in self.banks:
             bank.invert()
+        self.started = True
 
     def arm(self, factors: bool) -> None:
         """Attach the hooks that the coming step needs."""

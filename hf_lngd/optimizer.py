@@ -167,7 +167,7 @@ class LNGD(torch.optim.Optimizer):
         elif core.batches and not core.layout.shards_rows and core.was_moved():  # model.to(…) in mid-training
             state.rebuild(core, core.built.topology)
         capture.check_gradients()
-        first = not core.started
+        first = False
         if capture.armed:
             statistics = capture.finish(core.layout.everyone.all_gather_value)
             capture.check()
@@ -175,10 +175,11 @@ class LNGD(torch.optim.Optimizer):
                 state.rebuild(core, capture.topology)
             if capture.topology.groups:
                 core.update_factors(statistics, self._loss_scale)
+                first = not core.started
         if not core.batches:  # nothing was seen: each layer by itself, with the identity for its factor
             known = capture.topology if capture.topology.frozen else None
             state.rebuild(core, known or Topology.unshared([layer.name for layer in core.routing.layers]))
-        if core.started and (first or core.steps % self.config.inverse_interval == 0):
+        if first or (core.started and core.steps % self.config.inverse_interval == 0):
             core.invert()
 
     def _step_layers(self) -> None:

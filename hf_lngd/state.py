@@ -87,9 +87,8 @@ def check_parameters(here: Mapping[str, list[int]], found: Mapping[str, Any]) ->
         raise ValueError(f"state_dict: the model differs: {'; '.join(differing[:5])}{more}")
 
 
-def _check_tensor(name: str, found: Any, shape: torch.Size) -> None:
-    """Raise ValueError unless this is a tensor of finite numbers in this shape: a damaged state must not be loaded by
-    half."""
+def _checked(name: str, found: Any, shape: torch.Size) -> Tensor:
+    """A tensor of finite numbers in this shape; else raise ValueError: a damaged state must not be loaded by half."""
     if not isinstance(found, Tensor) or found.shape != shape:
         what = list(found.shape) if isinstance(found, Tensor) else "none"
         raise ValueError(f"state_dict: {name}: got {what}, accepted: a tensor {list(shape)}")
@@ -98,6 +97,7 @@ def _check_tensor(name: str, found: Any, shape: torch.Size) -> None:
     may_be_nan = name.endswith("condition")  # which EKFAC's bank cannot know
     if not may_be_nan and not bool(torch.isfinite(local(found)).all()):
         raise ValueError(f"state_dict: {name}: got NaN or infinity, accepted: finite numbers")
+    return found
 
 
 def _others(core: Core, states: ByParameter) -> ByParameter:
@@ -112,10 +112,10 @@ def _others(core: Core, states: ByParameter) -> ByParameter:
             shapes |= {key: like.shape for key, like in core.new_state(parameter).items()}
         own = found[parameter] = {}
         for key, shape in shapes.items():
-            _check_tensor(f"{name}.{key}", state.get(key), shape)
+            value = _checked(f"{name}.{key}", state.get(key), shape)
             sharded = is_sharded(parameter) and shape == parameter.shape
             device = "cpu" if key in NORMS else parameter.device
-            value = _share(core, state[key].detach(), sharded).to(device, copy=True)
+            value = _share(core, value.detach(), sharded).to(device, copy=True)
             own[key] = core.layout.as_sharded(value, shape) if sharded else value
     return found
 
@@ -143,12 +143,10 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
             if unknown := sorted(set(whole.of_layer) ^ set(known)):
                 raise ValueError(f"state_dict: the layers differ: {', '.join(unknown[:5])}")
             core.build(whole)
-            here = [e for e in core.built.entries if e.value is not None or core.layout.shards_rows]
-            for entry in here:
-                value = states.get(entry.parameter, {}).get(entry.key)
-                _check_tensor(f"{entry.layer}.{entry.key}", value, entry.shape)
-            for entry in here:
-                _copy(core, entry, states[entry.parameter][entry.key])
+            for entry in core.built.entries:
+                if entry.value is not None or core.layout.shards_rows:
+                    value = states.get(entry.parameter, {}).get(entry.key)
+                    _copy(core, entry, _checked(f"{entry.layer}.{entry.key}", value, entry.shape))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         core.restore(before)
         if isinstance(error, ValueError):
