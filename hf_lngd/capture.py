@@ -403,11 +403,8 @@ class Capture(Collector):
                 continue
             source, follows = self.masks.of(call.layer, call.a, call.output), self.follows(call)
             alone = bool(follows) or not self.shares
-            group = (
-                None
-                if alone
-                else next((g for a, g in shared if same_tensor(a, call.a) and self._compatible(call.layer, g)), None)
-            )
+            others = [] if alone else [g for a, g in shared if same_tensor(a, call.a)]
+            group = next((g for g in others if self._compatible(call.layer, g)), None)
             if group is None:
                 group = Group([], follows, source)
                 shared += [] if alone else [(call.a, group)]

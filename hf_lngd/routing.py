@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
             if parameter is not None:
                 homes.setdefault(id(parameter), []).append((name, module, attribute))
     vocabularies = vocabulary_layers(model)
-    routing, layer_of, biases = Routing([], [], [], {}, {}), dict[nn.Module, Layer](), dict[str, nn.Module]()
+    routing, layer_of, biases = Routing([], [], [], {}, {}), dict[nn.Module, Layer](), list[tuple[int, nn.Module]]()
     for compiled_name, parameter in model.named_parameters():
         name = plain_name(compiled_name)
         # peft's MultiheadAttention makes its frozen weights anew whenever its modules are listed
@@ -112,20 +112,23 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
         modules = homes.setdefault(id(parameter), [(module_name, around[module_name], attribute)])
         routing.parameters[name], routing.homes[name] = parameter, modules[0][1:]
         _check(name, parameter, modules)
-        owner, reason, decays = _decide(name, parameter, homes, config, around, vocabularies)
+        owner, reason, decays = _decide(name, parameter, modules, config, around, vocabularies)
         if reason == EXACT_EMBEDDING:
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
-        elif owner == LNGD_OWNER and decays:
+        elif owner == LNGD_OWNER:
             layer = _layer(name, parameter, modules, around)
             routing.layers.append(layer)
             layer_of |= {module: layer for _, module, _ in modules}
             reason += f", {layer.heads} heads" if layer.heads > 1 and config.direction == "polar" else ""
-        elif owner == LNGD_OWNER:
-            biases[name] = modules[0][1]
+        elif reason == "bias" and config.bias == "factor" and len(modules) == 1:
+            biases.append((len(routing.routes), modules[0][1]))
         shape = tuple(parameter.shape)
         routing.routes.append(Route(name, owner, modules[0][0], reason, shape, parameter.numel(), decays))
-    for name, module in biases.items():  # which may come before their weights
-        layer_of[module].bias_name, layer_of[module].bias = name, routing.parameters[name]
+    for number, module in biases:  # which may come before their weights
+        known, own = layer_of.get(module), routing.routes[number]
+        if known is not None and len(known.modules) == 1:  # a weight that several share has no one bias
+            known.bias_name, known.bias = own.parameter, routing.parameters[own.parameter]
+            routing.routes[number] = replace(own, owner=LNGD_OWNER, reason="bias in the factor")
     return routing
 
 
@@ -169,13 +172,12 @@ def vocabulary_layers(model: nn.Module) -> set[nn.Module]:
 
 
 def _decide(
-    name: str, parameter: nn.Parameter, homes: dict[int, Homes], config: LNGDConfig, around: Mapping[str, nn.Module],
+    name: str, parameter: nn.Parameter, modules: Homes, config: LNGDConfig, around: Mapping[str, nn.Module],
     vocabularies: Collection[nn.Module],
 ) -> tuple[str, str, bool]:  # fmt: skip
-    """(owner, reason, weight decay)."""
+    """(owner, reason, weight decay); a bias is taken for one outside its layer's factor."""
     if not parameter.requires_grad:
         return FROZEN_OWNER, "frozen", False
-    modules = homes[id(parameter)]
     module_name, module, attribute = modules[0]
     plain = parameter.dim() < 2
     if any("norm" in type(m).__name__.lower() for _, m, _ in modules):
@@ -196,16 +198,8 @@ def _decide(
         return FALLBACK_OWNER, "output layer over a vocabulary", True
     geometries = {None if _inside_attention(m) else geometry_of(m) for _, m, _ in modules}
     geometry = geometries.pop() if len(geometries) == 1 else None
-    if geometry is not None:
-        if attribute == "weight":
-            return LNGD_OWNER, _kind(geometry), True
-        if attribute == "bias" and config.bias == "factor" and len(modules) == 1:
-            # a weight that several modules share, or an embedding's, has no one bias for its last column
-            weight, weight_name = module._parameters["weight"], f"{module_name}.weight".removeprefix(".")
-            if weight is not None and len(homes[id(weight)]) == 1:
-                its_owner, its_reason, _ = _decide(weight_name, weight, homes, config, around, vocabularies)
-                if (its_owner, its_reason) == (LNGD_OWNER, _kind(geometry)):
-                    return LNGD_OWNER, "bias in the factor", False
+    if geometry is not None and attribute == "weight":
+        return LNGD_OWNER, _kind(geometry), True
     if attribute == "bias" or plain:
         return FALLBACK_OWNER, "bias" if attribute == "bias" else "vector", False
     if "position" in name.lower():
