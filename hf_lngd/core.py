@@ -186,12 +186,6 @@ class Core:
         """Steps made."""
         return int(self.count)
 
-    def restore(self, built: Built) -> None:
-        """Go back to banks and batches that :meth:`build` has replaced."""
-        self.built = built
-        if built.batches:
-            self.layout.assign(self._costs(built.topology), built.group_of)
-
     def bind(self) -> None:
         """Put this process's tensors of the layers into `states`, as views."""
         for entry in self.built.entries:

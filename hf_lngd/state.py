@@ -129,7 +129,7 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
 
     Raises:
         ValueError: a tensor is missing, has another shape, or is not finite; names it."""
-    before = core.built
+    before = core.built, core.layout.owners
     known = [layer.name for layer in core.routing.layers]
     try:
         topology = Topology.from_state(described["topology"]) if described and described["topology"] else None
@@ -148,7 +148,7 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
                     value = states.get(entry.parameter, {}).get(entry.key)
                     _copy(core, entry, _checked(f"{entry.layer}.{entry.key}", value, entry.shape))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        core.restore(before)
+        core.built, core.layout.owners = before
         if isinstance(error, ValueError):
             raise
         raise ValueError(f"state_dict: got a damaged state ({type(error).__name__}: {error})") from error
