@@ -20,34 +20,28 @@ ParameterState = MutableMapping[str, Any]  # what a parameter has, by name
 States = MutableMapping[Any, ParameterState]
 
 
-class Rounding:
-    """Writes float32 values into bfloat16 weights, whose numbers lie 0.4 to 0.8 % apart: what rounding takes off a
-    weight is kept in its state under ``lost`` in bfloat16, in its shape, and comes back at its next change (Kahan), see
-    `rest_of`. Weights of float32 or float64 are left as they are."""
+@contextmanager
+def full_precision(weights: Sequence[Tensor], states: States) -> Iterator[list[Tensor]]:
+    """The weights to work on in place: themselves, or in bfloat16's place float32, rounded when the block ends. Of
+    sharded ones what this rank holds. If it raises, weights of bfloat16 stay as they were.
 
-    def __init__(self, states: States) -> None:
-        self._states = states
-
-    @contextmanager
-    def full(self, weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """The weights to work on in place: themselves, or in bfloat16's place float32, rounded when the block ends. Of
-        sharded ones what this rank holds. If it raises, weights of bfloat16 stay as they were."""
-        whole = [self._open(weight) for weight in weights]
-        yield whole
-        for weight, value in zip(weights, whole, strict=True):
-            if weight.dtype == torch.bfloat16:
-                here = local(weight)
-                here.copy_(value)
-                local(self._states[weight]["lost"]).copy_(value.sub_(here))
-
-    def _open(self, weight: Tensor) -> Tensor:
+    Numbers in bfloat16 lie 0.4 to 0.8 % apart: what rounding takes off a weight is kept in its state under ``lost`` in
+    bfloat16, in its shape, and comes back at its next change (Kahan), see `rest_of`."""
+    whole = []
+    for weight in weights:
         here = local(weight.detach())
-        if weight.dtype != torch.bfloat16:
-            return here
-        state = self._states[weight]
-        if "lost" not in state:
-            state["lost"] = torch.zeros_like(weight.detach())
-        return here.float().add_(rest_of(here, local(state["lost"])))
+        if weight.dtype == torch.bfloat16:
+            state = states[weight]
+            if "lost" not in state:
+                state["lost"] = torch.zeros_like(weight.detach())
+            here = here.float().add_(rest_of(here, local(state["lost"])))
+        whole.append(here)
+    yield whole
+    for weight, value in zip(weights, whole, strict=True):
+        if weight.dtype == torch.bfloat16:
+            here = local(weight)
+            here.copy_(value)
+            local(states[weight]["lost"]).copy_(value.sub_(here))
 
 
 def rest_of(weight: Tensor, lost: Tensor) -> Tensor:
@@ -100,7 +94,7 @@ class AdamW:
         (squares,) = layout.complete([squared_norms(gradients)])
         bad = (~(squares < torch.inf)).any().long()
         self.skipped = self.skipped + bad
-        with Rounding(states).full(parameters) as whole:
+        with full_precision(parameters, states) as whole:
             gradients = [
                 g.to(w.dtype) if g.stride() == w.stride() else torch.empty_like(w).copy_(g)
                 for g, w in zip(gradients, whole, strict=True)
@@ -231,5 +225,5 @@ class EmbeddingTable(Collector):
         scale = (scale * options.lr).unsqueeze(-1)
         if c.momentum_on == "update":
             grad, scale = momentum.mul_(options.momentum).addcmul_(grad, scale), torch.ones_like(scale)
-        with Rounding(states).full([self.weight]) as (whole,):
+        with full_precision([self.weight], states) as (whole,):
             whole.mul_(1 - options.lr * options.weight_decay).addcmul_(grad, scale, value=-1)

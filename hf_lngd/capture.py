@@ -41,7 +41,7 @@ IDLE_STEPS = 20
 @dataclass(frozen=True)
 class Coming:
     """The step that hooks are attached for: steps made before it; this process's number among those that train the
-    model, and how many they are; group → the bank of its factor."""
+    model, and how many they are; group → the bank of its factor, once something was derived from it."""
 
     step: int = 0
     rank: int = 0
@@ -252,11 +252,6 @@ class Capture(Collector):
             loss_scale: what the loss was multiplied by (a gradient scaler's); None: one."""
         return None
 
-    def only_zeros(self) -> bool:
-        """Whether all gradients are zero: a step that makes the state, as torch.distributed.checkpoint makes one. Waits
-        for the device, so it is asked only where a step would raise or warn."""
-        return not any(bool(y.weight.grad.any()) for y in self.layers.values() if y.weight.grad is not None)
-
     def check_gradients(self) -> None:
         """Raise RuntimeError if a step lacks what it needs of every one."""
 
@@ -276,7 +271,7 @@ class Capture(Collector):
         )
 
     def _reset_forward(self) -> None:
-        self._inside, self._gathered, self._depth = False, False, 0
+        self._inside, self._gathered = 0, False
         self._pass = Pass()
         self.masks.begin(BatchMasks({}))
         self._last_input: dict[int, tuple[weakref.ref[Tensor], Sums]] = {}
@@ -294,15 +289,15 @@ class Capture(Collector):
             return
         if not torch.is_grad_enabled() or not self._may_count():
             return
-        if self._inside and internals.calls_under_way(model) > 1:  # a model that calls itself
-            self._depth += 1
+        calls = internals.calls_under_way(model)
+        if self._inside and calls > self._inside:  # a model that calls itself
             return
         if self._inside:  # an interrupt ended the last forward, and no hook saw it
             self.forward_ends(finished=False)
         self.flush()  # of parts of the model that were called by themselves
         batch, self._next_batch = self._next_batch, None
         self._reset_forward()
-        self._inside = True
+        self._inside = calls
         self._gathered = internals.is_fully_sharded(model)
         masks = BatchMasks({**bind_batch(model, args, kwargs), **(batch or {})}, getattr(model, "config", None))
         self.masks.begin(masks)
@@ -312,18 +307,17 @@ class Capture(Collector):
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if model is not self._model() or not self._inside or not torch.is_grad_enabled():
             return
-        if self._depth:
-            self._depth -= 1
+        if internals.calls_under_way(model) > self._inside:
             return
         self.forward_ends(output is not None or sys.exc_info()[0] is None)
         self.flush()
-        self._inside = False
+        self._inside = 0
 
     def is_collecting(self) -> bool:
         """Whether a module that is called now may count."""
         if not self._may_count():
             return False
-        return torch.is_grad_enabled() or (self._inside and internals.reentrant_segment() is not None)
+        return torch.is_grad_enabled() or (self._inside > 0 and internals.reentrant_segment() is not None)
 
     def _may_count(self) -> bool:
         strange = internals.in_transform() or torch.jit.is_tracing() or internals.in_discarded_recomputation()
@@ -370,8 +364,9 @@ class Capture(Collector):
             self.taken(expected, gradient.view(shape))
             self.seconds += time.perf_counter() - start
 
-        shape = output.shape
-        self.follow(output, self.live_weight(expected.layer), take)
+        layer, shape = expected.layer, output.shape
+        # what the forward pass works with: FSDP2 puts whole weights there
+        self.follow(output, layer.module.weight if self._gathered else layer.weight, take)
 
     def taken(self, expected: Expected, gradient: Tensor) -> None:
         """A call's gradient has come: it counts, once a step, and so does its forward pass."""
@@ -394,10 +389,6 @@ class Capture(Collector):
         if name not in self.statistics:
             self.statistics[name] = self.empty_statistics(name)
         return self.statistics[name]
-
-    def live_weight(self, layer: Layer) -> Tensor:
-        """The weight that a forward pass which is under way works with: FSDP2 puts the whole one there."""
-        return layer.module.weight if self._gathered else layer.weight
 
     def layer_called(self, call: Call) -> None:
         """Sum a call of a layer, or hold it until the forward pass is over if its group is not known yet."""
@@ -427,11 +418,8 @@ class Capture(Collector):
                 continue
             source, follows = self.masks.of(call.layer, call.a, call.output), self.follows(call)
             alone = bool(follows) or not self.shares
-            group = (
-                None
-                if alone
-                else next((g for a, g in shared if same_tensor(a, call.a) and self._compatible(call.layer, g)), None)
-            )
+            others = [] if alone else [g for a, g in shared if same_tensor(a, call.a)]
+            group = next((g for g in others if self._compatible(call.layer, g)), None)
             if group is None:
                 group = Group([], follows, source)
                 shared += [] if alone else [(call.a, group)]

@@ -265,15 +265,6 @@ class LNGDFields(TypedDict, total=False):
     seed: int
 
 
-def _preset(cls: type[LNGDConfig], name: str, **fields: Any) -> LNGDConfig:
-    """The preset of this name, with `fields` changed. Raises ValueError for an unknown one."""
-    return cls(preset=name, **fields)
-
-
-# A field of an instance and a constructor of the class: a classmethod is no data descriptor, an attribute hides it.
-LNGDConfig.preset = classmethod(_preset)  # type: ignore[assignment]
-
-
 def other_fishers(config: LNGDConfig) -> str:
     """The other values of `fisher` that these options accept, for an error."""
     accepted = FISHERS if config.family == "lngd" else _OTHER_FAMILIES["fisher"]

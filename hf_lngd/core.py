@@ -21,7 +21,6 @@ from .factors import Bank, FactorSpec, factor_banks
 from .layers import Layer, factor_blocks
 from .linalg import state_dtype
 from .method import Method
-from .norms import Norms
 from .routing import Routing, check_precision
 from .statistics import Statistics, reduce
 from .topology import Topology
@@ -93,13 +92,13 @@ class Core:
         turns: of the state: the interval that was decided, operations of forward and backward in the factor steps
             since training began, their number; zeros: none yet.
         interval: steps between two updates of a layer.
-        started: there are factors, so that the next ones can wait for their interval; `inverted`: whiteners, too."""
+        started: there are factors and whiteners, so that the next ones can wait for their interval."""
 
     def __init__(self, model: nn.Module, config: LNGDConfig, routing: Routing, layout: Any, states: States) -> None:
         self.config, self.routing, self.layout, self.states = config, routing, layout, states
         self.method = method_of(config)
         self.capture = self.method.capture(model, routing.layers, config)
-        self.adamw, self.norms = AdamW(), Norms()
+        self.adamw = AdamW()
         self.embeddings = [
             EmbeddingTable(name, routing.parameters[name], modules, config) for name, modules in routing.embeddings
         ]
@@ -109,7 +108,7 @@ class Core:
         self.set_turns(self.turns)
         self.skipped_gradients: Tensor | int = 0
         self.built = Built()
-        self.started = self.inverted = False
+        self.started = False
         self.read_parameters()
 
     @property
@@ -147,7 +146,8 @@ class Core:
             specs[group.name] = FactorSpec(first, group.follows, self.method.scale(group, first.m))
         turn_of = self._turns()
         layout.assign(self._costs(topology, turn_of), group_of)
-        banks = list(self.method.banks([spec for spec in specs.values() if layout.keeps(spec.name)]))
+        kept = [spec for name, spec in specs.items() if layout.owners.get(name) in (None, layout.ranks.rank)]
+        banks = list(self.method.banks(kept))
         bank_of = {name: bank for bank in banks for name in bank.rows}
 
         def key_of(layer: Layer) -> Any:
@@ -218,12 +218,6 @@ class Core:
             self.set_turns(torch.tensor([interval_for(updates * steps / total), total, steps]))
         return self.interval != before
 
-    def restore(self, built: Built) -> None:
-        """Go back to banks and batches that :meth:`build` has replaced."""
-        self.built = built
-        if built.batches:
-            self.layout.assign(self._costs(built.topology, self._turns()), built.group_of)
-
     def bind(self) -> None:
         """Put this process's tensors of the layers into `states`, as views."""
         for entry in self.built.entries:
@@ -251,30 +245,28 @@ class Core:
         """Take one step's statistics, of this process by group, into the running averages of all (Eq. 4, 5, 14); do the
         layers take other turns now? `loss_scale`: what the loss was multiplied by; None: one."""
         capture, names = self.capture, [group.name for group in self.capture.topology.groups]
-        likes = {name: capture.layers[name].like for name in names}
-        numbers: list[Tensor | float] = [capture.flops, *capture.scalars()]
-        found, (flops, *scalars) = reduce(own, names, capture.empty_statistics, likes.__getitem__, numbers, self.layout)
-        scale = capture.scale(scalars, self.layout.size, loss_scale)
+        every = {n: (own[n] if n in own else capture.empty_statistics(n), capture.layers[n].like) for n in names}
+        found, (flops, *scalars) = reduce(every, [capture.flops, *capture.scalars()], self.layout)
+        scale = capture.scale(scalars, self.layout.everyone.size, loss_scale)
         seen = {name: one.kept > 0 for name, one in found.items() if isinstance(one.kept, Tensor)}
         fresh = {name: one.factors(scale) for name, one in found.items() if one.sums}
         for bank in self.banks:
             bank.update(fresh, seen)
-        self.started = True
         return self._decide_interval(flops)
 
     def invert(self) -> None:
         """Derive all whiteners or inverses anew."""
         for bank in self.banks:
             bank.invert()
-            bank.inverted = True
-        self.inverted = True
+        self.started = True
 
     def arm(self, factors: bool) -> None:
         """Attach the hooks that the coming step needs."""
         everyone = self.layout.everyone
         for table in self.embeddings:
             table.arm(factors)
-        self.capture.arm(factors, Coming(self.steps, everyone.rank, everyone.size, self.built.bank_of))
+        bank_of = self.built.bank_of if self.started else {}
+        self.capture.arm(factors, Coming(self.steps, everyone.rank, everyone.size, bank_of))
 
     def factors(self, name: str) -> dict[str, Tensor]:
         """The factors of a layer, see `LNGD.factors`. A collective where layers have owners."""
@@ -287,7 +279,7 @@ class Core:
             own = {key: value[batch.own(layer)] for key, value in batch.state.items()}
             found = self.method.direction.factors(layer, bank, rows, own)
             found = {key: value if layer.units > 1 else value[0].clone() for key, value in found.items()}
-        owner = self.layout.owner(group)
+        owner = self.layout.owners.get(group)
         if owner is not None:
             cpu = {key: value.cpu() for key, value in found.items()}
             found = self.layout.ranks.broadcast_value(cpu, owner)

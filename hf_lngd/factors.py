@@ -39,8 +39,7 @@ class Bank:
         rows: group → its rows.
         weight: [rows], of the averages, see `linalg.running_average`.
         damping, condition: [rows], λ and the condition estimate of what was inverted last.
-        failures, skipped: inverses that failed, factors that were not finite; counts.
-        inverted: something was derived from the averages."""
+        failures, skipped: inverses that failed, factors that were not finite; counts."""
 
     def __init__(self, specs: Sequence[FactorSpec], config: LNGDConfig, like: Tensor) -> None:
         self.specs, self.config = list(specs), config
@@ -50,7 +49,6 @@ class Bank:
         self.weight, self.damping = like.new_zeros(self.count), like.new_zeros(self.count)
         self.condition = like.new_ones(self.count)
         self.failures, self.skipped = (torch.zeros((), dtype=torch.int64, device=like.device) for _ in range(2))
-        self.inverted = False
 
     def rows_of(self, names: Iterable[str]) -> tuple[int, ...]:
         """The rows of these groups, one after the other."""

@@ -158,32 +158,22 @@ def _peak_of(group: dict[str, Any]) -> Rate:
 
 
 class StepOptions:
-    """What the groups say in one step: of a parameter ``options[parameter]``, of each group `groups`."""
+    """What the groups say in one step: of a parameter ``options[parameter]``, of each group `groups`.
 
-    def __init__(self) -> None:
-        self.groups: list[Options] = []
-        self._seen: tuple[int, ...] = ()
-        self._index: dict[nn.Parameter, int] = {}
+    Raises:
+        ValueError: a parameter is in two groups."""
 
-    def read(self, groups: Sequence[dict[str, Any]]) -> None:
-        """A step begins. Which group has a parameter is kept until the groups change.
-
-        Raises:
-            ValueError: a parameter is in two groups."""
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         self.groups = [Options.of(group) for group in groups]
-        seen = tuple(x for group in groups for x in (id(group), id(group["params"]), len(group["params"])))
-        if seen == self._seen:
-            return
-        index: dict[nn.Parameter, int] = {}
+        self._index: dict[nn.Parameter, int] = {}
         for number, group in enumerate(groups):
             for parameter in group["params"]:
-                if parameter in index:
+                if parameter in self._index:
                     raise ValueError(
-                        f"param_groups: a parameter {list(parameter.shape)} is in groups {index[parameter]} and "
+                        f"param_groups: a parameter {list(parameter.shape)} is in groups {self._index[parameter]} and "
                         f"{number}, accepted: in one"
                     )
-                index[parameter] = number
-        self._index, self._seen = index, seen
+                self._index[parameter] = number
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return iter(self._index)

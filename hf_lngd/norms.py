@@ -25,39 +25,27 @@ FADES_FROM = 1.2
 NORMS = FIRST, LAST = "first_norm", "last_norm"
 
 
-class Norms:
-    """They stand in the optimizer's state, so that a resumed run goes on as it would have."""
+def measure(weights: Sequence[nn.Parameter], states: States, layout: Any) -> None:
+    """Write the norms of these weights into their state, so that a resumed run goes on as it would have; waits for the
+    device. Layout *rows*: a collective."""
+    if not weights or weights[0].is_meta:  # which has no norms
+        return
+    (squares,) = layout.complete([squared_norms([local(weight.detach()) for weight in weights])])
+    for weight, norm in zip(weights, squares.sqrt().cpu(), strict=True):
+        state = states[weight]
+        state.setdefault(FIRST, norm.clone())
+        state[LAST] = norm.clone()
 
-    def __init__(self) -> None:
-        self._shares: dict[nn.Parameter, float] = {}
 
-    def measure(self, weights: Sequence[nn.Parameter], states: States, layout: Any) -> None:
-        """Look at the norms of these weights; waits for the device. Layout *rows*: a collective."""
-        self._shares.clear()
-        if not weights or weights[0].is_meta:  # which has no norms
-            return
-        (squares,) = layout.complete([squared_norms([local(weight.detach()) for weight in weights])])
-        for weight, norm in zip(weights, squares.sqrt().cpu(), strict=True):
-            state = states[weight]
-            state.setdefault(FIRST, norm.clone())
-            state[LAST] = norm.clone()
+def decay_share(weight: nn.Parameter, floor: float, states: States) -> float:
+    """Of its decay what a weight takes: 1, and less from `FADES_FROM` · `floor` of its first norm on; 0 at `floor`."""
+    first, last = (float(states[weight].get(key, 0.0)) for key in NORMS)
+    left = (last / first / floor - 1) / (FADES_FROM - 1) if first > 0 else 1.0
+    return min(max(left, 0.0), 1.0)
 
-    def forget(self) -> None:
-        """The state was loaded, or taken away."""
-        self._shares.clear()
 
-    def share(self, weight: nn.Parameter, floor: float, states: States) -> float:
-        """Of its decay what a weight takes: 1, and less from `FADES_FROM` · `floor` of its first norm on; 0 at
-        `floor`."""
-        if weight not in self._shares:
-            state = states[weight]
-            first, last = (float(state[key]) if key in state else 0.0 for key in (FIRST, LAST))
-            left = (last / first / floor - 1) / (FADES_FROM - 1) if first > 0 else 1.0
-            self._shares[weight] = min(max(left, 0.0), 1.0)
-        return self._shares[weight]
-
-    def first_rms(self, layers: Sequence[Layer], states: States) -> Tensor:
-        """[n], root mean square of their weights when training began; 0 where it was not measured."""
-        found = [float(states[y.weight].get(FIRST, 0.0)) / y.weight.numel() ** 0.5 for y in layers]
-        like = layers[0].like
-        return torch.tensor(found, dtype=like.dtype).to(like.device, non_blocking=True)
+def first_rms(layers: Sequence[Layer], states: States) -> Tensor:
+    """[n], root mean square of their weights when training began; 0 where it was not measured."""
+    found = [float(states[y.weight].get(FIRST, 0.0)) / y.weight.numel() ** 0.5 for y in layers]
+    like = layers[0].like
+    return torch.tensor(found, dtype=like.dtype).to(like.device, non_blocking=True)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
-from . import state
-from .adamw import Rounding
+from . import norms, state
+from .adamw import full_precision
 from .batches import Job
 from .config import LNGDConfig, LNGDFields, settings_of
 from .core import Core
@@ -90,7 +90,7 @@ class LNGD(torch.optim.Optimizer):
         self.core = Core(model, config, routing, shares, self.state)
         for collector in self.core.collectors:  # an optimizer that is dropped takes its hooks along
             weakref.finalize(self, collector.close).atexit = False
-        self._group, self._options = process_group, StepOptions()
+        self._group, self._options = process_group, StepOptions(())
         self._loss_scale: Tensor | None = None
         self._seconds, self._ranks_agree = 0.0, False  # the latter is asked in the next step
         self.adopt()
@@ -137,7 +137,7 @@ class LNGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         core.states = self.state  # which a user may have put another in the place of
-        self._options.read(self.param_groups)
+        self._options = StepOptions(self.param_groups)
         if core.capture.armed or all(parameter.grad is None for parameter in self._options):
             kept = (core.routing.parameters[r.parameter] for r in core.routing.routes if r.reason == UNSAVED)
             core.capture.warn_of_untrained(chain(self._options, kept))
@@ -151,7 +151,7 @@ class LNGD(torch.optim.Optimizer):
                 raise
             if self._is_factor_step():
                 weights = [layer.weight for layer in core.routing.layers if layer.weight in self._options]
-                core.norms.measure(weights, core.states, core.layout)
+                norms.measure(weights, core.states, core.layout)
                 for batch in core.batches:  # there may be first norms of others now
                     batch.first_rms = None
             self._seconds += time.perf_counter() - start + in_hooks
@@ -169,17 +169,20 @@ class LNGD(torch.optim.Optimizer):
         elif core.batches and not core.layout.shards_rows and core.was_moved():  # model.to(…) in mid-training
             state.rebuild(core, core.built.topology)
         capture.check_gradients()
+        first = False
         if capture.armed:
             statistics = capture.finish(core.layout.everyone.all_gather_value)
             capture.check()
             if capture.topology.frozen and core.built.topology is not capture.topology:
                 state.rebuild(core, capture.topology)
-            if capture.topology.groups and core.update_factors(statistics, self._loss_scale):
-                state.rebuild(core, core.built.topology)
+            if capture.topology.groups:
+                if core.update_factors(statistics, self._loss_scale):
+                    state.rebuild(core, core.built.topology)
+                first = not core.started
         if not core.batches:  # nothing was seen: each layer by itself, with the identity for its factor
             known = capture.topology if capture.topology.frozen else None
             state.rebuild(core, known or Topology.unshared([layer.name for layer in core.routing.layers]))
-        if core.started and (core.steps % self.config.inverse_interval == 0 or not core.inverted):
+        if first or (core.started and core.steps % self.config.inverse_interval == 0):
             core.invert()
 
     def _step_layers(self) -> None:
@@ -267,7 +270,7 @@ class LNGD(torch.optim.Optimizer):
         assert batch.bank is not None
         lr, peak_lr, beta2 = (self._options.of(layers, name) for name in ("lr", "peak_lr", "beta2"))
         if batch.first_rms is None:
-            batch.first_rms = self.core.norms.first_rms(batch.layers, self.core.states)
+            batch.first_rms = norms.first_rms(batch.layers, self.core.states)
         first_rms = batch.first_rms[batch.index(layers, 1)]
         k = self.core.interval
         found = self.core.method.direction(
@@ -290,7 +293,7 @@ class LNGD(torch.optim.Optimizer):
                 other = options[layer.bias]
                 biases.append((layer.bias, bias_change[0] * _share(own.lr, other.lr), other))
         for changes in (weights, biases) if biases else (weights,):
-            with Rounding(self.core.states).full([parameter for parameter, _, _ in changes]) as values:
+            with full_precision([parameter for parameter, _, _ in changes], self.core.states) as values:
                 decays = [self._decay_of(parameter, own) for parameter, _, own in changes]
                 if any(decays):
                     kept: Any = [1 - k * own.lr * decay for (_, _, own), decay in zip(changes, decays, strict=True)]
@@ -299,7 +302,7 @@ class LNGD(torch.optim.Optimizer):
 
     def _decay_of(self, parameter: nn.Parameter, own: Options) -> float:
         floor = own.decay_floor
-        return own.weight_decay * (self.core.norms.share(parameter, floor, self.core.states) if floor else 1.0)
+        return own.weight_decay * (norms.decay_share(parameter, floor, self.core.states) if floor else 1.0)
 
     def _step_others(self) -> None:
         """AdamW, and embeddings by token frequency."""
@@ -392,8 +395,8 @@ class LNGD(torch.optim.Optimizer):
         return found
 
     def routing_table(self) -> str:
-        """The routing as a printable table, and below it what `lr` means for each owner."""
-        return f"{format_routes(self.routing())}\n\n{format_rates(self.config)}"
+        """The routing as a printable table, and below it what `lr` means in each parameter group."""
+        return f"{format_routes(self.routing())}\n\n{format_rates(self.param_groups)}"
 
     def factors(self, name: str) -> dict[str, Tensor]:
         """The factors of a layer by module name: running averages, start-up bias corrected, undamped.

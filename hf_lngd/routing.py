@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from .config import DECAY_FLOOR, LAYER_DECAY, OTHER_DECAY, LNGDConfig
+from .config import LNGDConfig
 from .heads import heads_of
 from .layers import Geometry, Layer, geometry_of
 from .torch_internals import plain_name, uncompiled
@@ -106,7 +106,7 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
             if parameter is not None:
                 homes.setdefault(id(parameter), []).append((name, module, attribute))
     vocabularies, lost = vocabulary_layers(model), set(map(id, unsaved_parameters(model)))
-    routing, layer_of = Routing([], [], [], {}, {}), dict[int, Layer]()
+    routing, layer_of, biases = Routing([], [], [], {}, {}), dict[nn.Module, Layer](), list[tuple[int, nn.Module]]()
     for compiled_name, parameter in model.named_parameters():
         name = plain_name(compiled_name)
         # peft's MultiheadAttention makes its frozen weights anew whenever its modules are listed
@@ -114,16 +114,25 @@ def route(model: nn.Module, config: LNGDConfig) -> Routing:
         modules = homes.setdefault(id(parameter), [(module_name, around[module_name], attribute)])
         routing.parameters[name], routing.homes[name] = parameter, modules[0][1:]
         _check(name, parameter, modules)
-        owner, reason, decays = _decide(name, parameter, homes, config, around, vocabularies)
+        owner, reason, decays = _decide(name, parameter, modules, config, around, vocabularies)
         if owner != FROZEN_OWNER and id(parameter) in lost:
             owner, reason, decays = FROZEN_OWNER, UNSAVED, False
         if reason == EXACT_EMBEDDING:
             routing.embeddings.append((name, [m for _, m, _ in modules if isinstance(m, nn.Embedding)]))
         elif owner == LNGD_OWNER:
-            layer = _place(name, parameter, modules, layer_of, routing, around)
-            reason += f", {layer.heads} heads" if layer.heads > 1 and decays and config.direction == "polar" else ""
+            layer = _layer(name, parameter, modules, around)
+            routing.layers.append(layer)
+            layer_of |= {module: layer for _, module, _ in modules}
+            reason += f", {layer.heads} heads" if layer.heads > 1 and config.direction == "polar" else ""
+        elif reason == "bias" and config.bias == "factor" and len(modules) == 1:
+            biases.append((len(routing.routes), modules[0][1]))
         shape = tuple(parameter.shape)
         routing.routes.append(Route(name, owner, modules[0][0], reason, shape, parameter.numel(), decays))
+    for number, module in biases:  # which may come before their weights
+        known, own = layer_of.get(module), routing.routes[number]
+        if known is not None and len(known.modules) == 1:  # a weight that several share has no one bias
+            known.bias_name, known.bias = own.parameter, routing.parameters[own.parameter]
+            routing.routes[number] = replace(own, owner=LNGD_OWNER, reason="bias in the factor")
     return routing
 
 
@@ -179,13 +188,12 @@ def vocabulary_layers(model: nn.Module) -> set[nn.Module]:
 
 
 def _decide(
-    name: str, parameter: nn.Parameter, homes: dict[int, Homes], config: LNGDConfig, around: Mapping[str, nn.Module],
+    name: str, parameter: nn.Parameter, modules: Homes, config: LNGDConfig, around: Mapping[str, nn.Module],
     vocabularies: Collection[nn.Module],
 ) -> tuple[str, str, bool]:  # fmt: skip
-    """(owner, reason, weight decay)."""
+    """(owner, reason, weight decay); a bias is taken for one outside its layer's factor."""
     if not parameter.requires_grad:
         return FROZEN_OWNER, "frozen", False
-    modules = homes[id(parameter)]
     module_name, module, attribute = modules[0]
     plain = parameter.dim() < 2
     if any("norm" in type(m).__name__.lower() for _, m, _ in modules):
@@ -206,16 +214,8 @@ def _decide(
         return FALLBACK_OWNER, "output layer over a vocabulary", True
     geometries = {None if _inside_attention(m) else geometry_of(m) for _, m, _ in modules}
     geometry = geometries.pop() if len(geometries) == 1 else None
-    if geometry is not None:
-        if attribute == "weight":
-            return LNGD_OWNER, _kind(geometry), True
-        if attribute == "bias" and config.bias == "factor" and len(modules) == 1:
-            # a weight that several modules share, or an embedding's, has no one bias for its last column
-            weight, weight_name = module._parameters["weight"], f"{module_name}.weight".removeprefix(".")
-            if weight is not None and len(homes[id(weight)]) == 1:
-                its_owner, its_reason, _ = _decide(weight_name, weight, homes, config, around, vocabularies)
-                if (its_owner, its_reason) == (LNGD_OWNER, _kind(geometry)):
-                    return LNGD_OWNER, "bias in the factor", False
+    if geometry is not None and attribute == "weight":
+        return LNGD_OWNER, _kind(geometry), True
     if attribute == "bias" or plain:
         return FALLBACK_OWNER, "bias" if attribute == "bias" else "vector", False
     if "position" in name.lower():
@@ -237,28 +237,13 @@ def _inside_attention(module: nn.Module) -> bool:
     return type(module).__name__ == "NonDynamicallyQuantizableLinear"
 
 
-def _place(
-    name: str, parameter: nn.Parameter, modules: Homes, layer_of: dict[int, Layer], routing: Routing,
-    around: Mapping[str, nn.Module],
-) -> Layer:  # fmt: skip
-    """The layer of a parameter; made where this is the first of its module."""
-    module_name, module, attribute = modules[0]
-    layer = layer_of.get(id(module))
-    if layer is None:
-        geometry = geometry_of(module)
-        assert geometry is not None
-        layer = layer_of[id(module)] = Layer(module_name, geometry, name, parameter)  # weight or bias may come first
-        if geometry.window is None:
-            layer.heads = heads_of(module_name, geometry.out_features, around)
-        routing.layers.append(layer)
-    if attribute == "weight":
-        layer.weight_name, layer.weight = name, parameter
-        layer.modules = [(n, m) for n, m, _ in modules]
-        for _, m, _ in modules:
-            layer_of[id(m)] = layer
-    else:
-        layer.bias_name, layer.bias = name, parameter
-    return layer
+def _layer(name: str, weight: nn.Parameter, modules: Homes, around: Mapping[str, nn.Module]) -> Layer:
+    """The layer of a weight, without a bias."""
+    module_name, module, _ = modules[0]
+    geometry = geometry_of(module)
+    assert geometry is not None
+    heads = heads_of(module_name, geometry.out_features, around) if geometry.window is None else 1
+    return Layer(module_name, geometry, name, weight, modules=[(n, m) for n, m, _ in modules], heads=heads)
 
 
 # PEFT's adapters. LoRA's A and B are linear layers, called like any other, and need nothing of this. Told by the
@@ -326,14 +311,11 @@ def format_routes(routes: list[Route]) -> str:
     return "\n".join(lines)
 
 
-def format_rates(config: LNGDConfig) -> str:
-    """What a rate `lr` means for each owner, and the weight decays: two short sentences."""
-    own = others = config.weight_decay
-    fades = ""
-    if own == "auto":
-        own, others = LAYER_DECAY, OTHER_DECAY
-        fades = f" (none below {DECAY_FLOOR:g} of their first norm)"
-    return (
-        f"Rate of LNGD's layers: lr, weight decay {own:g}{fades}. Of all other parameters: "
-        f"{config.fallback_lr_scale:g} × lr, weight decay {others:g}; none on norms and biases."
-    )
+def format_rates(groups: Iterable[Mapping[str, Any]]) -> str:
+    """What a rate `lr` means in each parameter group, and the weight decays."""
+    said = []
+    for group in groups:
+        floor = f" (none below {group['decay_floor']:g} of the first norm)" if group["decay_floor"] else ""
+        decay = f"weight decay {group['weight_decay']:g}{floor}" if group["weight_decay"] else "no weight decay"
+        said.append(f"{group['name']} {group['lr_scale']:g} × lr, {decay}")
+    return f"Rates: {'; '.join(said)}."

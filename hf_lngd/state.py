@@ -73,12 +73,9 @@ def check_origin(config: LNGDConfig, found: Any) -> Mapping[str, Any]:
         raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote (key 'lngd')")
     if found["version"] != VERSION:
         raise ValueError(f"state_dict: got version {found['version']}, accepted: {VERSION}")
-    missing = sorted(set(_KINDS) - set(found))
-    if missing:
-        raise ValueError(f"state_dict: got a state without {', '.join(missing)}, accepted: a whole one")
     for name, kind in _KINDS.items():
-        if not isinstance(found[name], kind) or isinstance(found[name], bool):
-            raise ValueError(f"state_dict: {name}: got {found[name]!r}, accepted: a {kind.__name__}")
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"state_dict: {name}: got {found.get(name, 'none')!r}, accepted: a {kind.__name__}")
     if found["steps"] < 0:
         raise ValueError(f"state_dict: steps: got {found['steps']!r}, accepted: an integer, at least 0")
     here, there = config.to_dict(), found["config"]
@@ -99,9 +96,8 @@ def check_parameters(here: Mapping[str, list[int]], found: Mapping[str, Any]) ->
         raise ValueError(f"state_dict: the model differs: {'; '.join(differing[:5])}{more}")
 
 
-def _check_tensor(name: str, found: Any, shape: torch.Size) -> None:
-    """Raise ValueError unless this is a tensor of finite numbers in this shape: a damaged state must not be loaded by
-    half."""
+def _checked(name: str, found: Any, shape: torch.Size) -> Tensor:
+    """A tensor of finite numbers in this shape; else raise ValueError: a damaged state must not be loaded by half."""
     if not isinstance(found, Tensor) or found.shape != shape:
         what = list(found.shape) if isinstance(found, Tensor) else "none"
         raise ValueError(f"state_dict: {name}: got {what}, accepted: a tensor {list(shape)}")
@@ -110,19 +106,27 @@ def _check_tensor(name: str, found: Any, shape: torch.Size) -> None:
     may_be_nan = name.endswith("condition")  # which EKFAC's bank cannot know
     if not may_be_nan and not bool(torch.isfinite(local(found)).all()):
         raise ValueError(f"state_dict: {name}: got NaN or infinity, accepted: finite numbers")
+    return found
 
 
-def _check_others(core: Core, states: ByParameter) -> None:
-    """What is kept of parameters in no layer, and what bfloat16 weights lack."""
-    names = {parameter: name for name, parameter in core.routing.parameters.items()}
+def _others(core: Core, states: ByParameter) -> ByParameter:
+    """What is kept of parameters in no layer, what bfloat16 weights lack, and norms: checked, a copy on the parameter's
+    device, sharded as that is."""
+    names, found = {parameter: name for name, parameter in core.routing.parameters.items()}, ByParameter()
     for parameter, state in states.items():
         name = names.get(parameter, f"an added parameter {list(parameter.shape)}")
-        for key, shape in {"lost": parameter.shape, **dict.fromkeys(NORMS, torch.Size())}.items():
-            if key in state:
-                _check_tensor(f"{name}.{key}", state[key], shape)
-        if parameter not in core.in_layers and set(state) - {"lost", *NORMS}:
-            for key, like in core.new_state(parameter).items():
-                _check_tensor(f"{name}.{key}", state.get(key), like.shape)
+        shapes = {"lost": parameter.shape, **dict.fromkeys(NORMS, torch.Size())}
+        shapes = {key: shape for key, shape in shapes.items() if key in state}
+        if parameter not in core.in_layers and set(state) - set(shapes):
+            shapes |= {key: like.shape for key, like in core.new_state(parameter).items()}
+        own = found[parameter] = {}
+        for key, shape in shapes.items():
+            value = _checked(f"{name}.{key}", state.get(key), shape)
+            sharded = is_sharded(parameter) and shape == parameter.shape
+            device = "cpu" if key in NORMS else parameter.device
+            value = _share(core, value.detach(), sharded).to(device, copy=True)
+            own[key] = core.layout.as_sharded(value, shape) if sharded else value
+    return found
 
 
 def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -> None:
@@ -134,14 +138,14 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
 
     Raises:
         ValueError: a tensor is missing, has another shape, or is not finite; names it."""
-    before, turns = core.built, core.turns.clone()
+    before, turns = (core.built, core.layout.owners), core.turns.clone()
     known = [layer.name for layer in core.routing.layers]
     try:
         topology = Topology.from_state(described["topology"]) if described and described["topology"] else None
         has_layers = any(_everywhere(core, any("momentum" in states.get(p, ()) for p in core.in_layers)))
         if known and described is None and not has_layers:
             raise ValueError("state_dict: got the state of another optimizer, accepted: one that LNGD wrote")
-        _check_others(core, states)
+        others = _others(core, states)
         core.built = Built()
         core.set_turns(max(_everywhere(core, _turns_in(states)), key=lambda turns: float(turns[2])))
         if has_layers:
@@ -149,29 +153,23 @@ def load(core: Core, states: ByParameter, described: Mapping[str, Any] | None) -
             if unknown := sorted(set(whole.of_layer) ^ set(known)):
                 raise ValueError(f"state_dict: the layers differ: {', '.join(unknown[:5])}")
             core.build(whole)
-            here = [e for e in core.built.entries if e.value is not None or core.layout.shards_rows]
-            for entry in here:
-                value = states.get(entry.parameter, {}).get(entry.key)
-                _check_tensor(f"{entry.layer}.{entry.key}", value, entry.shape)
-            for entry in here:
-                _copy(core, entry, states[entry.parameter][entry.key])
+            for entry in core.built.entries:
+                if entry.value is not None or core.layout.shards_rows:
+                    value = states.get(entry.parameter, {}).get(entry.key)
+                    _copy(core, entry, _checked(f"{entry.layer}.{entry.key}", value, entry.shape))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        core.built, core.layout.owners = before
         core.set_turns(turns)
-        core.restore(before)
         if isinstance(error, ValueError):
             raise
         raise ValueError(f"state_dict: got a damaged state ({type(error).__name__}: {error})") from error
     core.capture.topology = topology or Topology()  # to be found
-    others = {p: _of_others(core, p, state) for p, state in states.items()}
     core.states.clear()
     for parameter, state in others.items():
         core.states[parameter].update(state)
     steps = [state["step"] for state in states.values() if "step" in state]
     core.count.fill_(float(described["steps"] if described else max(steps, default=0)))
-    core.started = core.inverted = any(_everywhere(core, any(bool((bank.weight > 0).any()) for bank in core.banks)))
-    for bank in core.banks:
-        bank.inverted = core.inverted
-    core.norms.forget()
+    core.started = any(_everywhere(core, any(bool((bank.weight > 0).any()) for bank in core.banks)))
     core.bind()
 
 
@@ -183,7 +181,7 @@ def _everywhere(core: Core, own: Any) -> list[Any]:
 def _turns_in(states: ByParameter) -> Tensor:
     """`Core.turns` of a state; zeros where it has none."""
     found = next((state["turns"] for state in states.values() if "turns" in state), torch.zeros(3))
-    _check_tensor("turns", found, torch.Size([3]))
+    found = _checked("turns", found, torch.Size([3]))
     if bool((found < 0).any()):
         raise ValueError(f"state_dict: turns: got {found.tolist()}, accepted: numbers, at least 0")
     return found
@@ -198,16 +196,13 @@ def rebuild(core: Core, topology: Topology) -> None:
         value = carried.get(entry.parameter, {}).get(entry.key)
         if value is not None:
             _copy(core, entry, value)
-    for bank in core.banks:
-        bank.inverted = core.inverted
     core.bind()
 
 
 def clear(core: Core) -> None:
     """Start anew, as before the first step; who shares an input is the model's, and stays known."""
     core.built = Built()
-    core.started = core.inverted = False
-    core.norms.forget()
+    core.started = False
     core.count.zero_()
     core.set_turns(torch.zeros(3))
 
@@ -223,21 +218,6 @@ def _copy(core: Core, entry: Entry, value: Tensor) -> None:
     share = _share(core, value, entry.group is None and core.layout.shards_rows)
     if entry.value is not None:
         local(entry.value).copy_(share)
-
-
-def _of_others(core: Core, parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of what is kept of a parameter besides its layer's tensors, on its device, sharded as it is."""
-    found = {}
-    for key, value in state.items():
-        if parameter in core.in_layers and key not in ("lost", *NORMS):
-            continue
-        if isinstance(value, Tensor):
-            sharded = is_sharded(parameter) and value.shape == parameter.shape
-            device = "cpu" if key in NORMS else parameter.device
-            own = _share(core, value.detach(), sharded).to(device, copy=True)
-            value = core.layout.as_sharded(own, parameter.shape) if sharded else own
-        found[key] = value
-    return found
 
 
 def memory_usage(core: Core) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -41,15 +41,13 @@ class Statistics:
     def accumulate(self, new: Iterable[tuple[str, Tensor]], count: Tensor) -> None:
         """Add the sums of some tokens, by name, and how many they are."""
         for name, value in new:
-            self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.n = count if self.n is None else self.n + count
 
     def merge(self, other: Statistics) -> None:
         """Add the sums of another one, which stays as it is."""
-        for name, value in other.sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
         if other.n is not None:
-            self.n = other.n if self.n is None else self.n + other.n
+            self.accumulate(other.sums.items(), other.n)
         self.seen, self.kept = self.seen + other.seen, self.kept + other.kept
 
     def all_sums(self, like: Tensor) -> dict[str, Tensor]:
@@ -100,36 +98,31 @@ def exact(like: Tensor) -> Any:
 
 
 def reduce(
-    own: Mapping[str, Statistics], names: Sequence[str], empty: Callable[[str], Statistics],
-    like: Callable[[str], Tensor], scalars: Sequence[Tensor | float], layout: Any,
-) -> tuple[dict[str, Statistics], list[Tensor]]:  # fmt: skip
+    own: Mapping[str, tuple[Statistics, Tensor]], scalars: Sequence[Tensor | float], layout: Any
+) -> tuple[dict[str, Statistics], list[Tensor]]:
     """The statistics of every group over all processes, of those groups that this process keeps, and sums of numbers.
     Symmetric sums travel packed: one collective, and one for the numbers.
 
     A process that saw nothing of a group adds zeros; where none saw anything ``kept`` is 0.
 
     Args:
-        own: of this process, by group.
-        names: all groups, in an order that is the same everywhere.
-        empty: makes the statistics of a group of which this process saw nothing.
-        like: a tensor with the device and dtype of a group's sums.
+        own: every group, in an order that is the same everywhere → this process's statistics, and a tensor with the
+            device and dtype of their sums.
         scalars: the numbers.
         layout: the processes and what each of them keeps, see `parallel.layout`."""
-    if layout.size == 1:
-        return dict(own), [torch.as_tensor(value) for value in scalars]
-    here = [own[name] if name in own else empty(name) for name in names]
-    every = [one.all_sums(like(name)) for one, name in zip(here, names, strict=True)]
-    flat = [(one, key, value) for one, sums in zip(here, every, strict=True) for key, value in sums.items()]
-    sizes = [value.shape[-1] if key in one.SYMMETRIC else 0 for one, key, value in flat]
-    parts = [pack(value) if size else value for (_, _, value), size in zip(flat, sizes, strict=True)]
-    first = every[0]["n"]
-    counts = torch.tensor([float(x) for one in here for x in (one.seen, one.kept)], dtype=first.dtype)
+    if layout.everyone.size == 1:
+        return {name: one for name, (one, _) in own.items()}, [torch.as_tensor(value) for value in scalars]
+    flat = [(name, one, key, v) for name, (one, like) in own.items() for key, v in one.all_sums(like).items()]
+    sizes = [value.shape[-1] if key in one.SYMMETRIC else 0 for _, one, key, value in flat]
+    parts = [pack(value) if size else value for (*_, value), size in zip(flat, sizes, strict=True)]
+    first = next(like for _, like in own.values())
+    counts = torch.tensor([float(x) for one, _ in own.values() for x in (one.seen, one.kept)], dtype=first.dtype)
     numbers = [torch.as_tensor(x).to(first.device, first.dtype, non_blocking=True) for x in (counts, *scalars)]
-    parts, numbers = layout.reduce(parts, [n for n, sums in zip(names, every, strict=True) for _ in sums], numbers)
-    found = iter(unpack(t, size) if size and t is not None else t for t, size in zip(parts, sizes, strict=True))
-    result: dict[str, Statistics] = {}
-    for name, one, sums, (seen, kept) in zip(names, here, every, numbers[0].view(-1, 2), strict=True):
-        total = {key: next(found) for key in sums}
-        if total["n"] is not None:
-            result[name] = one.reduced(total, seen, kept)
-    return result, numbers[1:]
+    parts, numbers = layout.reduce(parts, [name for name, *_ in flat], numbers)
+    totals: dict[str, dict[str, Tensor]] = {name: {} for name in own}
+    for (name, _, key, _), part, size in zip(flat, parts, sizes, strict=True):
+        if part is not None:
+            totals[name][key] = unpack(part, size) if size else part
+    every = zip(own.items(), numbers[0].view(-1, 2), strict=True)
+    found = {name: one.reduced(totals[name], *counted) for (name, (one, _)), counted in every if totals[name]}
+    return found, numbers[1:]

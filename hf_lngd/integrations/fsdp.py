@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from ..optimizer import LNGD
-from ..parallel.checkpoint import read_tensors, untied, write_tensors
-from ..torch_internals import is_fully_sharded, is_sharded
+from ..parallel.checkpoint import whole_state, whole_tensors
+from ..torch_internals import is_fully_sharded
 from . import checkpoints
 from .checkpoints import SHARDED, restores_by_name
+from .sharded_weights import read_tensors, untied, write_tensors
 
 
 def save(trainer: Any, optimizer: LNGD, folder: str | Path) -> None:
@@ -32,19 +33,6 @@ def save(trainer: Any, optimizer: LNGD, folder: str | Path) -> None:
         torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER_NAME)
 
 
-def whole_state(optimizer: LNGD) -> dict[str, Any]:
-    """The state dict with whole tensors on the CPU of the first rank; every rank has to call it."""
-    state, first = optimizer.state_dict(), optimizer.core.layout.everyone.rank == 0
-    state["state"] = {number: _whole(own, first) for number, own in state["state"].items()}
-    return state
-
-
-def _whole(tensors: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """These tensors, gathered one by one, on the CPU where they are kept; elsewhere None."""
-    gathered = ((name, value.full_tensor() if is_sharded(value) else value) for name, value in tensors.items())
-    return {name: value.cpu() if keep else None for name, value in gathered}
-
-
 def save_weights(trainer: Any, folder: str | Path) -> None:
     """Sharded by rows in safetensors, or whole as the Trainer saves them, for its own loading."""
     from accelerate.utils import save_fsdp_model
@@ -55,7 +43,8 @@ def save_weights(trainer: Any, folder: str | Path) -> None:
         return
     parts = Path(folder) / f"{SHARDED}0"
     parts.mkdir(parents=True, exist_ok=True)
-    write_tensors(parts, untied(get_model_state_dict(trainer.model, options=_options(trainer.model))), None)
+    weights = get_model_state_dict(trainer.model, options=_options(trainer.model))
+    write_tensors(parts, untied(trainer.model, weights))
 
 
 def _options(model: nn.Module) -> StateDictOptions:
@@ -69,7 +58,7 @@ def save_model(trainer: Any, folder: str | Path) -> None:
     The Trainer writes nothing of sharded state dicts here, and takes full ones from accelerate, whose tensors
     safetensors cannot write where nothing copied them to the CPU (gloo).
     """
-    state = _whole(trainer.model.state_dict(), trainer.args.should_save)
+    state = whole_tensors(trainer.model.state_dict(), trainer.args.should_save)
     if trainer.args.should_save:
         trainer._save(str(folder), state_dict=state)
     trainer.accelerator.wait_for_everyone()
@@ -95,8 +84,8 @@ def load_weights(model: nn.Module, folder: str | Path, under_fsdp: bool, crossin
     if parts.is_dir() and (under_fsdp or crossing):
         options = _options(model)
         state: dict[str, Any] = get_model_state_dict(model, options=options)
-        weights = {name: torch.empty_like(value) for name, value in untied(state).items()}
-        read_tensors(parts, weights, None, all_of=True)
+        weights = {name: torch.empty_like(value) for name, value in untied(model, state).items()}
+        read_tensors(parts, weights)
         set_model_state_dict(model, {**state, **weights}, options=options)
     elif not parts.is_dir() and whole and (crossing or not under_fsdp):
         checkpoints.load_weights(model, str(folder))

@@ -273,11 +273,12 @@ class PaperCapture(Capture):
         """The adaptive rate: Eq. 12-13 without curvature is a rate of about 1/μ."""
         if not self._keeps_rows or (self.samples_seen and self.coming.size > 1):  # another rank may have called a layer
             return
-        names = [name for name, layer in self.layers.items() if layer.weight.grad is not None]
+        gradients = {n: y.weight.grad for n, y in self.layers.items() if y.weight.grad is not None}
         known = self.samples_seen > 0  # or the batch is empty, and so is what its layers saw
         own = self.samples
-        unseen = [n for n in names if n not in own or not (known or own[n].seen == 0)]
-        if unseen and not self.only_zeros():
+        unseen = [n for n in gradients if n not in own or not (known or own[n].seen == 0)]
+        # zeros alone: a step that makes the state, as torch.distributed.checkpoint makes one
+        if unseen and any(bool(gradient.any()) for gradient in gradients.values()):
             raise RuntimeError(
                 f"rate: 'adaptive' saw no gradients of {', '.join(unseen[:3])} in this step. Call the model that was "
                 "given to LNGD itself, on tensors, in each step, without optimizer.eval(); or accepted: rms, none"

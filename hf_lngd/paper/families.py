@@ -317,10 +317,10 @@ class EKFAC(FamilyBank):
             "moments_weight": self.like.new_zeros(self.count),
         }
 
-    def basis_of(self, name: str) -> Basis | None:
-        """The eigenvectors, left and right [u, k, b, b], once there are any."""
+    def basis_of(self, name: str) -> Basis:
+        """The eigenvectors, left and right [u, k, b, b]."""
         rows = slice(self.rows[name].start, self.rows[name].stop)
-        return (self.derived["basis_left"][rows], self.derived["basis_right"][rows]) if self.inverted else None
+        return self.derived["basis_left"][rows], self.derived["basis_right"][rows]
 
     def average(self, rows: Tensor, fresh: Mapping[str, Tensor]) -> None:
         """Eq. 14 of each side, and of s."""

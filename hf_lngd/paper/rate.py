@@ -93,7 +93,7 @@ def _over_ranks(squares: Tensor, rows: list[RowSamples], terms: Any, layout: Any
     total = torch.as_tensor(terms).to(squares.device, squares.dtype, non_blocking=True)
     parts = [squares, seen.to(squares.device, non_blocking=True), total]
     squares, seen, total = layout.everyone.all_reduce(parts)
-    return squares * (total / layout.size**2), seen > 0
+    return squares * (total / layout.everyone.size**2), seen > 0
 
 
 def unscaled(factor: Any, loss_scale: Tensor | None) -> Any:

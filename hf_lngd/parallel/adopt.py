@@ -55,7 +55,8 @@ def adopt_shards(core: Core, group: Any) -> dict[nn.Parameter, nn.Parameter]:
     core.read_parameters()
     for before, now in replaced.items():  # zeros of torch.distributed.checkpoint, which makes a step to make the state
         if before.grad is not None and now.grad is None:
-            now.grad = layout.shard(before.grad)
+            whole = before.grad
+            now.grad = layout.as_sharded(whole[layout.rows(len(whole))].clone(), whole.shape)
     core.states.clear()
     if steps:
         state.load(core, carried, described)

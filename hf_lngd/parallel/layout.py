@@ -38,6 +38,7 @@ class Whole:
     Attributes:
         everyone: all processes that train the model.
         ranks: those among which layers, or rows, are shared out.
+        owners: layer → the process whose it is, with those of its group (which is named after one); none: each has all.
         has_owners: whether each group of layers is one process's alone.
         shards_rows: whether parameters are sharded."""
 
@@ -47,25 +48,11 @@ class Whole:
 
     def __init__(self, ranks: Ranks) -> None:
         self.everyone = self.ranks = ranks
-        self._owner: dict[str, int] = {}
-        self._group_of: Mapping[str, str] = {}
-
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-        return self.everyone.size
+        self.owners: dict[str, int] = {}
 
     def assign(self, costs: Mapping[str, Sequence[float]], group_of: Mapping[str, str]) -> None:
         """Decide which process owns each group of layers, the same on all. `costs`: group → what it keeps and costs in
         each turn, roughly; `group_of`: layer → its group."""
-
-    def owner(self, group: str) -> int | None:
-        """The process that owns a group; None: each has it."""
-        return self._owner.get(group)
-
-    def keeps(self, group: str) -> bool:
-        """Whether this process owns a group, or each has it."""
-        return self.owner(group) in (None, self.ranks.rank)
 
     def reduce(self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]) -> Sums:
         """Sums over processes of the statistics of the groups named beside them, for those who keep them (None for the
@@ -128,12 +115,12 @@ class Owned(Whole):
     has_owners = True
 
     def assign(self, costs: Mapping[str, Sequence[float]], group_of: Mapping[str, str]) -> None:
-        self._owner = dict(zip(costs, balanced(list(costs.values()), self.ranks.size), strict=True))
-        self._group_of = group_of
+        owner = dict(zip(costs, balanced(list(costs.values()), self.ranks.size), strict=True))
+        self.owners = {layer: owner[group] for layer, group in group_of.items()}
 
     def reduce(self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]) -> Sums:
         """Statistics to their owners by reduce-scatter, numbers to all."""
-        return self.ranks.reduce_scatter(parts, [self._owner[g] for g in groups]), self.ranks.all_reduce(numbers)
+        return self.ranks.reduce_scatter(parts, [self.owners[g] for g in groups]), self.ranks.all_reduce(numbers)
 
     def rounds(self, jobs: list[Job]) -> Iterator[list[Job]]:
         if jobs:
@@ -142,36 +129,23 @@ class Owned(Whole):
     def all_matrices(self, jobs: list[Job], own: list[Tensor | None]) -> list[Tensor]:
         """Matrices [n · units, m, columns] of the layers that each process computes → of all present ones, everywhere:
         one collective for each dtype."""
-        found = [job.batch.members[0].like for job in jobs]
-        shapes = [(y.units, y.m, y.columns) for y in (job.batch.members[0] for job in jobs)]
-        shares, sizes = [self._shares(job) for job in jobs], [math.prod(shape) for shape in shapes]
-        for places in by_dtype(found):
-            most = max(sum(len(shares[i][rank]) * sizes[i] for i in places) for rank in range(self.ranks.size))
+        likes = [job.batch.members[0].like for job in jobs]
+        found = [[like] * len(job.members) for job, like in zip(jobs, likes, strict=True)]
+        for places in by_dtype(likes):
+            every = [(i, j, layer) for i in places for j, layer in enumerate(jobs[i].members)]
+            shares = [[one for one in every if self.owners[one[2].name] == rank] for rank in range(self.ranks.size)]
+            sizes = [[layer.units * layer.m * layer.columns for *_, layer in share] for share in shares]
             flat = [matrices.reshape(-1) for i in places if (matrices := own[i]) is not None]
-            everyone = self.ranks.all_gather(torch.cat(flat) if flat else found[places[0]], most)
-            starts = [0] * self.ranks.size
-            for i in places:
-                count, (units, *shape) = len(jobs[i].members), shapes[i]
-                whole = everyone.new_empty(count, sizes[i])
-                for rank, share in enumerate(shares[i]):
-                    end = starts[rank] + len(share) * sizes[i]
-                    whole[share] = everyone[rank, starts[rank] : end].view(len(share), sizes[i])
-                    starts[rank] = end
-                found[i] = whole.view(count * units, *shape)
-        return found
-
-    def _shares(self, job: Job) -> list[list[int]]:
-        """Of each process the places of its layers among the present ones."""
-        owners = [self._owner_of(layer) for layer in job.members]
-        return [[place for place, owner in enumerate(owners) if owner == rank] for rank in range(self.ranks.size)]
-
-    def _owner_of(self, layer: Layer) -> int:
-        return self._owner[self._group_of[layer.name]]
+            everyone = self.ranks.all_gather(torch.cat(flat) if flat else likes[places[0]], max(map(sum, sizes)))
+            for row, share, counts in zip(everyone, shares, sizes, strict=True):
+                for (i, j, layer), part in zip(share, row[: sum(counts)].split(counts), strict=True):
+                    found[i][j] = part.view(layer.units, layer.m, layer.columns)
+        return [torch.cat(parts) for parts in found]
 
     def export(self, value: Tensor | None, group: str, shape: torch.Size, like: Tensor) -> Any:
         """Sent to all."""
         buffer = like.new_empty(shape) if value is None else value.detach().clone()
-        dist.broadcast(buffer, group=self.ranks.group, group_src=self._owner[group])
+        dist.broadcast(buffer, group=self.ranks.group, group_src=self.owners[group])
         return buffer
 
 
@@ -213,7 +187,7 @@ class Rows(Owned):
             )
 
     def reduce(self, parts: list[Tensor], groups: list[str], numbers: list[Tensor]) -> Sums:
-        found = self.ranks.reduce_scatter(parts, [self._owner[g] for g in groups])
+        found = self.ranks.reduce_scatter(parts, [self.owners[g] for g in groups])
         if self.replicas is not None:
             sums = iter(self.replicas.all_reduce([part for part in found if part is not None]))
             found = [None if part is None else next(sums) for part in found]
@@ -242,7 +216,7 @@ class Rows(Owned):
     def _pieces(self, jobs: list[Job]) -> list[Piece]:
         """Of every parameter of the jobs' layers what travels."""
         layers = [layer for job in jobs for layer in job.members]
-        return [Piece(p.shape, self._owner_of(layer), layer.like) for layer in layers for p in layer.parameters]
+        return [Piece(p.shape, self.owners[layer.name], layer.like) for layer in layers for p in layer.parameters]
 
     def to_owners(self, jobs: list[Job], parts: list[list[Tensor]]) -> list[Tensor | None]:
         """Rows to whole matrices at each layer's owner."""
@@ -252,7 +226,7 @@ class Rows(Owned):
             matrices = []
             for layer in job.members:
                 values = [next(whole) for _ in own]
-                if self._owner_of(layer) == self.ranks.rank:
+                if self.owners[layer.name] == self.ranks.rank:
                     matrices.append(layer.matrices(values, own[0].dtype))  # type: ignore[arg-type]
             found.append(torch.cat(matrices) if matrices else None)
         return found
@@ -263,7 +237,7 @@ class Rows(Owned):
         for job, update in zip(jobs, updates, strict=True):
             own = iter([] if update is None else update.unflatten(0, (-1, job.batch.units)).unbind(0))
             for layer in job.members:
-                mine = self._owner_of(layer) == self.ranks.rank
+                mine = self.owners[layer.name] == self.ranks.rank
                 whole += layer.like_parameters(next(own)) if mine else [None] * len(layer.parameters)
         rows, found = iter(self._spread(whole, self._pieces(jobs))), list[list[Tensor]]()
         for job in jobs:
@@ -314,18 +288,9 @@ class Rows(Owned):
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(rows, self.mesh, self._placements, run_check=False, shape=shape, stride=stride)
 
-    def shard(self, whole: Tensor) -> Any:
-        """This process's rows of a tensor that is there whole, as a DTensor; a copy."""
-        return self.as_sharded(whole[self.rows(len(whole))].clone(), whole.shape)
-
-    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
-        """A tensor of this shape, sharded by rows."""
-        rows = self.rows(shape[0])
-        return self.as_sharded(torch.empty(rows.stop - rows.start, *shape[1:], dtype=dtype, device=device), shape)
-
     def export(self, value: Tensor | None, group: str, shape: torch.Size, like: Tensor) -> Any:
         """Sharded by rows, as parameters are."""
-        (own,) = self._spread([value], [Piece(shape, self._owner[group], like)])
+        (own,) = self._spread([value], [Piece(shape, self.owners[group], like)])
         return self.as_sharded(own.clone(), shape)
 
 

@@ -5,8 +5,6 @@ rank: whether it runs never depends on what a rank has seen. `torch.distributed`
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,19 +100,16 @@ class Ranks:
         return received
 
     def check_same(self, what: str, own: Mapping[str, Any]) -> None:
-        """Make sure that every rank says the same of itself: only a digest travels where they do.
+        """Make sure that every rank says the same of itself.
 
         Raises:
             RuntimeError: on every rank; names `what` is compared, the ranks, what differs, and both values."""
-        if self.size == 1:
+        everyone = self.all_gather_value(dict(own))
+        first = everyone[0]
+        other = next((rank for rank, found in enumerate(everyone) if found != first), 0)
+        if not other:
             return
-        text = json.dumps(own, sort_keys=True, default=str)
-        digests = self.all_gather_value(hashlib.sha256(text.encode()).hexdigest())
-        if len(set(digests)) == 1:
-            return
-        everyone = self.all_gather_value(json.loads(text))
-        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
-        first, second = everyone[0], everyone[other]
+        second = everyone[other]
         shown = {n: (_shown(first, n), _shown(second, n)) for n in first | second}
         differing = [f"{n}: rank 0 has {a}, rank {other} has {b}" for n, (a, b) in shown.items() if a != b]
         more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
@@ -138,11 +133,6 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, group=self.group, group_src=rank)
         return box[0]
-
-    def barrier(self) -> None:
-        """Wait for all of them."""
-        if self.size > 1:
-            dist.barrier(group=self.group)
 
 
 def _shown(values: Mapping[str, Any], name: str) -> str:

@@ -22,7 +22,7 @@ from tests.distributed.trainers import make_trainer
 from tests.helpers import Bomb, keeping
 
 FILES = "Checkpoints (the Trainer)"
-SHARDED = "Sharded checkpoints (`load_checkpoint`)"
+LOOPS = "Checkpoints of a loop (`load_checkpoint`)"
 BEFORE = "named before any weight is loaded; nothing is changed"
 VALUES: dict[str, Any] = {
     "save_strategy": "steps",
@@ -84,7 +84,7 @@ def file_rows() -> None:
             "optimizer.pt: state_dict: the model differs: vit.layernorm.weight: checkpoint none, here [16]",
             lambda f: write(f, lambda s: s["lngd"]["parameters"].pop("vit.layernorm.weight"))),
         "an optimizer.pt of which a part is gone": (
-            "optimizer.pt: state_dict: got a state without topology",
+            "optimizer.pt: state_dict: topology: got 'none', accepted: a list",
             lambda f: write(f, lambda s: s["lngd"].pop("topology"))),
     }  # fmt: skip
     for name, (told, spoil) in rows.items():
@@ -133,14 +133,14 @@ def load_refused(scene: Scene, spoil: Callable[[Path], Any]) -> None:
     load_checkpoint(folder, model, optimizer)
 
 
-@fault(SHARDED, "a file that was cut off", BEFORE, error="its files cannot be read …")
-def cut_sharded(scene: Scene) -> None:
-    load_refused(scene, lambda folder: os.truncate(next(folder.glob("*/*.safetensors")), 2000))
+@fault(LOOPS, "a file that was cut off", BEFORE, error="lngd.pt: cannot be read …")
+def cut_of_a_loop(scene: Scene) -> None:
+    load_refused(scene, lambda folder: os.truncate(folder / "lngd.pt", 2000))
 
 
-@fault(SHARDED, "a checkpoint that was not finished", BEFORE, error="got no lngd.json, which is written last…")
-def unfinished_sharded(scene: Scene) -> None:
-    load_refused(scene, lambda folder: next(folder.glob("*/lngd.json")).unlink())
+@fault(LOOPS, "a checkpoint that was not finished", BEFORE, error="lngd.pt: cannot be read (FileNotFoundError…")
+def unfinished_of_a_loop(scene: Scene) -> None:
+    load_refused(scene, lambda folder: (folder / "lngd.pt").rename(folder / "lngd.pt.tmp"))
 
 
 @fault(FILES, "a disk that is full while a checkpoint is written",

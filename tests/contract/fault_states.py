@@ -176,7 +176,7 @@ def state_rows() -> None:
         row(f"version {version}", f"state_dict: got version {version}, accepted: {VERSION}",
             partial(put, "lngd/version", version))  # fmt: skip
     for key in KEYS:
-        row(f"`{key}` is gone", f"got a state without {key}, accepted: a whole one", partial(drop, f"lngd/{key}"))
+        row(f"`{key}` is gone", f"state_dict: {key}: got 'none', accepted: a …", partial(drop, f"lngd/{key}"))
         row(f"`{key}` is a text", f"state_dict: {key}: got 'x', accepted: a …", partial(put, f"lngd/{key}", "x"))
     row("`steps` is negative", "steps: got -3, accepted: an integer, at least 0", partial(put, "lngd/steps", -3))
     row("another setting", "the config differs: momentum: checkpoint 0.1, here 0.8",

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import modeling_utils, trainer_callback, trainer_utils
 
 from hf_lngd import LNGD, load_checkpoint, save_checkpoint
-from hf_lngd.parallel.checkpoint import WHOLE
+from hf_lngd.parallel.checkpoint import FILE
 from hf_lngd.parallel.ranks import ALL_GATHER, REDUCE_SCATTER
 from tests.helpers import IGNORED, Images, every_sample, image_batch, layers_of, marian_batch, seeded, tiny_marian
 
@@ -639,7 +639,7 @@ def kill_at(event: str, place: str) -> None:
     """From now on this process is killed when a file that ends in `event`, in a folder of `place`, is half written.
 
     Args:
-        event: or ``rotation``: a checkpoint is half removed; ``swap``: the new folder was put in the place of the old.
+        event: or ``rotation``: a checkpoint is half removed; ``swap``: the new file was put in the place of the old.
     """
 
     def half(path: Any) -> None:
@@ -671,7 +671,7 @@ def kill_at(event: str, place: str) -> None:
 
     def replace_and_die(path: Path, target: Any) -> Any:
         replace(path, target)
-        if Path(target).name == WHOLE:
+        if Path(target).name == FILE:
             die()
 
     FileSystem.create_stream = stream  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from transformers import TrainerState
 
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments
 from hf_lngd.integrations import fsdp
-from hf_lngd.parallel.checkpoint import write_tensors
+from hf_lngd.integrations.sharded_weights import write_tensors
 from tests.distributed import trainers
 from tests.distributed.loops import distance
 from tests.distributed.pool import Pools
@@ -146,7 +146,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def save_parts(weights: dict[str, Any], folder: Path) -> None:
     (folder / "pytorch_model_fsdp_0").mkdir(parents=True)
-    write_tensors(folder / "pytorch_model_fsdp_0", weights, None)
+    write_tensors(folder / "pytorch_model_fsdp_0", weights)
     TrainerState(global_step=2, max_steps=4, num_train_epochs=4, train_batch_size=4).save_to_json(
         str(folder / "trainer_state.json")
     )

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments
 from hf_lngd.integrations.checkpoints import check_checkpoint, last_checkpoint, problem_of
+from hf_lngd.integrations.sharded_weights import write_tensors
 from hf_lngd.integrations.usage import UsageError
-from hf_lngd.parallel.checkpoint import write_tensors
 from tests.helpers import keeping
 from tests.hf_helpers import hf_images, hf_vit
 
@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cut_shards(folder: Path) -> None:
     """Sharded weights in the place of whole ones, as under FSDP2; a file of them was cut off."""
     inner = folder / "pytorch_model_fsdp_0"
-    write_tensors(inner, {"weight": torch.ones(300)}, None)
+    write_tensors(inner, {"weight": torch.ones(300)})
     (folder / "model.safetensors").unlink()
     check_checkpoint(folder)
     (part,) = inner.glob("*.safetensors")

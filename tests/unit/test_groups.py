@@ -97,15 +97,14 @@ def test_which_group_has_a_parameter() -> None:
     groups: list[dict[str, Any]] = [{"params": own, "lr": 1.0, "lr_scale": 1.0} for own in ([a], [b, c])]
     for group in groups:
         group |= {"weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-8}
-    options = StepOptions()
-    options.read(groups)
+    options = StepOptions(groups)
     assert list(options) == [a, b, c] and options[c] is options.groups[1]
     groups[1]["params"] = [b]
-    options.read(groups)
+    options = StepOptions(groups)
     assert list(options) == [a, b] and c not in options
     groups.append({**groups[0]})
     with pytest.raises(ValueError, match=r"a parameter \[2\] is in groups 0 and 2, accepted: in one"):
-        options.read(groups)
+        StepOptions(groups)
 
 
 def test_values_of_layers_are_one_number_where_they_are_the_same() -> None:

@@ -102,7 +102,7 @@ def test_tied_weights_have_one_owner() -> None:
 def test_table_adds_up() -> None:
     optimizer = LNGD(Zoo())
     text = optimizer.routing_table()
-    assert text == f"{format_routes(optimizer.routing())}\n\n{format_rates(optimizer.config)}"
+    assert text == f"{format_routes(optimizer.routing())}\n\n{format_rates(optimizer.param_groups)}"
     lines = text.splitlines()
     assert lines[0].split() == ["owner", "reason", "tensors", "parameters", "share", "for", "example"]
     assert [line.split()[0] for line in lines[1:6]] == ["lngd"] * 5 and "linear.weight" in lines[5]
@@ -111,17 +111,14 @@ def test_table_adds_up() -> None:
     assert sum(int(row[row.index("%") - 3]) for row in rows) == len(list(Zoo().parameters()))
 
 
-@pytest.mark.parametrize("fields", [{}, {"weight_decay": 0.2}], ids=str)
-def test_rates_below_the_table_are_those_of_the_groups(fields: dict[str, Any]) -> None:
-    optimizer = LNGD(Zoo(), lr=1e-3, fallback_lr_scale=0.5, **fields)
-    groups = {group["name"]: group for group in optimizer.param_groups}
+def test_rates_below_the_table_are_those_of_the_groups() -> None:
+    entry = {"params": "^linear", "weight_decay": 0.2, "name": "mine"}
+    optimizer = LNGD(Zoo(), lr=1e-3, fallback_lr_scale=0.5, param_groups=[entry])
     text = optimizer.routing_table().splitlines()[-1]
-    own, others = groups["lngd"], groups["fallback"]
-    fades = "" if fields else " (none below 0.5 of their first norm)"
-    assert f"Rate of LNGD's layers: lr, weight decay {own['weight_decay']:g}{fades}. " in text
-    rest = f"{others['lr_scale']:g} × lr, weight decay {others['weight_decay']:g}"
-    assert f"Of all other parameters: {rest}; none on norms and biases." in text
-    assert own["lr"] == others["lr"] == 1e-3 and own["lr_scale"] == 1.0
+    assert text.startswith("Rates: lngd 1 × lr, weight decay 1.5 (none below 0.5 of the first norm); ")
+    for said in ("mine.lngd 1 × lr, weight decay 0.2", "fallback 0.5 × lr, weight decay 0.1"):
+        assert f"; {said}; " in text
+    assert "fallback_no_decay 0.5 × lr, no weight decay" in text
 
 
 # Biases in factors
