@@ -22,12 +22,11 @@ _MOST_RATES = 10_000  # of a schedule that are added up
 
 
 def tell_at_start(
-    optimizer: LNGD, model: nn.Module, args: TrainingArguments, beside: str = "", plan: Callable[[], Any] | None = None
+    optimizer: LNGD, model: nn.Module, args: TrainingArguments, plan: Callable[[], Any] | None = None
 ) -> None:
     """Print the block once, after the first step: when the batch, the state and what follows the layers are known.
 
     Args:
-        beside: what is said below the routing table.
         plan: the run's scheduler and its number of steps, asked then; None: not known.
     """
     counted = ExitStack()
@@ -37,11 +36,22 @@ def tell_at_start(
         counted.close()
         handle.remove()
         if args.process_index == 0:
-            lines = [optimizer.routing_table() + beside, decay_line(optimizer, *(plan() if plan else ()))]
-            lines += [line for line in (cost_line(optimizer, work, args), rate_line(args)) if line]
-            print("\n".join(lines), flush=True)
+            lines = [
+                optimizer.routing_table(),
+                outside_line(optimizer),
+                decay_line(optimizer, *(plan() if plan else ())),
+            ]
+            lines += [cost_line(optimizer, work, args), rate_line(args)]
+            print("\n".join(filter(None, lines)), flush=True)
 
     handle = optimizer.register_step_post_hook(tell)
+
+
+def outside_line(optimizer: LNGD) -> str:
+    """Of parameters that are not the model's, see `given_groups`."""
+    params = [p for group in optimizer.param_groups if group["name"] == "outside" for p in group["params"]]
+    total = sum(p.numel() for p in params)
+    return f"Not the model's, trained by AdamW: {len(params)} tensors, {total:,} parameters." if params else ""
 
 
 def decay_line(optimizer: LNGD, scheduler: Any = None, steps: int = 0) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments, create_lngd_optimizer
 from hf_lngd.integrations.launching import refuse_unsupported
-from hf_lngd.integrations.stock import LNGDFactory
+from hf_lngd.integrations.stock import Factory
 from tests.hf_helpers import hf_vit
 
 
@@ -111,7 +111,7 @@ def test_several_processes_and_fsdp2_on_gpus_are_welcome(monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("gpus")
 def test_a_stock_trainer_under_fsdp_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"FSDP in a stock Trainer.*accepted: hf_lngd\.LNGDTrainer"):
-        LNGDFactory()(hf_vit(), arguments(fsdp=True))
+        Factory()(hf_vit(), arguments(fsdp=True, optim="lngd"))
 
 
 def test_fsdp_on_the_cpu_is_refused_before_training(tmp_path: Path) -> None:
