@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from run_shared import LOSSES, draw_losses
 
 from hf_lngd import LNGDConfig, LNGDTrainingArguments
 from hf_lngd.integrations.card import (
     CardFacts,
-    Score,
     command_of,
     optimizer_options,
     without_authors,
@@ -24,17 +23,19 @@ from hf_lngd.integrations.training_args import lngd_settings
 
 BLEU = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 COMMAND = ["python", "train.py", "--source_prefix", "translate: ", "--hub_token", "hf_abc", "--token=hf_abc"]
+DATA: dict[str, Any] = {"dataset_name": "WMT16", "dataset_type": "wmt/wmt16", "dataset_config": "de-en"}
+SCORES = [
+    EvalResult("translation", metric_type="bleu", metric_name="BLEU", metric_value=23.4567, dataset_split="test",
+               metric_args={"signature": BLEU}, **DATA),
+    EvalResult("translation", metric_type="chrf", metric_name="chrF", metric_value=50.0, dataset_split="validation",
+               **DATA),
+]  # fmt: skip
 FACTS: dict[str, Any] = {
+    **DATA,
     "name": "tiny",
     "task": "translation",
-    "dataset_name": "WMT16",
-    "dataset_type": "wmt/wmt16",
-    "dataset_config": "de-en",
     "examples": 1234,
-    "scores": [
-        Score(metric="bleu", name="BLEU", value=23.4567, split="test", signature=BLEU),
-        Score(metric="chrf", name="chrF", value=50.0, split="validation"),
-    ],
+    "scores": SCORES,
     "command": COMMAND,
     "languages": ["en", "de"],
     "base_model": "someone/model",
