@@ -94,17 +94,17 @@ def class_and_settings(args: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
         ValueError: a name that it does not know, or a package that is not installed.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay or 0.0}
+    kind: Any = torch.optim.Muon
     if name_of(args.optim) == "muon":
-        kind: Any = torch.optim.Muon
         settings["adjust_lr_fn"] = "match_rms_adamw"  # with which AdamW's rates suit it
     else:
         try:
-            from pytorch_optimizer import SOAP as kind
+            import pytorch_optimizer
         except ImportError as error:
             message = "optim: got 'soap', whose package pytorch-optimizer is missing: pip install pytorch-optimizer"
             raise ValueError(message) from error
-    settings |= {"lr": args.learning_rate, "weight_decay": args.weight_decay or 0.0}
+        kind = pytorch_optimizer.SOAP
     accepted = [name for name in inspect.signature(kind).parameters if name not in ("params", "kwargs")]
     for item in filter(None, (args.optim_args or "").split(",")):
         name, equals, value = (part.strip() for part in item.partition("="))

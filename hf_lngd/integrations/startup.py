@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,6 +15,7 @@ from ..layers import factor_blocks
 from ..optimizer import LNGD
 from ..torch_internals import local
 from .forecast import Work, counting, step_to_adamw
+from .given_groups import warn_of_untrained
 from .training_args import rate_is_untouched
 
 logger = logging.getLogger(__name__)
@@ -24,13 +24,12 @@ MIB = 1 << 20
 _MOST_RATES = 10_000  # of a schedule that are added up
 
 
-def tell_at_start(
-    optimizer: LNGD, model: nn.Module, args: TrainingArguments, plan: Callable[[], Any] | None = None
-) -> None:
+def tell_at_start(optimizer: LNGD, model: nn.Module, args: TrainingArguments, trainer: Any = None) -> None:
     """Print the block once, after the first step: when the batch, the state and what follows the layers are known.
 
     Args:
-        plan: the run's scheduler and its number of steps, asked then; None: not known.
+        trainer: whose scheduler and number of steps are asked then, and what beside its model is not trained; None: not
+            known.
     """
     counted = ExitStack()
     work = counted.enter_context(counting(model, optimizer))
@@ -39,8 +38,11 @@ def tell_at_start(
         counted.close()
         handle.remove()
         if args.process_index == 0:
-            lines = [report(optimizer, *(plan() if plan else ())), cost_line(optimizer, work, args), rate_line(args)]
+            schedule = () if trainer is None else (trainer.lr_scheduler, trainer.state.max_steps)
+            lines = [report(optimizer, *schedule), cost_line(optimizer, work, args), rate_line(args)]
             print("\n".join(filter(None, lines)), flush=True)
+            if trainer is not None:
+                warn_of_untrained(trainer, optimizer)
 
     handle = optimizer.register_step_post_hook(tell)
 

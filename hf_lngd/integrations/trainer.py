@@ -29,7 +29,7 @@ from .checkpoints import (
     freeze_unsaved,
     last_checkpoint,
 )
-from .given_groups import add_outside, split_groups, warn_of_untrained
+from .given_groups import add_outside, split_groups
 from .launching import refuse_unsupported
 from .loss import IGNORED_LABEL, ExactLoss
 from .startup import tell_at_start
@@ -137,10 +137,9 @@ class LNGDTrainerMixin(_ATrainer):
             args, kwargs = bound.args, bound.kwargs
         if given is not None and is_lngd(given):
             refuse_unsupported(given, kwargs.get("model", args[0] if args else None))
-        self._is_told = self._has_looked = False
+        self._is_told = False
         self.card_writer: Callable[[], Any] | None = None
         constructor(*args, **kwargs)
-        freeze_unsaved(self.model)
         for callback in [one for one in self.callback_handler.callbacks if type(one) is TensorBoardCallback]:
             self.remove_callback(callback)
             self.add_callback(TensorBoard(callback.tb_writer))
@@ -151,23 +150,19 @@ class LNGDTrainerMixin(_ATrainer):
         own = super().compute_loss.__func__ is not Trainer.compute_loss or self.compute_loss_func is not None
         self._exact_loss = None if own or self.args.n_gpu > 1 else ExactLoss(self, self._loss_of)
 
-    def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; what checkpoints leave out is not trained."""
-        model = super().call_model_init(*args, **kwargs)
-        freeze_unsaved(model)
-        return model
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """LNGD, Muon or SOAP if the arguments ask for it, else what transformers makes of them."""
+        """LNGD, Muon or SOAP if the arguments ask for it, else what transformers makes of them. What checkpoints leave
+        out is not trained by any."""
         model = kwargs.get("model", args[0] if args else None)
         model = self.model if model is None else model
+        freeze_unsaved(model)
         if self.optimizer is None and (is_baseline(self.args) or is_lngd(self.args)):
             groups = self._groups_of_trainer(model)
             self.optimizer = make_optimizer(model, self.args, groups, self._decay_groups(model, groups), "auto")
         lngd = lngd_of(self.optimizer)
         if lngd is not None and not self._is_told:
             self._is_told = True
-            tell_at_start(lngd, self.model, self.args, lambda: (self.lr_scheduler, self.state.max_steps))
+            tell_at_start(lngd, self.model, self.args, self)
         made = super().create_optimizer(*args, **kwargs)
         if isinstance(made, torch.optim.Optimizer):
             made.register_load_state_dict_pre_hook(check_same_optimizer)
@@ -227,14 +222,6 @@ class LNGDTrainerMixin(_ATrainer):
             loss = exact.scaled(loss, terms, number)
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; names, once, parameters beside the model that get a gradient and are not trained."""
-        loss = super().training_step(*args, **kwargs)
-        if (lngd := lngd_of(self.optimizer)) is not None and not self._has_looked:
-            self._has_looked = True
-            warn_of_untrained(self, lngd)
-        return loss
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's; training logs carry what `lngd_log` says of LNGD's diagnostics, to four digits."""
         lngd, asked = lngd_of(self.optimizer), getattr(self.args, "lngd_log", "short")
@@ -279,6 +266,7 @@ class LNGDTrainerMixin(_ATrainer):
         Raises:
             ValueError: a checkpoint that is damaged or none, naming the file; nothing is loaded then.
         """
+        freeze_unsaved(self.model)  # before anybody asks what is trained
         folder, made = resume_from_checkpoint or None, lngd_of(self.optimizer)
         if folder is True:
             folder = last_checkpoint(self.args.output_dir)
