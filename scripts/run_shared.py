@@ -23,8 +23,9 @@ from huggingface_hub import EvalResult
 from run_hub import HUB_ERRORS, check_hub, check_repository, push, refusal, repository_of
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from hf_lngd.integrations.card import CardFacts, command_of, write_model_card
+from hf_lngd.integrations.card import CardFacts, write_model_card
 from hf_lngd.integrations.checkpoints import STATE, last_checkpoint, numbered, problem_of
+from hf_lngd.integrations.launching import launcher
 from hf_lngd.integrations.trainer import lngd_of
 from hf_lngd.integrations.usage import UsageError, blame, refuse_if
 
@@ -264,7 +265,7 @@ class CardWriter:
     def __init__(self, trainer: Any, model: Any, data: Any, metrics: dict[str, tuple[str, str]], **facts: Any) -> None:
         self.trainer, self.model, self.data, self.metrics, self.facts = trainer, model, data, metrics, facts
         processes = max(1, trainer.args.world_size)
-        self.command = command_of(sys.argv, processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+        self.command = [*launcher(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes))), *sys.argv]
         self.scores: list[EvalResult] = []
         self.pictures: list[tuple[str, str]] = []  # what it shows, file
         self._written = False

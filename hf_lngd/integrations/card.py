@@ -107,14 +107,6 @@ def _versions(more: Sequence[str]) -> Iterator[tuple[str, str]]:
 # Commands
 
 
-def command_of(argv: Sequence[str], processes: int = 1, on_this_node: int = 1) -> list[str]:
-    """The command that makes a model again in so many `processes`, of which so many are on a node."""
-    script, *given = argv
-    nodes = [] if processes == on_this_node else ["--nnodes", str(processes // on_this_node)]
-    launcher = ["python"] if processes == 1 else ["torchrun", *nodes, "--nproc_per_node", str(on_this_node)]
-    return [*launcher, script, *without_authors(given)]
-
-
 def without_authors(given: Sequence[str]) -> list[str]:
     """Arguments without tokens, the push and the checkpoint, and without their values."""
     shown: list[str] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -22,7 +23,6 @@ from ..torch_internals import plain_name, uncompiled
 from . import fsdp, hub
 from .baselines import is_baseline, make_baseline
 from .checkpoints import (
-    STATE,
     check_checkpoint,
     check_optimizer,
     check_same_optimizer,
@@ -289,11 +289,13 @@ class LNGDTrainerMixin(_ATrainer):
         return lngd_settings(self.args, self.model)[0] if self.optimizer is None and is_lngd(self.args) else None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint that is written over is none until its last file is there."""
+        """A checkpoint that is written over is removed first: it is none until its last file is there, and may hold
+        weights of another kind (FSDP2's, or whole ones)."""
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / STATE).unlink(missing_ok=True)
-            fsdp.clear_other_kind(self, folder)
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -14,7 +14,6 @@ from run_shared import LOSSES, draw_losses
 from hf_lngd import LNGDConfig, LNGDTrainingArguments
 from hf_lngd.integrations.card import (
     CardFacts,
-    command_of,
     optimizer_options,
     without_authors,
     write_model_card,
@@ -108,12 +107,6 @@ def test_the_optimizers_settings_remake_the_config(tmp_path: Path) -> None:
 def test_what_is_the_authors_alone_is_left_out(given: list[str]) -> None:
     kept = ["--tokenizer_name", "here", "--do_train", "--betas", "1", "2"]
     assert without_authors([*kept[:2], *given, *kept[2:]]) == kept
-
-
-def test_a_command_of_many_processes() -> None:
-    assert command_of(["train.py", "--seed", "3"]) == ["python", "train.py", "--seed", "3"]
-    assert command_of(["train.py"], 2, 2) == ["torchrun", "--nproc_per_node", "2", "train.py"]
-    assert command_of(["train.py"], 8, 4) == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4", "train.py"]
 
 
 @pytest.mark.parametrize("optim_args", ["lr=0.25,exclude=a{1\\,2}=,betas=0.8:0.9", "preset=paper,family=kfac", None])
