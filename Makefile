@@ -44,7 +44,7 @@ test-studies: $(STAMP) ## the tests of benchmarks/
 test-compat: BIN := $(VENV)/compat/bin
 test-compat: $(STAMP) ## the trainers of sentence-transformers and trl, as they are installed now
 	$(VENV)/bin/python tools/make_env.py $(VENV)/compat compat,test
-	$(PYTEST) tests/compat
+	$(PYTEST) tests/compat tests/integration/test_examples.py
 
 # In an environment of its own, with the lower bounds of pyproject.toml. Golden runs begin at weights as later versions of
 # transformers draw them.

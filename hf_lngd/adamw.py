@@ -100,7 +100,9 @@ class AdamW:
                 for g, w in zip(gradients, whole, strict=True)
             ]
             fused = all(  # which reads memory as it lies
-                w.is_floating_point() and w.device.type in ("cpu", "cuda") and w.stride() == g.stride() == m.stride()
+                w.is_floating_point()
+                and w.device.type in ("cpu", "cuda", "meta")
+                and w.stride() == g.stride() == m.stride()
                 for w, g, m in zip(whole, gradients, first, strict=True)
             )
             if not fused:  # which does not know `found_inf`: a gradient of zero comes closest

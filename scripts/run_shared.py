@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from huggingface_hub import EvalResult
 from run_hub import HUB_ERRORS, check_hub, check_repository, push, refusal, repository_of
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from hf_lngd.integrations.card import CardFacts, Score, command_of, write_model_card
+from hf_lngd.integrations.card import CardFacts, write_model_card
 from hf_lngd.integrations.checkpoints import STATE, last_checkpoint, numbered, problem_of
+from hf_lngd.integrations.launching import launcher
 from hf_lngd.integrations.trainer import lngd_of
 from hf_lngd.integrations.usage import UsageError, blame, refuse_if
 
@@ -289,8 +291,8 @@ class CardWriter:
     def __init__(self, trainer: Any, model: Any, data: Any, metrics: dict[str, tuple[str, str]], **facts: Any) -> None:
         self.trainer, self.model, self.data, self.metrics, self.facts = trainer, model, data, metrics, facts
         processes = max(1, trainer.args.world_size)
-        self.command = command_of(sys.argv, processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-        self.scores: list[Score] = []
+        self.command = [*launcher(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes))), *sys.argv]
+        self.scores: list[EvalResult] = []
         self.pictures: list[tuple[str, str]] = []  # what it shows, file
         self._written = False
         trainer.card_writer = self
@@ -301,10 +303,13 @@ class CardWriter:
         metrics.update({f"{prefix}_{key}_signature": text for key, text in signatures.items()})
         self.trainer.log_metrics(prefix, metrics)
         self.trainer.save_metrics(prefix, metrics)
+        data = {name: self.facts[name] for name in ("dataset_name", "dataset_type")}
+        data |= {"task_type": self.facts["task"], "dataset_config": self.data.dataset_config_name}
         for key, (metric, name) in self.metrics.items():
-            value, signature = metrics.get(f"{prefix}_{key}"), signatures.get(key)
-            if value is not None:
-                self.scores.append(Score(metric=metric, name=name, value=value, split=split, signature=signature))
+            if (value := metrics.get(f"{prefix}_{key}")) is not None:
+                signed = {"signature": signatures[key]} if key in signatures else None
+                own: dict[str, Any] = {"metric_type": metric, "metric_name": name, "metric_value": value}
+                self.scores.append(EvalResult(**data, **own, dataset_split=split, metric_args=signed))
 
     def __call__(self) -> Path:
         """Write README.md into the output folder; an evaluation alone leaves one that is there as it is."""

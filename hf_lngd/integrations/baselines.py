@@ -25,11 +25,18 @@ logger = logging.getLogger(__name__)
 
 
 class WithAdamW(torch.optim.Optimizer):
-    """An optimizer of matrices, and AdamW, as one; their groups are its groups, their state dicts its state dict."""
+    """An optimizer of matrices, and AdamW, as one: its groups and its state are theirs."""
 
     def __init__(self, matrices: torch.optim.Optimizer, others: torch.optim.Optimizer) -> None:
         self.parts = (matrices, others)
         super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        matrices, others = self.parts
+        count = len(matrices.param_groups)
+        matrices.param_groups, others.param_groups = self.param_groups[:count], self.param_groups[count:]
+        matrices.state = others.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -44,17 +51,10 @@ class WithAdamW(torch.optim.Optimizer):
         others.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """``parts``: those of both."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both; ValueError: another optimizer's state."""
-        if len(state_dict.get("parts", ())) != len(self.parts):
-            raise ValueError(f"state_dict: got the keys {', '.join(state_dict)}, accepted: parts, of muon or soap")
-        for part, own in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(own)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        """As torch's."""
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 @contextmanager
@@ -74,20 +74,7 @@ def flattened(weights: Sequence[nn.Parameter]) -> Iterator[None]:
             p.grad = grad
 
 
-def _muon() -> Any:
-    return torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"}  # with which AdamW's rates suit it
-
-
-def _soap() -> Any:
-    try:
-        from pytorch_optimizer import SOAP
-    except ImportError as error:
-        message = "optim: got 'soap', whose package pytorch-optimizer is missing: pip install pytorch-optimizer"
-        raise ValueError(message) from error
-    return SOAP, {}
-
-
-BASELINES: dict[str, Callable[[], Any]] = {"muon": _muon, "soap": _soap}
+BASELINES = ("muon", "soap")
 
 
 def name_of(value: Any) -> str:
@@ -107,8 +94,17 @@ def class_and_settings(args: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
         ValueError: a name that it does not know, or a package that is not installed.
     """
-    kind, settings = BASELINES[name_of(args.optim)]()
-    settings |= {"lr": args.learning_rate, "weight_decay": args.weight_decay or 0.0}
+    settings: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay or 0.0}
+    kind: Any = torch.optim.Muon
+    if name_of(args.optim) == "muon":
+        settings["adjust_lr_fn"] = "match_rms_adamw"  # with which AdamW's rates suit it
+    else:
+        try:
+            import pytorch_optimizer
+        except ImportError as error:
+            message = "optim: got 'soap', whose package pytorch-optimizer is missing: pip install pytorch-optimizer"
+            raise ValueError(message) from error
+        kind = pytorch_optimizer.SOAP
     accepted = [name for name in inspect.signature(kind).parameters if name not in ("params", "kwargs")]
     for item in filter(None, (args.optim_args or "").split(",")):
         name, equals, value = (part.strip() for part in item.partition("="))

@@ -26,17 +26,6 @@ _AUTHORS = re.compile(r"--(tok|toke|token|hub.*|push.*|resume.*|overwrite_o.*)$"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
-    """One number of the `model-index`."""
-
-    metric: str  # the Hub's name, e.g. bleu
-    name: str  # as it is shown, e.g. BLEU
-    value: float
-    split: str  # of the data: validation or test
-    signature: str | None = None  # what makes the number comparable, e.g. sacrebleu's
-
-
-@dataclass(frozen=True, kw_only=True)
 class CardFacts:
     """What a card tells, beyond what the training arguments say."""
 
@@ -49,7 +38,7 @@ class CardFacts:
     file: str | None = None  # of the training data, or their folder
     examples: int = 0  # how many there are to train on
     seen: int | None = None  # how many of them training came to; None: all
-    scores: Sequence[Score] = ()
+    scores: Sequence[EvalResult] = ()  # with the signature that makes a number comparable as `metric_args`
     command: Sequence[str] = ()  # that makes the model again, in parts; shown :func:`without_authors`
     languages: Sequence[str] = ()  # codes, source first
     base_model: str | None = None  # what was fine-tuned: a name on the Hub or a folder
@@ -95,13 +84,6 @@ def write_model_card(folder: str | Path, facts: CardFacts, args: Any) -> Path:
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
-    data: dict[str, Any] = {"task_type": facts.task, "dataset_type": facts.dataset_type}
-    data |= {"dataset_name": facts.dataset_name, "dataset_config": facts.dataset_config}
-    results = []
-    for score in facts.scores:
-        metric: dict[str, Any] = {"metric_type": score.metric, "metric_name": score.name, "metric_value": score.value}
-        signed = {"signature": score.signature} if score.signature else None
-        results.append(EvalResult(**data, **metric, dataset_split=score.split, metric_args=signed))
     return ModelCardData(
         language=list(facts.languages) or None,
         license=facts.license,
@@ -110,9 +92,9 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         datasets=[facts.dataset_type] if facts.dataset_on_hub else None,
         tags=[facts.task, "lngd", "hf_lngd"],
         pipeline_tag=facts.task,
-        metrics=sorted({score.metric for score in facts.scores}) or None,
-        model_name=facts.name if results else None,
-        eval_results=results or None,
+        metrics=sorted({score.metric_type for score in facts.scores}) or None,
+        model_name=facts.name if facts.scores else None,
+        eval_results=list(facts.scores) or None,
     )
 
 
@@ -123,14 +105,6 @@ def _versions(more: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 # Commands
-
-
-def command_of(argv: Sequence[str], processes: int = 1, on_this_node: int = 1) -> list[str]:
-    """The command that makes a model again in so many `processes`, of which so many are on a node."""
-    script, *given = argv
-    nodes = [] if processes == on_this_node else ["--nnodes", str(processes // on_this_node)]
-    launcher = ["python"] if processes == 1 else ["torchrun", *nodes, "--nproc_per_node", str(on_this_node)]
-    return [*launcher, script, *without_authors(given)]
 
 
 def without_authors(given: Sequence[str]) -> list[str]:

@@ -171,6 +171,18 @@ def check_optimizer(folder: str | Path, config: LNGDConfig | None, parameters: M
             raise _refusal(folder, f"optimizer.pt: {error}") from error
 
 
+def check_same_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """A hook before `load_state_dict`: UsageError for the state of another optimizer, by the names of its settings, or
+    of other groups. torch takes many of them, and fails in the next step."""
+    given, own = state.get("param_groups") or [{"params": ()}], optimizer.param_groups
+    there, here = set(given[0]), set(own[0])  # one alone may have more: of a later version, or of a scheduler
+    sizes = [len(group["params"]) for group in given]
+    if not (there <= here or here <= there) or sizes != [len(group["params"]) for group in own]:
+        what = ", ".join(sorted(there - here)[:4]) or f"groups of {sizes} parameters"
+        accepted = "accepted: that of the optimizer used here"
+        raise UsageError("resume_from_checkpoint", f"optimizer.pt is another optimizer's (with {what}), {accepted}")
+
+
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The last checkpoint in a folder that can be used; None: there is none. Warns of each that is passed over."""
     for path in numbered(output_dir):

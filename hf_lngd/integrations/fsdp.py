@@ -6,7 +6,6 @@ The Trainer's own way is torch's `get_optimizer_state_dict`, which would lose LN
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +96,6 @@ def load_weights(model: nn.Module, folder: str | Path, under_fsdp: bool, crossin
     else:
         return False
     return True
-
-
-def clear_other_kind(trainer: Any, folder: Path) -> None:
-    """Remove weights of the other kind, which a run of the other way had left in a checkpoint that is written anew."""
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    if plugin is not None and "SHARDED" in str(plugin.state_dict_type):
-        for path in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
-            path.unlink()
-    else:
-        for path in folder.glob(f"{SHARDED}*"):
-            shutil.rmtree(path)
 
 
 def load(trainer: Any, optimizer: LNGD, folder: str | Path) -> None:

@@ -36,16 +36,13 @@ def split_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> tuple[Gr
     return entries, outside
 
 
-def add_outside(optimizer: LNGD, groups: Groups) -> str:
-    """Train parameters that are not the model's by AdamW, as all other parameters are; their gradients, which no DDP
-    averages and `model.zero_grad()` does not reach, are averaged before each step and dropped after it.
-
-    Returns:
-        What is said of it beside the routing table.
-    """
+def add_outside(optimizer: LNGD, groups: Groups) -> None:
+    """Train parameters that are not the model's by AdamW, as all other parameters are, in groups named ``outside``;
+    their gradients, which no DDP averages and `model.zero_grad()` does not reach, are averaged before each step and
+    dropped after it."""
     params = [p for group in groups for p in group["params"]]
     if not params:
-        return ""
+        return
     config = optimizer.config
     for group in groups:
         for decays in (True, False):
@@ -68,9 +65,6 @@ def add_outside(optimizer: LNGD, groups: Groups) -> str:
 
     optimizer.register_step_pre_hook(average)
     optimizer.register_step_post_hook(drop)
-    return (
-        f"\nNot the model's, trained by AdamW: {len(params)} tensors, {sum(p.numel() for p in params):,} parameters.\n"
-    )
 
 
 def warn_of_untrained(trainer: Any, optimizer: LNGD) -> None:

@@ -52,11 +52,18 @@ def refuse_sharding(args: TrainingArguments, model: Any, name: str) -> None:
         raise RuntimeError(f"optim: got {name!r} under {sharding}, accepted: one process, or DDP")
 
 
-def _launch(processes: int, on_this_node: int) -> str:
-    """The command of this process, as one that starts so many in all, and of these so many on each node."""
+def launcher(processes: int, on_each_node: int) -> list[str]:
+    """What starts so many processes in all, and of these so many on each node."""
+    if processes == 1:
+        return ["python"]
+    nodes = [] if processes == on_each_node else ["--nnodes", str(processes // on_each_node)]
+    return ["torchrun", *nodes, "--nproc_per_node", str(on_each_node)]
+
+
+def _launch(processes: int, on_each_node: int) -> str:
+    """The command of this process, started so."""
     script = sys.argv if sys.argv and sys.argv[0] else ["your_script.py"]
-    launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(on_this_node)]
-    return shlex.join([*launcher, *ENTRY, *script])
+    return shlex.join([*launcher(processes, on_each_node), *ENTRY, *script])
 
 
 def _sharding(args: Any, model: Any) -> str | None:

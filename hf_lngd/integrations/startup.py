@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
 
+from ..layers import factor_blocks
 from ..optimizer import LNGD
+from ..torch_internals import local
 from .forecast import Work, counting, step_to_adamw
+from .given_groups import warn_of_untrained
 from .training_args import rate_is_untouched
 
 logger = logging.getLogger(__name__)
@@ -21,14 +24,12 @@ MIB = 1 << 20
 _MOST_RATES = 10_000  # of a schedule that are added up
 
 
-def tell_at_start(
-    optimizer: LNGD, model: nn.Module, args: TrainingArguments, beside: str = "", plan: Callable[[], Any] | None = None
-) -> None:
+def tell_at_start(optimizer: LNGD, model: nn.Module, args: TrainingArguments, trainer: Any = None) -> None:
     """Print the block once, after the first step: when the batch, the state and what follows the layers are known.
 
     Args:
-        beside: what is said below the routing table.
-        plan: the run's scheduler and its number of steps, asked then; None: not known.
+        trainer: whose scheduler and number of steps are asked then, and what beside its model is not trained; None: not
+            known.
     """
     counted = ExitStack()
     work = counted.enter_context(counting(model, optimizer))
@@ -37,11 +38,43 @@ def tell_at_start(
         counted.close()
         handle.remove()
         if args.process_index == 0:
-            lines = [optimizer.routing_table() + beside, decay_line(optimizer, *(plan() if plan else ()))]
-            lines += [line for line in (cost_line(optimizer, work, args), rate_line(args)) if line]
-            print("\n".join(lines), flush=True)
+            schedule = () if trainer is None else (trainer.lr_scheduler, trainer.state.max_steps)
+            lines = [report(optimizer, *schedule), cost_line(optimizer, work, args), rate_line(args)]
+            print("\n".join(filter(None, lines)), flush=True)
+            if trainer is not None:
+                warn_of_untrained(trainer, optimizer)
 
     handle = optimizer.register_step_post_hook(tell)
+
+
+def report(optimizer: LNGD, scheduler: Any = None, steps: int = 0) -> str:
+    """Who has which parameter, what weight decay takes, factors and state of an optimizer that has made a step."""
+    named = [(group["name"], p) for group in optimizer.param_groups for p in group["params"]]
+    outside = [p for name, p in named if name == "outside"]  # see `given_groups`
+    lines = [optimizer.routing_table()]
+    if outside:
+        total = sum(p.numel() for p in outside)
+        lines.append(f"Not the model's, trained by AdamW: {len(outside)} tensors, {total:,} parameters.")
+    lines += [decay_line(optimizer, scheduler, steps), factors_line(optimizer)]
+    memory = optimizer.memory_usage()
+    kinds = ", ".join(f"{kind} {size / MIB:.1f}" for kind, size in memory.items() if size and kind != "total")
+    # of torch's AdamW, in the weights' own dtype
+    adamw = sum(2 * local(p).nbytes + 4 for _, p in named)
+    ratio = memory["total"] / max(adamw, 1)
+    lines.append(f"State of a process: {memory['total'] / MIB:.1f} MiB ({kinds}), {ratio:.2f} of AdamW's.")
+    return "\n".join(lines)
+
+
+def factors_line(optimizer: LNGD) -> str:
+    """How many factors of which widths there are."""
+    core, sizes = optimizer.core, Counter[int]()
+    for group in core.built.topology.groups:
+        layer = core.capture.layers[group.name]
+        blocks, width = factor_blocks(layer, core.config.max_factor_dim)
+        sizes[width] += layer.units * blocks
+    return (
+        f"Factors: {', '.join(f'{sizes[width]} of width {width}' for width in sorted(sizes, reverse=True)) or 'none'}."
+    )
 
 
 def decay_line(optimizer: LNGD, scheduler: Any = None, steps: int = 0) -> str:
@@ -72,11 +105,10 @@ def _sum_of(scheduler: Any, steps: int) -> float | None:
 
 
 def cost_line(optimizer: LNGD, work: Work, args: TrainingArguments) -> str:
-    """What a step costs: seconds beside AdamW's, bytes of state; warns where the former is dear."""
-    memory = f"The optimizer's state is {optimizer.memory_usage()['total'] / MIB:.1f} MiB on this process."
+    """Seconds of a step beside AdamW's; "" where there is no forecast. Warns where it is dear."""
     ratio = step_to_adamw(optimizer, work)
     if ratio is None:
-        return memory
+        return ""
     if ratio > DEAR:
         times = math.ceil((ratio - 1) / 0.25)
         logger.warning(
@@ -89,7 +121,7 @@ def cost_line(optimizer: LNGD, work: Work, args: TrainingArguments) -> str:
         )
     every = optimizer.core.interval
     turns = f" Each layer is updated in one of {every} steps (update_interval)." if every > 1 else ""
-    return f"A step takes about {ratio:.1f} of AdamW's here, by its matmuls.{turns} {memory}"
+    return f"A step takes about {ratio:.1f} of AdamW's here, by its matmuls.{turns}"
 
 
 def rate_line(args: TrainingArguments) -> str:

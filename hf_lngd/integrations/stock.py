@@ -15,12 +15,11 @@ import transformers
 from transformers import Trainer, training_args
 
 from ..config import other_fishers
-from ..optimizer import LNGD
-from .baselines import BASELINES, class_and_settings, is_baseline, make_baseline
-from .given_groups import add_outside, split_groups
+from .baselines import BASELINES, class_and_settings, is_baseline
+from .checkpoints import check_same_optimizer
 from .launching import refuse_stock_fsdp
 from .startup import tell_at_start
-from .trainer import create_lngd_optimizer
+from .trainer import make_optimizer
 from .training_args import LNGD_NAME, check_precision, is_lngd, lngd_settings
 
 MEMBERS = {name: name.upper() for name in (LNGD_NAME, *BASELINES)}
@@ -28,26 +27,19 @@ TESTED = ((5, 6), (6, 0))  # from, up to (not included)
 _CHOICE = "get_optimizer_cls_and_kwargs"  # the Trainer's method: the class of an optimizer and its arguments
 
 
-class LNGDFactory:
+class Factory:
     """In the place of an optimizer's class: the Trainer makes one and calls it with the whole model, and with the
     groups of parameters that a trainer of another library has made."""
 
-    def __call__(self, model: Any, args: Any, params: Any = None, optimizer_dict: Any = None) -> LNGD:
-        """LNGD for the model, as the arguments ask for it; see `startup` for what it tells."""
-        refuse_stock_fsdp(args)
-        entries, outside = split_groups(model, optimizer_dict or params or ())
-        optimizer = create_lngd_optimizer(model, args, param_groups=entries)
-        beside = add_outside(optimizer, outside)
-        tell_at_start(optimizer, model, args, beside)
-        return optimizer
-
-
-class BaselineFactory:
-    """As `LNGDFactory`, of the optimizers that LNGD is compared with."""
-
     def __call__(self, model: Any, args: Any, params: Any = None, optimizer_dict: Any = None) -> Any:
-        """See `make_baseline`."""
-        return make_baseline(model, args, optimizer_dict or params or ())
+        """The optimizer that the arguments ask for, see `make_optimizer`; LNGD tells what `startup` says."""
+        if is_lngd(args):
+            refuse_stock_fsdp(args)
+        optimizer = make_optimizer(model, args, optimizer_dict or params or ())
+        optimizer.register_load_state_dict_pre_hook(check_same_optimizer)
+        if is_lngd(args):
+            tell_at_start(optimizer, model, args)
+        return optimizer
 
 
 def register() -> None:
@@ -98,7 +90,7 @@ def _with_lngd(choice: Any) -> Any:
     def choose(args: Any, *rest: Any, **kwargs: Any) -> Any:
         if is_baseline(args):
             class_and_settings(args)
-            return BaselineFactory, {"args": args}
+            return Factory, {"args": args}
         if not is_lngd(args):
             return choice.__func__(args, *rest, **kwargs)
         check_precision(args)
@@ -108,7 +100,7 @@ def _with_lngd(choice: Any) -> Any:
                 "optim_args: fisher: got 'true' in a stock Trainer, which makes no second backward pass, accepted: "
                 f"{other_fishers(config)}; or use hf_lngd.LNGDTrainer"
             )
-        return LNGDFactory, {"args": args}
+        return Factory, {"args": args}
 
     made: Any = staticmethod(choose)
     made.replaced = choice

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -20,8 +22,14 @@ from ..state import parameters_of
 from ..torch_internals import plain_name, uncompiled
 from . import fsdp, hub
 from .baselines import is_baseline, make_baseline
-from .checkpoints import STATE, check_checkpoint, check_optimizer, freeze_unsaved, last_checkpoint
-from .given_groups import add_outside, split_groups, warn_of_untrained
+from .checkpoints import (
+    check_checkpoint,
+    check_optimizer,
+    check_same_optimizer,
+    freeze_unsaved,
+    last_checkpoint,
+)
+from .given_groups import add_outside, split_groups
 from .launching import refuse_unsupported
 from .loss import IGNORED_LABEL, ExactLoss
 from .startup import tell_at_start
@@ -64,6 +72,24 @@ def create_lngd_optimizer(
         config, lr = config or from_args, from_lr if lr is None else lr
     lr = 1e-3 if lr is None else lr
     return LNGD(model, config, lr=lr, param_groups=param_groups, layout=layout, **fields)
+
+
+def make_optimizer(
+    model: nn.Module, args: Any, groups: Sequence[Any] = (), more: Sequence[Any] = (), layout: str = "whole"
+) -> Any:
+    """LNGD, Muon or SOAP, as training arguments ask for it.
+
+    Args:
+        groups: parameter groups that a trainer of another library makes itself, see `given_groups`.
+        more: further `param_groups` of LNGD.
+        layout: as of `LNGD`.
+    """
+    if is_baseline(args):
+        return make_baseline(model, args, groups)
+    entries, outside = split_groups(model, groups)
+    optimizer = create_lngd_optimizer(model, args, layout=layout, param_groups=[*entries, *more])
+    add_outside(optimizer, outside)
+    return optimizer
 
 
 def lngd_of(optimizer: Any) -> LNGD | None:
@@ -111,10 +137,9 @@ class LNGDTrainerMixin(_ATrainer):
             args, kwargs = bound.args, bound.kwargs
         if given is not None and is_lngd(given):
             refuse_unsupported(given, kwargs.get("model", args[0] if args else None))
-        self._is_told = self._has_looked = False
+        self._is_told = False
         self.card_writer: Callable[[], Any] | None = None
         constructor(*args, **kwargs)
-        freeze_unsaved(self.model)
         for callback in [one for one in self.callback_handler.callbacks if type(one) is TensorBoardCallback]:
             self.remove_callback(callback)
             self.add_callback(TensorBoard(callback.tb_writer))
@@ -125,29 +150,23 @@ class LNGDTrainerMixin(_ATrainer):
         own = super().compute_loss.__func__ is not Trainer.compute_loss or self.compute_loss_func is not None
         self._exact_loss = None if own or self.args.n_gpu > 1 else ExactLoss(self, self._loss_of)
 
-    def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; what checkpoints leave out is not trained."""
-        model = super().call_model_init(*args, **kwargs)
-        freeze_unsaved(model)
-        return model
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """LNGD, Muon or SOAP if the arguments ask for it, else what transformers makes of them."""
-        beside = ""
+        """LNGD, Muon or SOAP if the arguments ask for it, else what transformers makes of them. What checkpoints leave
+        out is not trained by any."""
         model = kwargs.get("model", args[0] if args else None)
         model = self.model if model is None else model
-        if self.optimizer is None and is_baseline(self.args):
-            self.optimizer = make_baseline(model, self.args, self._groups_of_trainer(model))
-        elif self.optimizer is None and is_lngd(self.args):
-            entries, outside = split_groups(model, self._groups_of_trainer(model))
-            entries += self._decay_groups(model, {p for entry in entries for p in entry["params"]})
-            self.optimizer = create_lngd_optimizer(model, self.args, layout="auto", param_groups=entries)
-            beside = add_outside(self.optimizer, outside)
+        freeze_unsaved(model)
+        if self.optimizer is None and (is_baseline(self.args) or is_lngd(self.args)):
+            groups = self._groups_of_trainer(model)
+            self.optimizer = make_optimizer(model, self.args, groups, self._decay_groups(model, groups), "auto")
         lngd = lngd_of(self.optimizer)
         if lngd is not None and not self._is_told:
             self._is_told = True
-            tell_at_start(lngd, self.model, self.args, beside, lambda: (self.lr_scheduler, self.state.max_steps))
-        return super().create_optimizer(*args, **kwargs)
+            tell_at_start(lngd, self.model, self.args, self)
+        made = super().create_optimizer(*args, **kwargs)
+        if isinstance(made, torch.optim.Optimizer):
+            made.register_load_state_dict_pre_hook(check_same_optimizer)
+        return made
 
     def _groups_of_trainer(self, model: Any) -> Any:
         """The groups that a trainer with a `get_optimizer_cls_and_kwargs` of its own makes, shown another optimizer."""
@@ -156,11 +175,13 @@ class LNGDTrainerMixin(_ATrainer):
         made = super().get_optimizer_cls_and_kwargs(args, model)[1]
         return made.get("optimizer_dict") or made.get("params") or ()
 
-    def _decay_groups(self, model: Any, taken: set[Any]) -> list[dict[str, Any]]:
-        """What a Trainer with a `get_decay_parameter_names` of its own leaves without weight decay."""
+    def _decay_groups(self, model: Any, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What a Trainer with a `get_decay_parameter_names` of its own leaves without weight decay, but for what is in
+        its groups with a rate of their own."""
         own = type(self).get_decay_parameter_names
         if own in (Trainer.get_decay_parameter_names, Seq2SeqTrainer.get_decay_parameter_names):
             return []  # LNGD knows more kinds of norms
+        taken = {p for group in groups if "lr" in group for p in group["params"]}
         decayed = set(self.get_decay_parameter_names(model))
         named = model.named_parameters()
         rest = [plain_name(name) for name, p in named if p.requires_grad and name not in decayed and p not in taken]
@@ -200,14 +221,6 @@ class LNGDTrainerMixin(_ATrainer):
         if exact is not None and terms is not None:
             loss = exact.scaled(loss, terms, number)
         return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; names, once, parameters beside the model that get a gradient and are not trained."""
-        loss = super().training_step(*args, **kwargs)
-        if (lngd := lngd_of(self.optimizer)) is not None and not self._has_looked:
-            self._has_looked = True
-            warn_of_untrained(self, lngd)
-        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's; training logs carry what `lngd_log` says of LNGD's diagnostics, to four digits."""
@@ -253,6 +266,7 @@ class LNGDTrainerMixin(_ATrainer):
         Raises:
             ValueError: a checkpoint that is damaged or none, naming the file; nothing is loaded then.
         """
+        freeze_unsaved(self.model)  # before anybody asks what is trained
         folder, made = resume_from_checkpoint or None, lngd_of(self.optimizer)
         if folder is True:
             folder = last_checkpoint(self.args.output_dir)
@@ -275,11 +289,13 @@ class LNGDTrainerMixin(_ATrainer):
         return lngd_settings(self.args, self.model)[0] if self.optimizer is None and is_lngd(self.args) else None
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A checkpoint that is written over is none until its last file is there."""
+        """A checkpoint that is written over is removed first: it is none until its last file is there, and may hold
+        weights of another kind (FSDP2's, or whole ones)."""
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / STATE).unlink(missing_ok=True)
-            fsdp.clear_other_kind(self, folder)
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:

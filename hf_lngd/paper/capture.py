@@ -43,7 +43,7 @@ class Observation:
     def add(self, statistics: Any, g2: Tensor | None) -> None:
         """Add the call with g² [units, N, m], or None where it is 1."""
         for a, where in self.layer.inputs(self.a):
-            statistics.add(a, None if g2 is None else g2[:, where], self._mask(where))
+            statistics.add(a, self._mask(where), *([] if g2 is None else [g2[:, where]]))
 
     @torch.no_grad()
     def add_gradient(self, statistics: Any, g: Tensor) -> None:

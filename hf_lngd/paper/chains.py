@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from ..torch_internals import is_alias, same_tensor
@@ -77,20 +76,13 @@ def is_elementwise(module: nn.Module) -> bool:
 def activation_derivative(activation: Callable[..., Tensor], s: Tensor) -> Tensor:
     """φ'(s), entry by entry, in at least float32 and the shape of s. A module's own hooks do not run.
 
-    Forward mode: reverse mode saves tensors, which non-reentrant checkpointing counts when this runs within it.
-    Reentrant checkpointing, which does not, switches forward mode off: then reverse mode it is."""
+    In forward mode: reverse mode saves tensors, which non-reentrant checkpointing counts when this runs within it."""
     function = activation.forward if isinstance(activation, nn.Module) else activation
     # a copy for the function: an in-place activation may not change the caller's tensor
     value = s.detach().to(torch.promote_types(s.dtype, torch.float32), copy=True)
-    with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit")  # by which torch makes its first dual tensor, and warns of it
-        output = function(forward_ad.make_dual(value, torch.ones_like(value)))
-        derivative = forward_ad.unpack_dual(output).tangent
-    if derivative is None:
-        with torch.enable_grad():
-            leaf = s.detach().to(value.dtype).requires_grad_()
-            (derivative,) = torch.autograd.grad(function(leaf.clone()).sum(), leaf)
-    return derivative.detach()
+        return torch.func.jvp(function, (value,), (torch.ones_like(value),))[1]
 
 
 def module_link(module: nn.Module, s: Tensor) -> Link:

@@ -20,9 +20,9 @@ from .. import linalg
 from ..config import LNGDConfig
 from ..factors import Bank, FactorSpec, block_diagonal, corrected
 from ..layers import MOST_PATCHES, SMALLEST_BLOCK, Layer, factor_blocks
-from ..statistics import Statistics, exact
+from ..statistics import InputStatistics, Statistics, exact
 from ..topology import Group
-from .natural import UnweightedStatistics, WeightedStatistics, estimates_psi
+from .natural import WeightedStatistics, estimates_psi
 
 LEFT, RIGHT = "left", "right"
 # Eigenvectors of a layer's left factor [u, k, b, b] and of its right one.
@@ -435,7 +435,7 @@ def new_statistics(layer: Layer, group: Group, config: LNGDConfig, basis: Basis 
     blocks = factor_blocks(layer, config.max_factor_dim)
     if estimates_psi(group.follows, config.fisher):
         return WeightedStatistics(layer.units, blocks, layer.m)
-    return UnweightedStatistics(layer.units, blocks)
+    return InputStatistics(layer.units, blocks)
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

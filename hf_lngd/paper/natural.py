@@ -26,9 +26,8 @@ class WeightedStatistics(InputStatistics):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return super().shapes() | {"psi": (self.units, self._m)}
 
-    def add(self, a: Tensor, g2: Tensor | None, mask: Tensor | None = None) -> None:  # type: ignore[override]
-        """Add some tokens: a [u, N, d], g2 [u, N, m], mask [N] or None."""
-        assert g2 is not None
+    def add(self, a: Tensor, mask: Tensor | None, g2: Tensor) -> None:  # type: ignore[override]
+        """Add some tokens: a [u, N, d], mask [N] or None, g2 [u, N, m]."""
         with exact(a):
             g2 = g2.to(a.dtype) if mask is None else g2.to(a.dtype) * mask.to(a.dtype)[:, None]
             count = a.new_full((), a.shape[-2]) if mask is None else mask.to(a.dtype).sum()
@@ -37,7 +36,7 @@ class WeightedStatistics(InputStatistics):
 
     def add_gradient(self, a: Tensor, g: Tensor, mask: Tensor | None, per_sample: int) -> None:
         """Add some tokens with the gradients of a loss, g [u, N, m]."""
-        self.add(a, g.square(), mask)
+        self.add(a, mask, g.square())
 
     def factors(self, scale: Tensor | float | None) -> dict[str, Tensor]:
         """Φ and Ψ with tr Ψ = 1."""
@@ -47,14 +46,6 @@ class WeightedStatistics(InputStatistics):
         psi = torch.where(size > 0, v / size, 1.0 / self._m)  # of a matrix whose inputs or gradients are all zero
         psi = torch.where(torch.isfinite(size), psi, torch.nan)  # it may overflow where Ψ's sums do not
         return {"phi": s / self.n if scale is None else s * (scale * self.scale_of_samples), "psi": psi}
-
-
-class UnweightedStatistics(InputStatistics):
-    """Of a group behind which φ' = 1: g² is 1."""
-
-    def add(self, a: Tensor, g2: Tensor | None, mask: Tensor | None = None) -> None:  # type: ignore[override]
-        """Add some tokens: a [u, N, d], mask [N] or None."""
-        super().add(a, mask)
 
 
 def output_statistic(a: Tensor, g2: Tensor) -> Tensor:

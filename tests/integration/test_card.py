@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from run_shared import LOSSES, draw_losses
 
 from hf_lngd import LNGDConfig, LNGDTrainingArguments
 from hf_lngd.integrations.card import (
     CardFacts,
-    Score,
-    command_of,
     optimizer_options,
     without_authors,
     write_model_card,
@@ -24,17 +22,19 @@ from hf_lngd.integrations.training_args import lngd_settings
 
 BLEU = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 COMMAND = ["python", "train.py", "--source_prefix", "translate: ", "--hub_token", "hf_abc", "--token=hf_abc"]
+DATA: dict[str, Any] = {"dataset_name": "WMT16", "dataset_type": "wmt/wmt16", "dataset_config": "de-en"}
+SCORES = [
+    EvalResult("translation", metric_type="bleu", metric_name="BLEU", metric_value=23.4567, dataset_split="test",
+               metric_args={"signature": BLEU}, **DATA),
+    EvalResult("translation", metric_type="chrf", metric_name="chrF", metric_value=50.0, dataset_split="validation",
+               **DATA),
+]  # fmt: skip
 FACTS: dict[str, Any] = {
+    **DATA,
     "name": "tiny",
     "task": "translation",
-    "dataset_name": "WMT16",
-    "dataset_type": "wmt/wmt16",
-    "dataset_config": "de-en",
     "examples": 1234,
-    "scores": [
-        Score(metric="bleu", name="BLEU", value=23.4567, split="test", signature=BLEU),
-        Score(metric="chrf", name="chrF", value=50.0, split="validation"),
-    ],
+    "scores": SCORES,
     "command": COMMAND,
     "languages": ["en", "de"],
     "base_model": "someone/model",
@@ -107,12 +107,6 @@ def test_the_optimizers_settings_remake_the_config(tmp_path: Path) -> None:
 def test_what_is_the_authors_alone_is_left_out(given: list[str]) -> None:
     kept = ["--tokenizer_name", "here", "--do_train", "--betas", "1", "2"]
     assert without_authors([*kept[:2], *given, *kept[2:]]) == kept
-
-
-def test_a_command_of_many_processes() -> None:
-    assert command_of(["train.py", "--seed", "3"]) == ["python", "train.py", "--seed", "3"]
-    assert command_of(["train.py"], 2, 2) == ["torchrun", "--nproc_per_node", "2", "train.py"]
-    assert command_of(["train.py"], 8, 4) == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4", "train.py"]
 
 
 @pytest.mark.parametrize("optim_args", ["lr=0.25,exclude=a{1\\,2}=,betas=0.8:0.9", "preset=paper,family=kfac", None])

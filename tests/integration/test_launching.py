@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hf_lngd import LNGDTrainer, LNGDTrainingArguments, create_lngd_optimizer
-from hf_lngd.integrations.launching import refuse_unsupported
-from hf_lngd.integrations.stock import LNGDFactory
+from hf_lngd.integrations.launching import launcher, refuse_unsupported
+from hf_lngd.integrations.stock import Factory
 from tests.hf_helpers import hf_vit
 
 
@@ -79,11 +79,16 @@ def test_what_shards_is_refused_in_a_loop_of_ones_own(monkeypatch: pytest.Monkey
     create_lngd_optimizer(torch.nn.Linear(4, 3), lr=1e-3)
 
 
+def test_the_launcher_counts_nodes() -> None:
+    assert launcher(1, 1) == ["python"] and launcher(2, 2) == ["torchrun", "--nproc_per_node", "2"]
+    assert launcher(8, 4) == ["torchrun", "--nnodes", "2", "--nproc_per_node", "4"]
+
+
 @pytest.mark.parametrize(
     ("world", "local", "printed"),
     [
-        (8, "4", "torchrun --nproc_per_node 4 train.py"),
-        (2, "1", "torchrun --nproc_per_node 1 train.py"),  # a process on each of two nodes
+        (8, "4", "torchrun --nnodes 2 --nproc_per_node 4 train.py"),
+        (2, "1", "torchrun --nnodes 2 --nproc_per_node 1 train.py"),  # a process on each of two nodes
         (8, None, "torchrun --nproc_per_node 8 train.py"),
         (1, None, "python train.py"),
     ],
@@ -111,7 +116,7 @@ def test_several_processes_and_fsdp2_on_gpus_are_welcome(monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("gpus")
 def test_a_stock_trainer_under_fsdp_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"FSDP in a stock Trainer.*accepted: hf_lngd\.LNGDTrainer"):
-        LNGDFactory()(hf_vit(), arguments(fsdp=True))
+        Factory()(hf_vit(), arguments(fsdp=True, optim="lngd"))
 
 
 def test_fsdp_on_the_cpu_is_refused_before_training(tmp_path: Path) -> None:

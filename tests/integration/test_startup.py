@@ -45,7 +45,7 @@ def test_weight_decay_is_added_up_over_the_schedule(tmp_path: Path, capsys: pyte
     assert f"up to {others:.3g} % (0.3 · lr a step)" in said
     assert said.count(trainer.optimizer.optimizer.routing_table()) == 1  # with what follows each layer
     memory = trainer.optimizer.optimizer.memory_usage()["total"] / 2**20
-    assert f"The optimizer's state is {memory:.1f} MiB" in said
+    assert f"State of a process: {memory:.1f} MiB (" in said
     assert re.search(r"A step takes about \d+\.\d of AdamW's here", said)
     assert "learning rate is" not in said
 
