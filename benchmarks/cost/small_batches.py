@@ -47,6 +47,7 @@ from benchmarks.studies.rivals import Settings, Together, adamw, muon
 from benchmarks.studies.runs import hardware
 from hf_lngd import LNGD
 from hf_lngd.linalg import fast_bfloat16
+from hf_lngd.work import MOST_INTERVAL
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "small_batches.json"
 RATES = Settings(1e-3, 1e-3)
@@ -176,18 +177,20 @@ def row_of(name: str, target: float, found: dict[str, dict[str, list[float]]]) -
 
 
 def calls_of(case: Case) -> int:
-    """Kernel calls of a settled step: neither Φ nor Ψ is updated in it."""
+    """Kernel calls of a step between two updates of Φ, in the mean of as many as layers take turns in."""
     make, feed = case
     torch.manual_seed(0)
     model, generator = make().train(), torch.Generator().manual_seed(0)
     optimizer = LNGD(model, lr=1e-3)
-    for _ in range(4):
+    counts = []
+    for _ in range(2 * MOST_INTERVAL):
         model(**feed(generator)).loss.backward()
         with Calls() as calls:
             optimizer.step()
+        counts.append(calls.count)
         optimizer.zero_grad()
     optimizer.close()
-    return calls.count
+    return round(mean(counts[MOST_INTERVAL:]))
 
 
 def tables(result: dict[str, Any]) -> str:
