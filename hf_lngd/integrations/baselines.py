@@ -142,7 +142,11 @@ def make_baseline(model: nn.Module, args: Any, groups: Sequence[Any] = ()) -> Wi
     decays = dict(zip(others, (settings["weight_decay"], 0.0), strict=True))
     entries = [{"params": of_kind.get(one, []), "weight_decay": decay} for one, decay in decays.items()]
     with flattened(matrices):
-        first = kind(matrices, **settings)
+        try:
+            first = kind(matrices, **settings)
+        except TypeError as error:  # of a setting of another kind
+            given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+            raise ValueError(f"optim_args: got {given} for {name} ({error})") from error
     betas = (args.adam_beta1, args.adam_beta2)
     beside = torch.optim.AdamW(entries, settings["lr"], betas, args.adam_epsilon)
     return WithAdamW(first, beside)

@@ -60,8 +60,9 @@ def lngd_settings(args: Any, model: nn.Module | None = None) -> tuple[LNGDConfig
     Raises:
         ValueError: names the field, the value and what is accepted.
     """
-    if not 0 <= args.learning_rate < float("inf"):
-        raise ValueError(f"learning_rate: got {args.learning_rate!r}, accepted: a number, at least 0")
+    rate = args.learning_rate
+    if not isinstance(rate, (int, float)) or not 0 <= rate < float("inf"):  # YAML reads 1e-3 as text
+        raise ValueError(f"learning_rate: got {rate!r}, accepted: a number, at least 0")
     lr, text = take_lr(args.optim_args)
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     decay, own = args.weight_decay, isinstance(args, LNGDArgumentsMixin)
@@ -115,13 +116,15 @@ def check_precision(args: Any) -> None:
     """Raise ValueError for fp16 on the CPU: accelerate has none there, and would go on in float32."""
     if args.fp16 and args.device.type == "cpu":
         raise ValueError(
-            "fp16: got True on the CPU, where accelerate has no fp16, accepted: bf16 (--bf16), or a loop of your own "
-            'with torch.autocast("cpu", torch.float16) and torch.amp.GradScaler("cpu")'
+            "fp16: got True on the CPU, where accelerate has no fp16, accepted: bf16 (--bf16 --use_cpu), or a loop of "
+            'your own with torch.autocast("cpu", torch.float16) and torch.amp.GradScaler("cpu")'
         )
 
 
 def take_lr(text: str | None) -> tuple[float | None, str | None]:
     """Split ``lr=…`` off `optim_args`: the rate is no field of the config."""
+    if not isinstance(text, str | None):
+        raise ValueError(f"optim_args: got {text!r}, accepted: a text, name=value,name=value")
     items = re.split(r"(?<!\\),", text or "")
     rates = [item for item in items if item.partition("=")[0].strip() == "lr"]
     if not rates:

@@ -61,6 +61,11 @@ def exit_on_usage_error(main: Callable[[], None]) -> None:
 class UsageParser(HfArgumentParser):
     """transformers' parser of arguments into dataclasses, with every failure a :class:`UsageError`."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # argparse takes -1 for a number, and -1e-3 for another argument
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
+
     def error(self, message: str) -> NoReturn:
         """Called by argparse: a value of the wrong kind, a missing value."""
         raise self._explain(re.sub(r"^argument (?:\S*/)?--?([\w-]+)(?=: )", lambda m: m[1].replace("-", "_"), message))

@@ -107,6 +107,8 @@ def test_a_stock_trainer_takes_them_too(optim: str, library: None, tmp_path: Pat
 def test_what_they_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"optim_args: got 'momentun=0.9', accepted: name=value with lr, weight_decay"):
         trainer_of(tmp_path, "muon", optim_args="momentun=0.9")
+    with pytest.raises(ValueError, match=r"optim_args: got .*momentum='a'"):
+        trainer_of(tmp_path, "muon", optim_args="momentum=a").create_optimizer()
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(ValueError, match="optim: got 'soap', whose package pytorch-optimizer is missing: pip install"):
         trainer_of(tmp_path, "soap")

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 from torch import nn
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_lngd import LNGDSeq2SeqTrainingArguments, LNGDTrainingArguments, create_lngd_optimizer
 from hf_lngd.integrations.training_args import is_lngd, lngd_settings
+from hf_lngd.integrations.usage import UsageParser
 
 CLASSES = [LNGDTrainingArguments, LNGDSeq2SeqTrainingArguments]
 TEXT = "factor_interval=10,preset=fast"
@@ -66,6 +67,8 @@ def test_every_other_name_is_accepted_as_before(name: str) -> None:
         ({"optim_args": "factor_intervall=3"}, ("optim_args", "factor_intervall", "factor_interval")),
         ({"optim_args": "lr=fast"}, ("optim_args: lr: got 'lr=fast'", "accepted")),
         ({"learning_rate": -1.0}, ("learning_rate: got -1.0", "accepted")),
+        ({"learning_rate": "1e-3"}, ("learning_rate: got '1e-3'", "accepted: a number, at least 0")),
+        ({"optim_args": {"momentum": 0.8}}, ("optim_args: got {'momentum': 0.8}", "accepted: a text, name=value")),
         ({"weight_decay": -1.0}, ("weight_decay: got -1.0", "accepted")),
         ({"lngd_log": "long"}, ("lngd_log: got 'long'", "accepted: none, short, full")),
         (
@@ -143,3 +146,9 @@ def test_target_modules_are_lngds_and_all_others_adamws(targets: Any, owned: set
     args.optim_target_modules = ["nowhere"]
     with pytest.raises(ValueError, match=r"optim_target_modules: got \['nowhere'\], which is no module of Sequential"):
         create_lngd_optimizer(model, args)
+
+
+def test_a_negative_number_may_have_an_exponent() -> None:
+    """Which argparse takes for the name of another argument; so the rate itself is refused."""
+    args = UsageParser(TrainingArguments).parse(["--learning_rate", "-1e-3", "--use_cpu", "true"])[0]
+    assert args.learning_rate == -1e-3
