@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +21,10 @@ class LayerBatch:
     """L layers with one shape of the weight, one layout of Φ, one dtype and device.
 
     Attributes:
-        members: the layers of all processes; `layers`: those that this one computes.
+        members: the layers of all processes, in the order of their turns; `layers`: those that this one computes.
         bank: holds the factors of the latter (None: there are none), `rows` [L · units] are those of their matrices.
         state: the direction's: name → [L · units, …], of `layers`.
         rate: [L], α_l of the last step.
-        turn: in which of `update_interval` steps they are updated.
         first_rms: [L], root mean square of each weight when training began; 0: not known. None: not asked for yet."""
 
     members: list[Layer]
@@ -35,7 +33,6 @@ class LayerBatch:
     rows: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
     rate: Tensor = field(default_factory=lambda: torch.zeros(0))
-    turn: int = 0
     first_rms: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -52,11 +49,12 @@ class LayerBatch:
         return slice(first, first + self.units)
 
     def index(self, layers: Sequence[Layer], units: int | None = None) -> slice | Tensor:
-        """The rows of these of `layers`' matrices (or of tensors with `units` rows a layer); a slice where it is
-        all."""
-        if len(layers) == len(self.layers):
-            return slice(None)
+        """The rows of these of `layers`' matrices (or of tensors with `units` rows a layer); a slice where they stand
+        side by side."""
         units = self.units if units is None else units
+        first, last = self.place[layers[0]], self.place[layers[-1]]
+        if last - first == len(layers) - 1:
+            return slice(first * units, (last + 1) * units)
         rows = tuple(self.place[layer] * units + j for layer in layers for j in range(units))
         return index_tensor(rows, self.rows.device)
 
@@ -85,16 +83,17 @@ def layer_batches(
 
     Args:
         key_of: layer → what decides which bank its factor is in.
-        turn_of: layer → in which step it is updated.
+        turn_of: layer → its turn.
         group_of: layer → the name of its group; `bank_of`: group → its bank, of those that this process keeps."""
-    keyed: dict[tuple[Any, ...], list[Layer]] = {}
+    keyed: dict[Hashable, list[Layer]] = {}
     for layer in layers:
         like, kind, shape = layer.like, layer.geometry.kind, (layer.units, layer.m, tuple(layer.weight.shape))
         key = (*shape, layer.heads, layer.bias is None, kind, like.device, like.dtype, key_of(layer))
-        keyed.setdefault((turn_of[layer.name], *key), []).append(layer)
+        keyed.setdefault(key, []).append(layer)
     batches = []
-    for (turn, *_), members in keyed.items():
+    for members in keyed.values():
         first = members[0]
+        members.sort(key=lambda layer: turn_of[layer.name])
         most = max(1, _MOST_ELEMENTS // (first.units * first.m * first.columns))
         for start in range(0, len(members), most):
             chunk = members[start : start + most]
@@ -103,7 +102,7 @@ def layer_batches(
             bank = bank_of[groups[0]] if own else None
             rows = () if bank is None else bank.rows_of(groups)
             index = torch.tensor(rows, dtype=torch.int64, device=first.weight.device)
-            batches.append(LayerBatch(chunk, own, bank, index, {}, first.like.new_zeros(len(own)), turn))
+            batches.append(LayerBatch(chunk, own, bank, index, rate=first.like.new_zeros(len(own))))
     return batches
 
 

@@ -68,6 +68,7 @@ class Built:
     Attributes:
         group_of: layer → the name of its group.
         bank_of: group → its bank, of those that this process keeps.
+        turn_of: layer → in which of `Core.interval` steps it is updated.
         momentum: of the parameters in layers, in their shape, of those that this process keeps; sharded as they are.
         entries: every tensor of the layers' state, also those that other processes have; in the same order on all."""
 
@@ -76,6 +77,7 @@ class Built:
     batches: list[LayerBatch] = field(default_factory=list)
     group_of: dict[str, str] = field(default_factory=dict)
     bank_of: dict[str, Bank] = field(default_factory=dict)
+    turn_of: dict[str, int] = field(default_factory=dict)
     momentum: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
 
@@ -155,7 +157,7 @@ class Core:
             return factor_blocks(layer, limit), spec.scale, bool(spec.follows)
 
         batches = layer_batches(self.routing.layers, key_of, group_of, bank_of, turn_of)
-        self.built = built = Built(topology, banks, batches, group_of, bank_of)
+        self.built = built = Built(topology, banks, batches, group_of, bank_of, turn_of)
         for batch in batches:
             for parameter in (p for layer in layout.with_momentum(batch) for p in layer.parameters):
                 built.momentum[parameter] = torch.zeros_like(parameter.detach(), dtype=state_dtype(parameter.dtype))

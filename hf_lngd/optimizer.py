@@ -205,10 +205,10 @@ class LNGD(torch.optim.Optimizer):
                 part.masked_fill_(along(of_units(job.unusable, len(part) // len(job.unusable)), part), 0.0)
         for job, own in zip(jobs, parts, strict=True) if on_gradient else ():
             self._average(job, own)
-        due = [i for i, job in enumerate(jobs) if job.batch.turn == core.steps % core.interval]
-        jobs, parts = [jobs[i] for i in due], [parts[i] for i in due]
-        if not jobs:
+        due = [found for job, own in zip(jobs, parts, strict=True) if (found := self._due(job, own))]
+        if not due:
             return
+        jobs, parts = [job for job, _ in due], [own for _, own in due]
         gradients = layout.to_owners(jobs, parts)
         updates: list[Tensor | None] = [None] * len(jobs)
         rates: list[Tensor | None] = [None] * len(jobs)
@@ -227,6 +227,20 @@ class LNGD(torch.optim.Optimizer):
             if not on_gradient:
                 self._average(job, own)
             self._subtract(job, own)
+
+    def _due(self, job: Job, parts: list[Tensor]) -> tuple[Job, list[Tensor]] | None:
+        """What of a job and its stacks is of the layers whose turn it is; None: there are none."""
+        core, layout = self.core, self.core.layout
+        turn = core.steps % core.interval
+        due = Job(job.batch, [layer for layer in job.members if core.built.turn_of[layer.name] == turn])
+        if not due.members:
+            return None
+        layers, here = layout.with_momentum(job), layout.with_momentum(due)
+        if not here:
+            return due, []
+        first, last = layers.index(here[0]), layers.index(here[-1])  # side by side, as a batch is in order of turns
+        each = [len(part) // len(layers) for part in parts]
+        return due, [part[first * n : (last + 1) * n] for part, n in zip(parts, each, strict=True)]
 
     def _find_unusable(self, jobs: list[Job]) -> None:
         """Tell each job whose gradient is not finite, or overflows squared: zeros take its place, as it would stay in

@@ -261,7 +261,7 @@ def steps_as_the_reference(
 
 def turn_of(optimizer: LNGD, name: str) -> int:
     """In which of `update_interval` steps a layer is updated."""
-    return next(batch.turn for batch in optimizer.core.batches if name in {layer.name for layer in batch.members})
+    return optimizer.core.built.turn_of[name]
 
 
 # Of all pairs; the product of these is drawn below.
