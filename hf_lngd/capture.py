@@ -21,12 +21,11 @@ from torch.utils.hooks import RemovableHandle
 
 from . import torch_internals as internals
 from .config import LNGDConfig
-from .layers import Layer, factor_blocks, geometry_of
+from .layers import Layer, factor_blocks
 from .masks import OPEN, BatchMasks, MaskSources, bind_batch
 from .statistics import InputStatistics, Statistics
 from .topology import Group, Topology
 from .torch_internals import Collector, Hook, call_input, is_sharded, run_eagerly, same_tensor
-from .work import flops_of_call
 
 logger = logging.getLogger("hf_lngd")
 
@@ -100,7 +99,6 @@ class Capture(Collector):
         topology: who shares a factor with whom.
         statistics: of this step, by group.
         samples_seen, terms: samples of this step, and terms of its mean loss.
-        flops: operations of forward and backward of this step, where `update_interval` needs them.
         seconds: spent in hooks."""
 
     convolution_samples = CONVOLUTION_SAMPLES
@@ -134,7 +132,6 @@ class Capture(Collector):
         self._step += 1
         self.statistics: dict[str, Statistics] = {}
         self.samples_seen: int = 0
-        self.flops = 0.0
         self.terms: Tensor | int = 0
 
     def wants_hooks(self, factors: bool) -> bool:
@@ -159,22 +156,10 @@ class Capture(Collector):
                 # FSDP2's own hook, which takes the weight away, comes after it
                 first = is_sharded(layer.weight)
                 add(module.register_forward_hook(Hook(self._layer_hook(layer)), with_kwargs=True, prepend=first))
-        for module in model.modules() if factors and self.counts_flops else ():
-            if geometry_of(module) is not None:
-                add(module.register_forward_hook(Hook(self._count)))
         seeks = not self.topology.frozen or any(group.source == OPEN for group in self.topology.groups)
         for name, module in model.named_modules() if factors else ():
             found = list(self.module_hooks(module))
             self._handles.extend(found or (self.masks.attach(name, module) if seeks else ()))
-
-    @property
-    def counts_flops(self) -> bool:
-        """Whether the turns of layers depend on what a step costs."""
-        return self.config.update_interval == "auto" and self.config.takes_turns
-
-    def _count(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._may_count() and isinstance(output, Tensor):
-            self.flops += flops_of_call(module, output)
 
     def module_hooks(self, module: nn.Module) -> Iterator[RemovableHandle]:
         """Further hooks on a module of the model, in a factor step."""

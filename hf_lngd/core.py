@@ -25,7 +25,7 @@ from .routing import Routing, check_precision
 from .statistics import Statistics, reduce
 from .topology import Topology
 from .torch_internals import Collector
-from .work import flops_of_update, interval_for
+from .work import flops_beside, flops_of_token, flops_of_update, interval_for
 
 
 def method_of(config: LNGDConfig) -> Method:
@@ -210,15 +210,30 @@ class Core:
         fixed = self.config.update_interval
         self.interval = max(1, int(self.turns[0])) if isinstance(fixed, str) else fixed
 
+    @property
+    def decides_interval(self) -> bool:
+        """Whether the layers' turns depend on what a step costs."""
+        return self.config.update_interval == "auto" and self.config.takes_turns
+
     def _decide_interval(self, flops: Tensor) -> bool:
-        """Where it is left open: by the operations of forward and backward, of all processes, in the mean of the factor
-        steps so far; is it another one now? Waits for the device."""
+        """By the operations of forward and backward, of all processes, in the mean of the factor steps so far; is it
+        another one now? Waits for the device."""
         before = self.interval
-        if self.capture.counts_flops and not flops.is_meta and float(flops) > 0:
+        if self.decides_interval and not flops.is_meta and float(flops) > 0:
             _, total, steps = (self.turns + torch.tensor([0.0, float(flops), 1.0])).tolist()
             updates = sum(flops_of_update(layer, self.config) for layer in self.routing.layers)
             self.set_turns(torch.tensor([interval_for(updates * steps / total), total, steps]))
         return self.interval != before
+
+    def _flops(self, statistics: Mapping[str, Statistics]) -> Tensor | float:
+        """Operations of forward and backward of this step on this process: those of its tokens that count."""
+        model, group_of = self.capture.model, self.built.group_of
+        if not self.decides_interval or model is None:
+            return 0.0
+        tokens = {name: one.tokens for name, one in statistics.items()}
+        layers = self.routing.layers
+        own = sum(flops_of_token(y.geometry) * tokens.get(group_of[y.name], 0.0) for y in layers)
+        return own * (1 + flops_beside(model, layers))
 
     def bind(self) -> None:
         """Put this process's tensors of the layers into `states`, as views."""
@@ -248,7 +263,7 @@ class Core:
         layers take other turns now? `loss_scale`: what the loss was multiplied by; None: one."""
         capture, names = self.capture, [group.name for group in self.capture.topology.groups]
         every = {n: (own[n] if n in own else capture.empty_statistics(n), capture.layers[n].like) for n in names}
-        found, (flops, *scalars) = reduce(every, [capture.flops, *capture.scalars()], self.layout)
+        found, (flops, *scalars) = reduce(every, [self._flops(own), *capture.scalars()], self.layout)
         scale = capture.scale(scalars, self.layout.everyone.size, loss_scale)
         seen = {name: one.kept > 0 for name, one in found.items() if isinstance(one.kept, Tensor)}
         fresh = {name: one.factors(scale) for name, one in found.items() if one.sums}

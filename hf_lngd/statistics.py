@@ -63,6 +63,11 @@ class Statistics:
         return self
 
     @property
+    def tokens(self) -> Tensor | float:
+        """Tokens or locations of the step on this process, those of samples that were left out included."""
+        return 0.0 if self.n is None else self.n * self.scale_of_samples
+
+    @property
     def scale_of_samples(self) -> Tensor | float:
         """Samples of the step over those of them that were summed; over several processes a tensor, NaN for none."""
         return self.seen / self.kept if isinstance(self.kept, Tensor) or self.kept else 1.0

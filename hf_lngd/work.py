@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import nn
 
 from .config import LNGDConfig
 from .directions import psi_interval
-from .layers import Layer, factor_blocks, geometry_of, output_blocks
+from .layers import Geometry, Layer, factor_blocks, geometry_of, output_blocks
 from .linalg import QUINTICS
-from .torch_internals import in_backward
 
 # update_interval=auto: the arithmetic of updates is at most this share of forward's and backward's, but at most so many
 # steps lie between two of them.
@@ -53,15 +52,23 @@ def flops_of_update(layer: Layer, config: LNGDConfig, interval: int = 1) -> floa
     return sum(2 * times * n * k * m for times, n, k, m in products(layer, config, interval))
 
 
-def flops_of_call(module: Any, output: Tensor) -> float:
-    """Floating point operations of a call of a linear layer or a convolution, and of its backward pass. Those of
-    grouped convolutions count `GROUPED` times. 0 for another module, an evaluation, and a recomputation, which has no
-    batch of its own."""
-    geometry = geometry_of(module)
-    if geometry is None or not torch.is_grad_enabled() or in_backward():
-        return 0.0
-    passes, slower = 3 if module.weight.requires_grad else 2, GROUPED if geometry.units > 1 else 1
-    return 2.0 * output.numel() * geometry.in_features * passes * slower
+def flops_of_token(geometry: Geometry, trained: bool = True) -> float:
+    """Floating point operations of a token or location in forward and backward; those of a grouped convolution count
+    `GROUPED` times."""
+    matmuls, slower = 3 if trained else 2, GROUPED if geometry.units > 1 else 1
+    return 2.0 * matmuls * slower * geometry.units * geometry.out_features * geometry.in_features
+
+
+def flops_beside(model: nn.Module, layers: Sequence[Layer]) -> float:
+    """Of the model's other linear layers and convolutions, frozen ones too, for each operation of these layers, if all
+    see as many tokens."""
+    own, others = {module for layer in layers for _, module in layer.modules}, 0.0
+    for module in model.modules():
+        geometry = geometry_of(module)
+        if geometry is not None and module not in own:
+            weight: Any = module.weight
+            others += flops_of_token(geometry, weight.requires_grad)
+    return others / sum(flops_of_token(layer.geometry) for layer in layers)
 
 
 def interval_for(share: float) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import LNGDConfig
@@ -19,7 +20,8 @@ from ..core import Core
 from ..directions import Polar
 from ..layers import factor_blocks, geometry_of
 from ..optimizer import LNGD
-from ..work import MOST_INTERVAL, MOST_SHARE, flops_of_call, flops_of_update, interval_for
+from ..torch_internals import in_backward
+from ..work import MOST_INTERVAL, MOST_SHARE, flops_of_token, flops_of_update, interval_for
 
 
 @dataclass
@@ -34,12 +36,12 @@ class Work:
 
     def add(self, module: Any, args: Any, output: Tensor) -> None:
         """A forward hook."""
-        flops = flops_of_call(module, output)
-        if not flops:
+        geometry = geometry_of(module)
+        if geometry is None or not torch.is_grad_enabled() or in_backward():  # recomputation: of no new batch
             return
-        self.model += flops
+        tokens = output.numel() / geometry.out_features  # of all units
+        self.model += tokens / geometry.units * flops_of_token(geometry, module.weight.requires_grad)
         columns, block = self.columns.get(module, (0, 0))
-        tokens = output.numel() / geometry_of(module).out_features  # type: ignore[union-attr]
         self.statistics += 2.0 * tokens * columns * block / self.config.factor_interval
 
 
@@ -63,7 +65,7 @@ def step_to_adamw(optimizer: LNGD, work: Work, batches: float = 1.0) -> float | 
     if not isinstance(core.method.direction, Polar) or not work.model:
         return None
     interval = core.interval
-    if core.capture.counts_flops and (batches != 1 or not core.turns[0]):  # other batches, or nothing decided yet
+    if core.decides_interval and (batches != 1 or not core.turns[0]):  # other batches, or nothing decided yet
         interval = interval_for(_updates(core, 1) / (work.model * batches))
     return 1 + (_updates(core, interval) / _sharers(core) / batches + work.statistics) / work.model
 

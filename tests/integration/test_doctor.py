@@ -91,7 +91,7 @@ def test_estimates_are_those_of_real_steps(fields: dict[str, Any]) -> None:
 def test_estimates_of_bfloat16_weights(embedding: str) -> None:
     """AdamW's moments are float32 here, and what rounding takes off is kept of every parameter."""
     config = LlamaConfig(**TOKENS, **HEADS, dtype="bfloat16")
-    settings = LNGDConfig(embedding=embedding)
+    settings = LNGDConfig(embedding=embedding, update_interval=1)
     _, found, _ = step_of(config, "text", settings)
     model, inputs = build(config, "text", "cpu")
     optimizer = LNGD(model, settings)

@@ -25,12 +25,12 @@ def train(steps: int, lr: float, fields: dict[str, Any], scale: float = 1.0, mov
     return model
 
 
-@pytest.mark.parametrize(("steps", "lr"), [(3000, 3e-3), (1500, 5e-3)])
+@pytest.mark.parametrize(("steps", "lr"), [(300, 3e-2), (150, 5e-2)])
 def test_long_runs_keep_half_of_the_weights(steps: int, lr: float) -> None:
     """Where AdamW's rule with the same decay would leave a millionth of them."""
     first = seeded(lambda: nn.Linear(6, 5, bias=False)).weight.norm()
     torch.manual_seed(0)
-    last = train(steps, lr, {}).weight.norm()
+    last = train(steps, lr, {"factor_interval": 2}).weight.norm()
     assert 0.4999 < last / first < 0.53
 
 
