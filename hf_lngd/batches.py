@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .factors import Bank
 from .layers import Layer
@@ -25,7 +25,8 @@ class LayerBatch:
         bank: holds the factors of the latter (None: there are none), `rows` [L · units] are those of their matrices.
         state: the direction's: name → [L · units, …], of `layers`.
         rate: [L], α_l of the last step.
-        first_rms: [L], root mean square of each weight when training began; 0: not known. None: not asked for yet."""
+        first_rms: [L], root mean square of each weight when training began; 0: not known. None: not asked for yet.
+        left: weight → what it has left of its first norm, of those that were asked for."""
 
     members: list[Layer]
     layers: list[Layer]
@@ -34,9 +35,14 @@ class LayerBatch:
     state: dict[str, Tensor] = field(default_factory=dict)
     rate: Tensor = field(default_factory=lambda: torch.zeros(0))
     first_rms: Tensor | None = None
+    left: dict[nn.Parameter, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.place = {layer: i for i, layer in enumerate(self.layers)}
+
+    def forget_norms(self) -> None:
+        """They were measured anew."""
+        self.first_rms, self.left = None, {}
 
     @property
     def units(self) -> int:

@@ -227,13 +227,15 @@ class Core:
 
     def _flops(self, statistics: Mapping[str, Statistics]) -> Tensor | float:
         """Operations of forward and backward of this step on this process: those of its tokens that count."""
-        model, group_of = self.capture.model, self.built.group_of
+        model, layers = self.capture.model, self.capture.layers
         if not self.decides_interval or model is None:
             return 0.0
-        tokens = {name: one.tokens for name, one in statistics.items()}
-        layers = self.routing.layers
-        own = sum(flops_of_token(y.geometry) * tokens.get(group_of[y.name], 0.0) for y in layers)
-        return own * (1 + flops_beside(model, layers))
+        own: Tensor | float = 0.0
+        for group in self.built.topology.groups:
+            if group.name in statistics:
+                each = sum(flops_of_token(layers[name].geometry) for name in group.members)
+                own = own + each * statistics[group.name].tokens
+        return own * (1 + flops_beside(model, self.routing.layers))
 
     def bind(self) -> None:
         """Put this process's tensors of the layers into `states`, as views."""

@@ -7,6 +7,7 @@ do anywhere."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,11 +38,15 @@ def measure(weights: Sequence[nn.Parameter], states: States, layout: Any) -> Non
         state[LAST] = norm.clone()
 
 
-def decay_share(weight: nn.Parameter, floor: float, states: States) -> float:
-    """Of its decay what a weight takes: 1, and less from `FADES_FROM` · `floor` of its first norm on; 0 at `floor`."""
+def left_of(weight: nn.Parameter, states: States) -> float:
+    """What a weight has left of its first norm; infinity where that is 0, or not known."""
     first, last = (float(states[weight].get(key, 0.0)) for key in NORMS)
-    left = (last / first / floor - 1) / (FADES_FROM - 1) if first > 0 else 1.0
-    return min(max(left, 0.0), 1.0)
+    return last / first if first > 0 else math.inf
+
+
+def decay_share(left: float, floor: float) -> float:
+    """Of its decay what a weight takes: 1, and less from `FADES_FROM` · `floor` of its first norm on; 0 at `floor`."""
+    return min(max((left / floor - 1) / (FADES_FROM - 1), 0.0), 1.0)
 
 
 def first_rms(layers: Sequence[Layer], states: States) -> Tensor:

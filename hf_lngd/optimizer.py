@@ -16,7 +16,7 @@ from torch.amp.grad_scaler import OptState
 
 from . import norms, state
 from .adamw import full_precision
-from .batches import Job
+from .batches import Job, LayerBatch
 from .config import LNGDConfig, LNGDFields, settings_of
 from .core import Core
 from .directions import Inputs, of_units, psi_interval
@@ -153,7 +153,7 @@ class LNGD(torch.optim.Optimizer):
                 weights = [layer.weight for layer in core.routing.layers if layer.weight in self._options]
                 norms.measure(weights, core.states, core.layout)
                 for batch in core.batches:  # there may be first norms of others now
-                    batch.first_rms = None
+                    batch.forget_norms()
             self._seconds += time.perf_counter() - start + in_hooks
             core.capture.seconds = 0.0
             self._step_layers()
@@ -231,6 +231,8 @@ class LNGD(torch.optim.Optimizer):
     def _due(self, job: Job, parts: list[Tensor]) -> tuple[Job, list[Tensor]] | None:
         """What of a job and its stacks is of the layers whose turn it is; None: there are none."""
         core, layout = self.core, self.core.layout
+        if core.interval == 1:
+            return job, parts
         turn = core.steps % core.interval
         due = Job(job.batch, [layer for layer in job.members if core.built.turn_of[layer.name] == turn])
         if not due.members:
@@ -308,15 +310,18 @@ class LNGD(torch.optim.Optimizer):
                 biases.append((layer.bias, bias_change[0] * _share(own.lr, other.lr), other))
         for changes in (weights, biases) if biases else (weights,):
             with full_precision([parameter for parameter, _, _ in changes], self.core.states) as values:
-                decays = [self._decay_of(parameter, own) for parameter, _, own in changes]
+                decays = [self._decay_of(job.batch, parameter, own) for parameter, _, own in changes]
                 if any(decays):
                     kept: Any = [1 - k * own.lr * decay for (_, _, own), decay in zip(changes, decays, strict=True)]
                     torch._foreach_mul_(values, kept)
                 torch._foreach_sub_(values, [change for _, change, _ in changes])
 
-    def _decay_of(self, parameter: nn.Parameter, own: Options) -> float:
-        floor = own.decay_floor
-        return own.weight_decay * (norms.decay_share(parameter, floor, self.core.states) if floor else 1.0)
+    def _decay_of(self, batch: LayerBatch, parameter: nn.Parameter, own: Options) -> float:
+        if not own.decay_floor:
+            return own.weight_decay
+        if parameter not in batch.left:
+            batch.left[parameter] = norms.left_of(parameter, self.core.states)
+        return own.weight_decay * norms.decay_share(batch.left[parameter], own.decay_floor)
 
     def _step_others(self) -> None:
         """AdamW, and embeddings by token frequency."""

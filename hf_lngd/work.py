@@ -23,9 +23,8 @@ _ROOT = len(QUINTICS) + 3 * (len(QUINTICS) - 1)
 _INVERSE = 2 / 3  # of a matmul of the same width: Cholesky, and the inverse of its factor
 
 
-def products(layer: Layer, config: LNGDConfig, interval: int) -> list[tuple[float, int, int, int]]:
-    """The matmuls of an update of a layer by `Polar`, every `interval` steps, with its factors': (times, n, k, m) of
-    [n, k] · [k, m]."""
+def flops_of_update(layer: Layer, config: LNGDConfig, interval: int = 1) -> float:
+    """Floating point operations of an update of a layer by `Polar`, every `interval` steps, with its factors'."""
     m, d, limit, whiten = layer.m, layer.columns, config.max_factor_dim, config.whiten
     (k_phi, b_phi), (k_psi, b_psi) = factor_blocks(layer, limit), output_blocks(layer, limit)
     has_phi, has_psi = whiten != "none", whiten == "both"
@@ -35,7 +34,7 @@ def products(layer: Layer, config: LNGDConfig, interval: int) -> list[tuple[floa
     inner = 4.0 * has_phi if tall else 4.0 * has_psi  # that of this side: left and right of R and of its root
     psi, phi = has_psi / psi_interval(interval), has_phi * interval / config.inverse_interval
     heads = layer.heads * layer.units
-    return [
+    matmuls = [  # (times, n, k, m) of [n, k] · [k, m]
         (layer.units * ends, others, b_psi if tall else b_phi, d if tall else m),
         (heads * inner, side, b_phi if tall else b_psi, side),
         (heads * 2.0, side, others, side),
@@ -45,11 +44,7 @@ def products(layer: Layer, config: LNGDConfig, interval: int) -> list[tuple[floa
         (layer.units * psi * k_psi * _INVERSE, b_psi, b_psi, b_psi),
         (layer.units * phi * k_phi * _INVERSE, b_phi, b_phi, b_phi),
     ]
-
-
-def flops_of_update(layer: Layer, config: LNGDConfig, interval: int = 1) -> float:
-    """Floating point operations of an update of a layer."""
-    return sum(2 * times * n * k * m for times, n, k, m in products(layer, config, interval))
+    return sum(2 * times * n * k * m for times, n, k, m in matmuls)
 
 
 def flops_of_token(geometry: Geometry, trained: bool = True) -> float:
