@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml tools/make_env.py
 	$(PYTHON) tools/make_env.py $(VENV) demo,test
 	@touch $@
 
-demo: $(STAMP) ## train en-de translation from scratch with LNGD, then with AdamW; BLEU, translations, a figure (11 minutes)
+demo: $(STAMP) ## train en-de translation from scratch with LNGD, then with AdamW; BLEU, translations, a figure (10 minutes)
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
 demo-vision: $(STAMP) ## train a small ResNet on digits with LNGD, then with AdamW; accuracy, figures (1 minute)
