@@ -127,8 +127,8 @@ class LNGDConfig:
     whiten: str = _option("both", _choice("both", "inputs", "none"),
         "of polar: both: by Φ and a Ψ of gradients; inputs: by Φ alone; none: neither, as in Muon (for comparison).")
     rate: str = _option("rms", _choice("rms", "adaptive", "none"),
-        "the layer's rate α_l. rms: rate_scale / RMS(D). adaptive: Eq. 12-13 over the rows of the batch (keeps every "
-        "layer's inputs and gradients, each step). none: 1.")
+        "the layer's rate α_l. rms: rate_scale / RMS(D). adaptive: Eq. 12-13 over rows of the batch, of more than 16 "
+        "one in 8 of the others (keeps these inputs and gradients of each layer, each step). none: 1.")
     rate_scale: float = _option(1.0, _POSITIVE,
         "κ of rms. 1: the size of AdamW's first steps, with which AdamW's rates suit LNGD; 0.2: its settled size "
         "(Muon's match_rms_adamw), for rates five times as high.")

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.studies.rivals import split
 from hf_lngd import LNGD, LNGDConfig
 from hf_lngd.layers import Layer, factor_blocks
+from hf_lngd.paper.rate import rows_read
 from hf_lngd.routing import Route, route
 
 FLOAT = 4
@@ -88,7 +89,8 @@ def total_seconds(ops: Iterable[Op], machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Bank:
-    """`count` matrices m × d of `layers` layers that are stepped together; Φ in k blocks of b."""
+    """`count` matrices m × d of `layers` layers that are stepped together; Φ in k blocks of b; `positions`: of each
+    layer, those that the adaptive rate reads."""
 
     layers: int
     count: int
@@ -144,10 +146,12 @@ class Inventory:
 
 @dataclass
 class Seen:
-    """What a forward pass told of a layer: the tensor that it read first, and how many positions it gave."""
+    """What a forward pass told of a layer: the tensor that it read first, how many positions it gave, and those of rows
+    that the adaptive rate reads."""
 
     read: Tensor
     positions: int = 0
+    of_rate: int = 0
 
 
 def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfig) -> Inventory:
@@ -165,7 +169,9 @@ def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfi
     def watch(layer: Layer) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             own = seen.setdefault(layer.name, Seen(args[0]))
-            own.positions += output.numel() // (layer.units * layer.m)
+            positions, rows = output.numel() // (layer.units * layer.m), len(output)
+            own.positions += positions
+            own.of_rate += positions // rows * len(rows_read(0, rows)[0])
 
         return hook
 
@@ -196,7 +202,7 @@ def take_inventory(model: nn.Module, batch: Mapping[str, Any], config: LNGDConfi
         factors.append(Factor(first.units, k, b, first.columns, kept, features, first.is_convolution))
         for layer in members:
             key = (layer.units, layer.m, layer.columns, layer.bias is None, k, b, estimated)
-            banks.setdefault(key, []).append((layer, seen[layer.name].positions))
+            banks.setdefault(key, []).append((layer, seen[layer.name].of_rate))
     matrices, tables, others = split(model)
     return Inventory(
         tuple(
@@ -287,7 +293,7 @@ def bank_ops(bank: Bank, config: LNGDConfig) -> list[Op]:
         ops += newton_schulz(bank.count, bank.m, bank.d)
     if config.direction != "natural":  # the scale of rows
         ops += [Op("alloc", n), Op("reduce", n), Op("inplace", n)]
-    if config.rate == "adaptive":  # q_n = Σ_t g_tᵀ D a_t over every row kept, and ⟨D, G⟩
+    if config.rate == "adaptive":  # q_n = Σ_t g_tᵀ D a_t over the rows read, and ⟨D, G⟩
         for positions in bank.positions:
             units = bank.count // bank.layers
             ops += [Op("float32", (units, positions, bank.d, bank.m)), Op("alloc", (units * positions * bank.m,), 2)]

@@ -19,13 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from ..capture import Call, Capture, Expected
 from ..config import GRADIENT_FISHERS, LNGDConfig, other_fishers
 from ..layers import Layer
-from ..linalg import state_dtype
+from ..linalg import index_tensor, state_dtype
 from ..statistics import Statistics
 from ..topology import Group
 from ..torch_internals import Hook, call_input, in_backward, origin
 from .chains import Chain, ChainWatch, is_elementwise
 from .families import new_statistics
-from .rate import RowSamples, unscaled
+from .rate import RowSamples, rows_read, unscaled
 
 
 @dataclass
@@ -60,12 +60,22 @@ class Observation:
 
 
 @dataclass
+class Rows:
+    """Of a call's rows those that the adaptive rate reads: their numbers and inputs, for how many each stands, and how
+    many the call has."""
+
+    index: Tensor
+    a: Tensor
+    weights: Tensor
+    count: int
+
+
+@dataclass
 class Note:
-    """What is kept of a call until its gradient comes: what will be summed with it; its input, for the adaptive
-    rate."""
+    """What is kept of a call until its gradient comes: what will be summed with it; rows for the adaptive rate."""
 
     seen: Observation | None = None
-    rows: Tensor | None = None
+    rows: Rows | None = None
 
 
 class PaperCapture(Capture):
@@ -95,6 +105,8 @@ class PaperCapture(Capture):
     def forget(self) -> None:
         super().forget()
         self.samples: dict[str, RowSamples] = {}
+        self._starts: dict[str, dict[Any, int]] = {}
+        self._counts: dict[str, int] = {}
         self._waiting: list[tuple[Expected, GradientEdge, torch.Size]] = []
         self._drawn: Tensor | int = 0
         self._unfinished: set[Chain] = set()
@@ -138,7 +150,7 @@ class PaperCapture(Capture):
 
     def layer_called(self, call: Call) -> None:
         """As of `Capture`; rows are kept, and what follows a layer is waited for."""
-        call.expected.note = Note(rows=call.layer.batched(call.a.detach()).clone() if self._keeps_rows else None)
+        call.expected.note = Note(rows=self._rows(call) if self._keeps_rows else None)
         if self.kind == "true" and call.output.requires_grad:  # of the output as it is now
             call.note = get_gradient_edge(origin(call.output)), call.output.shape
         if not self.uses_gradients and in_backward() and not self._inside:
@@ -212,7 +224,15 @@ class PaperCapture(Capture):
             note.seen.add_gradient(self.total(expected.sums.group), gradient)  # type: ignore[union-attr]
         if note.rows is not None:
             own = self.samples.setdefault(expected.layer.name, RowSamples())
-            own.add(expected.forward, note.rows, expected.layer.batched(gradient.detach()).clone())
+            g = as_rows(expected.layer, gradient)[note.rows.index]
+            own.add(expected.forward, note.rows.a, g, note.rows.weights, note.rows.count)
+
+    def _rows(self, call: Call) -> Rows:
+        name, a = call.layer.name, as_rows(call.layer, call.a)
+        start = self._starts.setdefault(name, {}).setdefault(call.expected.forward, self._counts.get(name, 0))
+        self._counts[name] = start + len(a)
+        rows, weights = (index_tensor(found, a.device) for found in rows_read(start, len(a)))
+        return Rows(rows, a[rows], weights, len(a))
 
     def new_statistics(self, group: Group) -> Statistics:
         bank = self.coming.bank_of.get(group.name)
@@ -298,6 +318,12 @@ class PaperCapture(Capture):
                 "fisher: 'empirical' needs the size of the batch, and the model's arguments hold no tensor; name "
                 f"them with optimizer.set_batch(inputs) before each forward, or accepted: {others}"
             )
+
+
+def as_rows(layer: Layer, x: Tensor) -> Tensor:
+    """A call's input or output with its batch dimension, detached; one token is one row."""
+    x = layer.batched(x.detach())
+    return x if x.dim() > 1 else x.unsqueeze(0)
 
 
 def at_least_float(value: Tensor) -> Tensor:

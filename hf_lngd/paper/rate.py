@@ -2,7 +2,9 @@
 
 With g the gradient of the global mean loss over T terms with respect to a layer's output, DᵀF_l D = T · Σ_n q_n²,
 q_n = Σ_{t∈n} g_tᵀ D a_t over the tokens t of row n. DDP averages gradients: with W ranks the gradient of the loss with
-respect to a rank's activation is 1/W of the one that this rank's hooks see."""
+respect to a rank's activation is 1/W of the one that this rank's hooks see.
+
+q_n costs a forward pass of the layer, so of a large batch a part stands for all, see `rows_read`."""
 
 from __future__ import annotations
 
@@ -18,34 +20,44 @@ from ..layers import Layer
 
 # μ of Eq. 13; the paper gives no value.
 MU = 1e-8
+# Of the rows that a layer sees in a step the first FIRST_ROWS are read, and one in EVERY of the others, for so many.
+FIRST_ROWS, EVERY = 16, 8
+
+
+def rows_read(start: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which of `count` rows are read, and for how many each stands; `start`: rows of the step before them, so that how
+    a batch is split changes nothing."""
+    rows = tuple(i for i in range(count) if start + i < FIRST_ROWS or (start + i) % EVERY == 0)
+    return rows, tuple(1 if start + i < FIRST_ROWS else EVERY for i in rows)
 
 
 @dataclass
 class RowSamples:
-    """Inputs and output gradients of the rows of the batch, of one layer.
+    """Inputs and output gradients of the rows of the batch that are read, of one layer.
 
     Attributes:
-        calls: forward pass → list of (a [n, ...], g [n, ...]), one entry a call of the layer."""
+        calls: forward pass → list of (a [n, ...], g [n, ...]), one entry a call of the layer.
+        weights: forward pass → [n], how many rows each stands for.
+        seen: rows of its calls, read or not."""
 
     calls: dict[Hashable, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    weights: dict[Hashable, Tensor] = field(default_factory=dict)
+    seen: int = 0
 
-    @property
-    def seen(self) -> int:
-        """Rows of its calls."""
-        return sum(len(a) for calls in self.calls.values() for a, _ in calls)
-
-    def add(self, forward: Hashable, a: Tensor, g: Tensor) -> None:
-        """Keep the rows of one call."""
+    def add(self, forward: Hashable, a: Tensor, g: Tensor, weights: Tensor, seen: int) -> None:
+        """Keep the rows of one call, of `seen`."""
         self.calls.setdefault(forward, []).append((a, g))
+        self.weights[forward] = weights
+        self.seen += seen
 
     def sum_of_squares(self, layer: Layer, direction: Tensor) -> Tensor:
         """Σ q_n²; direction [u, m, columns].
 
         A layer that is called twice in one forward adds both calls to a row's q; other forwards are other rows."""
         total = direction.new_zeros(())
-        for calls in self.calls.values():
-            q = sum(_row_products(layer, direction, a, g) for a, g in calls)
-            total = total + torch.as_tensor(q).square().sum()
+        for forward, calls in self.calls.items():
+            q = torch.as_tensor(sum(_row_products(layer, direction, a, g) for a, g in calls))
+            total = total + q.square() @ self.weights[forward].to(q.dtype)
         return total
 
 

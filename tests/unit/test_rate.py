@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from hf_lngd import LNGD
-from hf_lngd.paper.rate import MU, adaptive_rate
+from hf_lngd.paper.rate import EVERY, FIRST_ROWS, MU, adaptive_rate, rows_read
 from tests.helpers import backward, layers_of, loss_of, marian_batch, seeded, tiny_marian
 
 FIELDS: dict[str, Any] = {
@@ -160,6 +160,43 @@ def test_of_a_momentum_the_slope_is_that_of_the_momentum() -> None:
         q = torch.einsum("no,oi,ni->n", g, update, x)
         found = 5 * q.square().sum() + MU * rates_of(optimizer)["0"] ** 2
         torch.testing.assert_close(found, (update * ahead).sum(), rtol=1e-8, atol=0)
+
+
+def test_of_a_large_batch_some_rows_stand_for_all() -> None:
+    rows, weights = rows_read(0, 40)
+    assert rows == (*range(FIRST_ROWS), 16, 24, 32) and weights == (1,) * FIRST_ROWS + (EVERY,) * 3
+    assert sum(weights) == 40
+    first, second = rows_read(0, 21), rows_read(21, 19)
+    assert (*first[0], *(21 + i for i in second[0])) == rows and first[1] + second[1] == weights
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_rates_of_a_large_batch(parts: int) -> None:
+    """Of the rows that are read, whatever the micro-batches; also of a layer that is called twice in each."""
+    model = seeded(Twice).double()
+    optimizer = LNGD(model, lr=1.0, **FIELDS)
+    x = torch.randn(40, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows, weights = rows_read(0, 40)
+    before, gradients = values(model), row_gradients(model, optimizer, x)
+    for part in x.chunk(parts):
+        (model(part).square().sum() / len(x)).backward()
+    optimizer.step()
+    rates = rates_of(optimizer)
+    for layer in layers_of(optimizer):
+        names = [name for name in (f"{layer}.weight", f"{layer}.bias") if name in gradients]
+        products = sum(
+            (gradients[name] * (before[name] - model.get_parameter(name).detach())).flatten(1).sum(1) for name in names
+        )
+        curvature = 40 * (products[list(rows)].square() @ torch.tensor(weights).double())
+        torch.testing.assert_close(curvature + MU * rates[layer] ** 2, products.sum(), rtol=1e-7, atol=0)
+
+
+def test_one_token_without_a_batch_is_one_row() -> None:
+    model = seeded(Twice).double()
+    optimizer = LNGD(model, lr=1.0, **FIELDS)
+    model(torch.linspace(-1, 1, 4).double()).square().sum().backward()
+    optimizer.step()
+    assert all(rate > 0 for rate in rates_of(optimizer).values())
 
 
 def test_without_rows_there_is_no_rate() -> None:
