@@ -3,7 +3,6 @@ agree."""
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from pathlib import Path
@@ -15,7 +14,6 @@ import yaml
 from PIL import Image
 
 import hf_lngd
-from benchmarks.cost import report as cost_report
 from benchmarks.report import paper_tables, pictures, result_tables
 from benchmarks.report.clocks import clock_of, references
 from hf_lngd import LNGD, LNGDConfig
@@ -183,8 +181,6 @@ def test_tables_are_made_from_the_files_of_results() -> None:
         marked += text.count("<!-- table: ")
     assert marked == 12
     assert paper_tables.page(folder) == (folder / "paper.md").read_text(encoding="utf-8")
-    cost = json.loads((folder / "cost_model.json").read_text(encoding="utf-8"))
-    assert cost_report.tables(cost) == (folder / "cost_model.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="table: got 'nothing', accepted: multi30k"):
         result_tables.render("<!-- table: nothing -->\n<!-- end of table -->")
 
