@@ -535,7 +535,7 @@ def make_card(trainer: LNGDTrainer, model: ModelArguments, data: DataArguments) 
 # ---- The run ----
 def prepare(model_args: ModelArguments, data_args: DataArguments, args: Any) -> tuple[Any, ...]:
     """The trainer, the decoded parts of the data, their rows, the classes, what scores. Finds all that is wrong."""
-    config = run_shared.load_config(model_args)
+    config = run_shared.load_config(model_args, AutoModelForImageClassification, "image classification")
     if data_args.image_size and not model_args.model_name_or_path and hasattr(config, "image_size"):
         config.image_size = data_args.image_size  # a model that is loaded keeps its own
     channels: Any = getattr(config, "num_channels", None)

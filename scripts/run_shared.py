@@ -21,13 +21,13 @@ from typing import Any
 import datasets
 from huggingface_hub import EvalResult
 from run_hub import HUB_ERRORS, check_hub, check_repository, push, refusal, repository_of
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING
 
 from hf_lngd.integrations.card import CardFacts, write_model_card
 from hf_lngd.integrations.checkpoints import STATE, last_checkpoint, numbered, problem_of
 from hf_lngd.integrations.launching import launcher
 from hf_lngd.integrations.trainer import lngd_of
-from hf_lngd.integrations.usage import UsageError, blame, refuse_if
+from hf_lngd.integrations.usage import UsageError, blame, read_config, refuse_if
 
 logger = logging.getLogger(__name__)
 
@@ -149,19 +149,19 @@ def token_fields(config: Any, tokenizer: Any) -> dict[str, int]:
     return fields | {name: len(tokenizer) for name in ("vocab_size", "decoder_vocab_size") if hasattr(config, name)}
 
 
-def load_config(args: Any, tokenizer: Any = None) -> Any:
+def load_config(args: Any, factory: Any, kind: str, tokenizer: Any = None) -> Any:
     """The configuration with ``config_overrides``: ``name=value,name=value``; ``none`` and ``[1,2]`` are values.
 
-    With a type of model for its name it is that type's default, with `token_fields` of the tokenizer.
+    With a type of model for its name it is that type's default, with `token_fields` of the tokenizer. It has to be one
+    that `factory` (an Auto class) makes a `kind` model of.
     """
     field = "config_name" if args.config_name else "model_name_or_path"
     name = getattr(args, field)
-    with blame(field, f"got {name!r}, which has no configuration"):
-        if field == "config_name" and name in CONFIG_MAPPING and not Path(name).exists():
-            config = AutoConfig.for_model(name)  # a type of model, with its defaults
-            config.update({} if tokenizer is None else token_fields(config, tokenizer))
-        else:
-            config = AutoConfig.from_pretrained(name, **hub_options(args))
+    config = read_config(field, name, **hub_options(args))
+    is_made = type(config) in factory._model_mapping or factory.__name__ in (getattr(config, "auto_map", None) or {})
+    refuse_if(not is_made, field, f"got {name!r} (a {config.model_type}), accepted: a model for {kind}")
+    if tokenizer is not None and name in CONFIG_MAPPING and not Path(name).exists():
+        config.update(token_fields(config, tokenizer))
     rebuilt: dict[str, Any] = {}
     for item in _COMMA.split(args.config_overrides) if args.config_overrides else []:
         name, equals, value = (part.strip() for part in item.partition("="))

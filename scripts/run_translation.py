@@ -214,12 +214,11 @@ def read_lines(field: str, path: str) -> Iterator[str]:
     opener: Any = gzip.open if path.endswith(".gz") else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            for text in file:
-                yield text
-                number += 1
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(field, f"{path}, after line {number}: not UTF-8 ({error.reason})") from error
+        raise UsageError(field, f"{path}, line {number}: got {error.reason}, accepted: UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(field, f"{path}, after line {number}: cannot be read ({error})") from error
 
@@ -366,7 +365,7 @@ def load_tokenizer(args: ModelArguments) -> Any:
 
 def load_model(args: ModelArguments, tokenizer: Any) -> Any:
     """The model, with `config_overrides`; drawn anew without `model_name_or_path`. Embeddings grow to the tokenizer."""
-    config = run_shared.load_config(args, tokenizer)
+    config = run_shared.load_config(args, AutoModelForSeq2SeqLM, "translation", tokenizer)
     model = run_shared.make_model(AutoModelForSeq2SeqLM, args, config, "translation")
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))

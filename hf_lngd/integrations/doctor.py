@@ -5,8 +5,10 @@ weight decay does, factors, bytes of state, and the batch from which on a step c
 
 TASK: auto, or translation, image, speech (to text), ctc, audio (classification), masked, text, classification.
 
-MODEL is a folder with a config.json, such a file, or a name on the Hub. Only the configuration is read: weights are
-neither loaded nor downloaded. On the meta device nothing is computed or stored, so a model of any size takes seconds.
+MODEL is a folder with a config.json, such a file, a type of model (marian), or a name on the Hub. Only the
+configuration is read: weights are neither loaded nor downloaded. On the meta device nothing is computed or stored, so a
+model of any size takes seconds; where a forward needs numbers (DeBERTa's, Mamba's) a model of up to 500 million
+parameters makes a step on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ..optimizer import LNGD
 from .forecast import batches_for, counting, step_to_adamw
 from .startup import report
 from .training_args import take_lr
-from .usage import UsageError, UsageParser, blame, option, refuse_if
+from .usage import UsageError, UsageParser, blame, option, read_config, refuse_if
 
 FACTORIES: dict[str, Any] = {
     "translation": transformers.AutoModelForSeq2SeqLM,
@@ -41,6 +43,7 @@ FACTORIES: dict[str, Any] = {
 _IMAGES, _CHANNELS, _SIZE, _TOKENS = 2, 3, 224, 8
 _SAMPLES, _FRAMES = 16_000, 64  # of sound: a second of a wave, and of spectra where the configuration does not tell
 _PRICES = (1.5, 1.2, 1.1)  # steps of AdamW's
+_MOST_ON_CPU = 500_000_000  # parameters
 
 
 @dataclass
@@ -57,15 +60,14 @@ def doctor(argv: list[str]) -> None:
         print((__doc__ or "").strip())
         return
     given = repr(argv[0]) if argv else "none"
-    missing = f"got {given}, accepted: a folder, a config.json, a Hub name, before any option"
+    missing = f"got {given}, accepted: a folder, a config.json, a type of model, a Hub name, before any option"
     refuse_if(not argv or argv[0].startswith("-"), "model", missing)
     (args,) = UsageParser(DoctorArguments, prog="python -m hf_lngd doctor").parse(argv[1:])
     try:
         settings = LNGDConfig.from_optim_args(take_lr(args.optim_args)[1])
     except ValueError as error:
         raise UsageError("optim_args", str(error).removeprefix("optim_args: ")) from error
-    with blame("model", f"got {given}, which has no configuration that can be read"):
-        config = transformers.AutoConfig.from_pretrained(argv[0], trust_remote_code=False)
+    config = read_config("model", argv[0], trust_remote_code=False)
     model, optimizer, inputs = step_of(config, task_of(config, args.task), settings)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(route.numel for route in optimizer.routing())
@@ -107,22 +109,35 @@ def task_of(config: Any, wanted: str) -> str:
 
 
 def step_of(config: Any, task: str, settings: LNGDConfig) -> tuple[nn.Module, LNGD, dict[str, Tensor]]:
-    """A model, its optimizer after a step, and the batch; UsageError: it does not run on the meta device."""
+    """A model, its optimizer after a step, and the batch: on the meta device, or where a forward needs numbers and the
+    model is no larger than `_MOST_ON_CPU`, on the CPU. UsageError: there is no such step."""
     model, inputs = build(config, task)
-    with blame("model", f"got {config.model_type!r}, whose forward does not run on the meta device"):
-        optimizer = LNGD(model, settings)
-        logits = model(**inputs).logits
-        if optimizer.needs_fisher_pass:
-            optimizer.fisher_backward(logits)
-        logits.sum().backward()
-        optimizer.step()
-    return model, optimizer, inputs
+    size = sum(p.numel() for p in model.parameters())
+    try:
+        return model, _step(model, inputs, settings), inputs
+    except Exception as error:
+        no_forward = f"got {config.model_type!r}, whose forward does not run on the meta device"
+        refuse_if(size > _MOST_ON_CPU, "model", f"{no_forward}, and which is too large for the CPU: {error}")
+    model, inputs = build(config, task, "cpu")
+    with blame("model", f"{no_forward}, nor on the CPU"):
+        return model, _step(model, inputs, settings), inputs
+
+
+def _step(model: nn.Module, inputs: dict[str, Tensor], settings: LNGDConfig) -> LNGD:
+    optimizer = LNGD(model, settings)
+    logits = model(**inputs).logits
+    if optimizer.needs_fisher_pass:
+        optimizer.fisher_backward(logits)
+    logits.sum().backward()
+    optimizer.step()
+    return optimizer
 
 
 def build(config: Any, task: str, device: str = "meta") -> tuple[nn.Module, dict[str, Tensor]]:
     """The model with random weights, in training mode, and a batch without labels; UsageError: it cannot be."""
     config.architectures = list(getattr(config, "architectures", None) or [])  # the Auto classes need a list
     config.apply_spec_augment = False  # of sound: reads where it masks
+    config._experts_implementation = "batched_mm"  # of experts: others read who goes where
     # LNGD takes no weights of float16; sdpa looks into the masks, which the meta device has not got
     half = getattr(config, "dtype", None) in (torch.float16, "float16")
     options = {"attn_implementation": "eager", "trust_remote_code": False, **({"dtype": torch.float32} if half else {})}
@@ -131,6 +146,8 @@ def build(config: Any, task: str, device: str = "meta") -> tuple[nn.Module, dict
         is_ids = task not in ("image", "speech", "ctc", "audio")
         shape = _ids(config) if is_ids else _image(config) if task == "image" else _sound(config)
         inputs = {model.main_input_name: torch.ones(shape, dtype=torch.int64 if is_ids else model.dtype)}
+        if is_ids and isinstance(getattr(config, "eos_token_id", None), int):
+            inputs[model.main_input_name][:, -1] = config.eos_token_id  # where BART's kind classifies a text
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = torch.ones(_ids(config), dtype=torch.int64)
         return model, inputs

@@ -7,15 +7,18 @@ import dataclasses
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import HfArgumentParser
+from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser
 
 # What loading raises for a folder that is not there, a broken file, another kind of model, a missing library.
 _ERRORS = (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, AttributeError)
+_OF_A_SETTING = re.compile(r"(\w+: )+(got|unknown name) ")
 LOAD_ERRORS: tuple[type[Exception], ...] = (*_ERRORS, StrictDataclassError)
 
 
@@ -46,16 +49,25 @@ def one_line(message: object, limit: int = 1000) -> str:
 
 
 def exit_on_usage_error(main: Callable[[], None]) -> None:
-    """Run a script's main function; a :class:`UsageError` or :class:`RunError` ends it with one line, no traceback.
+    """Run a script's main function; a :class:`UsageError` or :class:`RunError`, or what this package itself says of a
+    setting, ends it with one line, no traceback.
 
     Whatever else is raised is told to torchrun, too, whose last lines then name rank and exception.
     """
     try:
         record(main)()
-    except (UsageError, RunError) as error:
+    except (ValueError, RuntimeError) as error:
+        if not (isinstance(error, _FieldError) or _is_of_a_setting(error)):
+            raise
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_status)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(getattr(error, "exit_status", UsageError.exit_status))
+
+
+def _is_of_a_setting(error: Exception) -> bool:
+    """Whether it was raised in this package and reads ``field: got …`` or ``field: unknown name …``."""
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return innermost.f_globals.get("__name__", "").startswith("hf_lngd.") and bool(_OF_A_SETTING.match(str(error)))
 
 
 class UsageParser(HfArgumentParser):
@@ -106,6 +118,19 @@ def refuse_if(condition: Any, field: str, message: str) -> None:
     """Raise UsageError if the condition holds."""
     if condition:
         raise UsageError(field, message)
+
+
+def read_config(field: str, name: str, **options: Any) -> Any:
+    """The configuration in a folder or file, on the Hub, or of a type of model with its defaults; UsageError: there is
+    none. `options`: of ``AutoConfig.from_pretrained``."""
+    if not Path(name).exists():
+        if name in CONFIG_MAPPING:
+            return AutoConfig.for_model(name)
+        accepted = "accepted: a folder with a config.json, such a file, a type of model (marian), a name on the Hub"
+        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(".json")
+        refuse_if(is_path, field, f"got {name!r}, which is not there, {accepted}")
+    with blame(field, f"got {name!r}, which has no configuration that can be read"):
+        return AutoConfig.from_pretrained(name, **options)
 
 
 @contextlib.contextmanager

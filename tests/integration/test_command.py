@@ -151,6 +151,19 @@ def test_what_a_script_raises_and_exits_with_is_its_own(tmp_path: Path) -> None:
         main([str(script)])
 
 
+def test_what_lngd_says_of_a_setting_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.py"
+    for call, words in {
+        "LNGDConfig(rate='fast')": "error: rate: got 'fast', accepted: rms, adaptive, none",
+        "LNGDConfig.from_optim_args('dampign=1')": "error: optim_args: unknown name 'dampign'; did you mean damping",
+    }.items():
+        script.write_text(f"from hf_lngd import LNGDConfig\n{call}\n")
+        assert failure(capsys, str(script)).startswith(words)
+    script.write_text("raise ValueError('size: got 3, accepted: 4')\n")
+    with pytest.raises(ValueError, match="size: got 3"):
+        main([str(script)])
+
+
 def test_a_folder_with_a_main_runs_as_python_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "__main__.py").write_text("print('here', __name__)\n")
     main([str(tmp_path)])

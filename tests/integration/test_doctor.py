@@ -18,6 +18,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MarianConfig,
+    MixtralConfig,
     ResNetConfig,
     Speech2TextConfig,
     Wav2Vec2Config,
@@ -25,11 +26,12 @@ from transformers import (
 )
 
 from hf_lngd import LNGD, LNGDConfig
+from hf_lngd.integrations import doctor
 from hf_lngd.integrations.command import main
 from hf_lngd.integrations.doctor import build, price_line, step_of
 from hf_lngd.integrations.forecast import counting, step_to_adamw
 from hf_lngd.integrations.startup import report
-from hf_lngd.integrations.usage import UsageError
+from hf_lngd.integrations.usage import UsageError, read_config
 from tests.hf_helpers import SIZES, hf_images, hf_vit
 
 TOKENS = {"vocab_size": 40, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1}
@@ -144,10 +146,23 @@ def test_a_batch_fits(
     assert re.search(r"in a batch: 1.5 with [\d,]+, 1.2 with [\d,]+, 1.1 with [\d,]+", said)
 
 
-def test_what_the_meta_device_cannot_is_named() -> None:
+def test_what_the_meta_device_cannot_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config = BartConfig(**{**SIZES, **TOKENS})  # counts the ends of sentences to classify
-    with pytest.raises(UsageError, match="model: got 'bart', whose forward does not run on the meta device"):
+    model, optimizer, _ = step_of(config, "classification", LNGDConfig())
+    assert {p.device.type for p in model.parameters()} == {"cpu"} and optimizer.core.steps == 1
+    monkeypatch.setattr(doctor, "_MOST_ON_CPU", 1000)
+    with pytest.raises(UsageError, match="model: got 'bart', whose forward does not run on the meta device, and which"):
         step_of(config, "classification", LNGDConfig())
+
+
+def test_experts_run_on_the_meta_device() -> None:
+    config = MixtralConfig(**HEADS, vocab_size=40, num_key_value_heads=1, num_local_experts=2)
+    model, optimizer, _ = step_of(config, "text", LNGDConfig())
+    assert {p.device.type for p in model.parameters()} == {"meta"} and optimizer.core.steps == 1
+
+
+def test_a_type_of_model_is_its_default_configuration() -> None:
+    assert read_config("model", "marian").to_dict() == MarianConfig().to_dict()
 
 
 def test_what_it_does_not_accept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,9 +170,10 @@ def test_what_it_does_not_accept(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "odd.json").write_text(json.dumps({"model_type": "vits"}))
     cases = {
-        (): "error: model: got none, accepted: a folder, a config.json, a Hub name",
+        (): "error: model: got none, accepted: a folder, a config.json, a type of model",
         ("--task", "image"): "error: model: got '--task', accepted: a folder",
-        (str(tmp_path / "nothing"),): f"error: model: got '{tmp_path / 'nothing'}', which has no configuration",
+        (str(tmp_path / "nothing"),): f"error: model: got '{tmp_path / 'nothing'}', which is not there, accepted: a ",
+        ("./nothing",): "error: model: got './nothing', which is not there, accepted: a folder with a config.json",
         (str(tmp_path),): f"error: model: got '{tmp_path}', which has no configuration that can be read",
         (str(tmp_path / "broken.json"),): f"error: model: got '{tmp_path / 'broken.json'}', which has no configuration",
         (str(tmp_path / "odd.json"),): "error: model: got 'vits' for auto; this one can do: none of them",

@@ -373,6 +373,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any], str]] = 
     ),
     "lengths": (None, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy: got 'group_by_length'"),
     "no size": (None, {"image_size": None}, "image_size: got none, and the configuration has none"),
+    "no image model": (None, {"config_name": "marian"}, "config_name: got 'marian' (a marian), accepted: a model for"),
     "channels": (None, {"config_overrides": "num_channels=4"}, "config_overrides: num_channels: got 4, accepted: 3"),
     "override list": (
         None,

@@ -337,6 +337,11 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str] | None, str]] = {
         "optim: got 'lngdd' (did you mean lngd?), accepted: lngd, muon, soap, adamw",
     ),
     "settings name": ({"optim_args": "factor_intervall=3"}, None, "optim_args: unknown name 'factor_intervall'; did"),
+    "no translation model": (
+        {"config_name": "resnet"},
+        None,
+        "config_name: got 'resnet' (a resnet), accepted: a model for translation",
+    ),
     "two strategies": (
         {"load_best_model_at_end": "true", "save_strategy": "epoch"},
         None,
@@ -388,7 +393,7 @@ def test_what_is_wrong_ends_it_before_training(
     [
         (gzip.compress(f"{GOOD}\n".encode() * 400)[:-20], "cannot be read"),
         (b"no gzip", "cannot be read"),
-        (gzip.compress(GOOD.encode() + b"\n\xff\xfe\n"), "not UTF-8"),
+        (gzip.compress(GOOD.encode() + b"\n\xff\xfe\n"), "line 2: got invalid start byte, accepted: UTF-8"),
     ],
     # gzip writes the time of day into its bytes: as a name they would differ from one test process to the next
     ids=["cut short", "no gzip", "no UTF-8"],
