@@ -32,10 +32,11 @@ from benchmarks.coverage.entry import Entry
 from benchmarks.coverage.zoo import ABSENT, ZOO, batch, build, build_full, known
 from benchmarks.report.tables import table
 from hf_lngd import LNGD, LNGDConfig
+from hf_lngd.directions import MOST_GAIN
 from hf_lngd.routing import EXACT_EMBEDDING, FROZEN_OWNER, LNGD_OWNER, Route, route
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-LNGD_FIELDS: dict[str, Any] = {"lr": 1e-3, "factor_interval": 1}
+LNGD_FIELDS: dict[str, Any] = {"lr": 1e-3, "factor_interval": 1, "update_interval": 1}  # no layer waits for its turn
 CHECKS = ("step", "accumulation", "resume", "size")
 ENOUGH = 0.8
 IGNORED = -100
@@ -43,9 +44,9 @@ IGNORED = -100
 SINGLE_FIELDS = {**LNGD_FIELDS, "embedding": "fallback", "direction": "natural"}
 # ‖θ − θ'‖ / ‖θ'‖ of accumulation; some models compute in float32 in between (SigLIP 2 resizes its positions in it).
 NEAR = 1e-5
-# Learning rates that an entry may move by in a step. Embeddings have three, rows of rare tokens four times those, and
-# an entry of a row up to twice its root mean square.
-LARGEST = 3 * 4 * 2
+# Learning rates that an entry may move by in a step: up to four times the root mean square of a layer's, which may be
+# enlarged. Embeddings have three, rows of rare tokens four times those, and an entry of a row up to twice its own.
+LARGEST = max(4 * MOST_GAIN, 3 * 4 * 2)
 # Arrays that are looked up or added, not multiplied with: tables of positions, tokens, latents.
 _TABLES = re.compile(r"position|pos_embed|relative|attention_bias|token|latents|probe", re.IGNORECASE)
 

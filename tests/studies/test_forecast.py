@@ -21,7 +21,7 @@ def test_it_is_within_a_quarter_of_what_was_timed(name: str) -> None:
     model = make().train()
     optimizer = LNGD(model)
     optimizer.eval()
-    with counting(model, optimizer) as work, torch.no_grad():
+    with counting(model, optimizer) as work:
         model(**feed(torch.Generator().manual_seed(0)))
     found = step_to_adamw(optimizer, work)
     print(f"{name}: forecast {found:.2f}, timed {ROWS[name]['step_to_adamw']:.2f}")
