@@ -235,7 +235,7 @@ def run(pools: Pools, ranks: Ranks, folder: Path, **values: Any) -> list[dict[st
 
 def resumed(pools: Pools, ranks: Ranks, whole: Path, stop: int, folder: Path, **values: Any) -> list[dict[str, Any]]:
     shutil.copytree(whole / f"checkpoint-{stop}", folder / f"checkpoint-{stop}")
-    return run(pools, ranks, folder, resume=True, **values)
+    return run(pools, ranks, folder, resume=True, save_strategy="no", **values)
 
 
 # Factor steps are 0, 4, 8: within an epoch between factor steps, at its end, and within the next before one.
