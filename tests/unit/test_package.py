@@ -38,15 +38,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_no_warning_that_the_user_did_not_cause() -> None:
+def test_what_an_import_loads_and_no_warning_that_the_user_did_not_cause() -> None:
     """None at all of the core; none of torch.jit, which torch deprecates, of what the Trainer's part imports."""
-    code = """
+    heavy = ("transformers", "accelerate", "datasets", "evaluate", "hf_lngd.paper", "hf_lngd.integrations")
+    code = f"""
+import sys
 import warnings
 import torch
 warnings.simplefilter("error")
 from hf_lngd import LNGD
 model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
-for fields in ({}, {"direction": "natural"}):
+for fields in ({{}}, {{"direction": "natural"}}):
     optimizer = LNGD(model, **fields)
     for _ in range(2):
         model(torch.ones(2, 3)).sum().backward()
@@ -54,12 +56,14 @@ for fields in ({}, {"direction": "natural"}):
         optimizer.zero_grad()
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.close()
+    print([name for name in {heavy!r} if name in sys.modules])
 warnings.simplefilter("default")
 warnings.filterwarnings("error", message=".*torch.jit")
 import hf_lngd.integrations.trainer
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "['hf_lngd.paper']"]
 
 
 def test_wheel_has_licence_types_and_metrics(installed: Path) -> None:
