@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
+import signal
 import socket
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import StateDictType
+from torch.distributed.run import main as torchrun
 from transformers import ResNetConfig
 
 from hf_lngd.linalg import fast_bfloat16
@@ -30,22 +32,29 @@ from tests.integration.test_command import STOCK_SCRIPT
 ROOT = Path(__file__).resolve().parents[2]
 DDP = "examples/accelerate/ddp.yaml"
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+Launch = Callable[..., str]
 
 
-def launch(command: list[str], folder: Path = ROOT, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of the page in a folder, with the launchers of this environment."""
-    launchers = {
-        "torchrun": ["-m", "torch.distributed.run"],
-        "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
-    }
-    return subprocess.run(
-        [sys.executable, *launchers[command[0]], *command[1:]],
-        cwd=folder,
-        env={**os.environ, **ENVIRONMENT, **more},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Launch]:
+    """Runs a command of the page in a folder and returns what its processes print; the launcher is in this process."""
+    signals = {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+    def start(command: list[str], folder: Path = ROOT, **more: str) -> str:
+        monkeypatch.chdir(folder)
+        for name, value in (ENVIRONMENT | more).items():
+            monkeypatch.setenv(name, value)
+        if command[0] == "torchrun":
+            torchrun(command[1:])
+        else:
+            assert command[:2] == ["accelerate", "launch"]
+            launch_command(launch_command_parser().parse_args(command[2:]))
+        return capfd.readouterr().out
+
+    yield start
+    for number, handler in signals.items():
+        if signal.getsignal(number) != handler:  # torchrun's
+            signal.signal(number, handler)
 
 
 def commands() -> list[list[str]]:
@@ -81,7 +90,7 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_the_printed_torchrun_trains_a_translator_as_one_process_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = hf_tokenizer()
     hf_seq2seq_model("marian", tokenizer, init_std=0.25).save_pretrained(tmp_path / "model")
@@ -99,8 +108,7 @@ def test_the_printed_torchrun_trains_a_translator_as_one_process_does(
             del words[at : at + 2]
     two = [*command, *small, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "two")]
     one = [*script, *small, "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "one")]
-    done = launch(two)
-    assert done.returncode == 0, done.stderr[-3000:]
+    out = launch(two)
     monkeypatch.setattr(sys, "argv", one)
     run_translation.main()
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
@@ -111,10 +119,10 @@ def test_the_printed_torchrun_trains_a_translator_as_one_process_does(
     most = 0.1 if fast_bfloat16(torch.device("cpu")) else 1e-3  # matmuls of a step are in bfloat16 where it is fast
     assert way > 0 and (gap / way) ** 0.5 <= most
     results = json.loads((tmp_path / "two" / "all_results.json").read_text(encoding="utf-8"))
-    assert results["train_samples"] == 40 and done.stdout.count("owner     reason") == 1
+    assert results["train_samples"] == 40 and out.count("owner     reason") == 1
 
 
-def test_the_printed_torchrun_of_a_stock_script(tmp_path: Path) -> None:
+def test_the_printed_torchrun_of_a_stock_script(tmp_path: Path, launch: Launch) -> None:
     """In the place of transformers' example a script of its kind."""
     (tmp_path / "run_translation.py").write_text(STOCK_SCRIPT, encoding="utf-8")
     (tmp_path / "neighbour.py").write_text('COLUMN = "translation"\n', encoding="utf-8")
@@ -129,15 +137,14 @@ def test_the_printed_torchrun_of_a_stock_script(tmp_path: Path) -> None:
     with socket.socket() as free:  # without --standalone torchrun takes 29500, which may be taken
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    done = launch(command, tmp_path, PET_MASTER_PORT=port, HF_HOME=str(tmp_path / "hf"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ran as __main__ run_translation.py LNGD") == 2
-    assert done.stdout.count("owner     reason") == 1  # the routing table, once
+    out = launch(command, tmp_path, PET_MASTER_PORT=port, HF_HOME=str(tmp_path / "hf"))
+    assert out.count("ran as __main__ run_translation.py LNGD") == 2
+    assert out.count("owner     reason") == 1  # the routing table, once
     state = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt", weights_only=True)
     assert state["lngd"]["steps"] == 2
 
 
-def test_the_printed_accelerate_launch_trains_a_classifier(tmp_path: Path) -> None:
+def test_the_printed_accelerate_launch_trains_a_classifier(tmp_path: Path, launch: Launch) -> None:
     """As printed, but on two CPUs: with a folder in the place of the Hub's ResNet, and photos of three classes."""
     for name in ("scripts", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -148,13 +155,12 @@ def test_the_printed_accelerate_launch_trains_a_classifier(tmp_path: Path) -> No
     assert option(command, "--config_file") == DDP
     command[command.index("--num_processes") + 1] = "2"
     short = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none", "--use_cpu"]
-    done = launch([*command, *short], tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    out = launch([*command, *short], tmp_path)
     results = json.loads((tmp_path / "runs" / "photos" / "all_results.json").read_text(encoding="utf-8"))
     assert results["train_samples"] == 24 and 0 <= results["eval_accuracy"] <= 1
     config = json.loads((tmp_path / "runs" / "photos" / "config.json").read_text(encoding="utf-8"))
     assert config["hidden_sizes"] == [32, 64, 128] and config["layer_type"] == "basic"
-    assert done.stdout.count("owner     reason") == 1
+    assert out.count("owner     reason") == 1
 
 
 def test_the_yaml_is_what_accelerate_reads() -> None:
@@ -198,12 +204,13 @@ main()
 """
 
 
-def test_a_rank_that_fails_ends_the_job_and_is_named(tmp_path: Path) -> None:
+def test_a_rank_that_fails_ends_the_job_and_is_named(tmp_path: Path, launch: Launch) -> None:
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY, encoding="utf-8")
-    done = launch(["torchrun", "--standalone", "--nproc_per_node", "2", str(script)])
-    assert done.returncode != 0
-    cause = done.stderr[done.stderr.index("Root Cause") :]
+    with pytest.raises(ChildFailedError) as caught:
+        launch(["torchrun", "--standalone", "--nproc_per_node", "2", str(script)])
+    cause = str(caught.value)
+    cause = cause[cause.index("Root Cause") :]
     assert re.search(r"rank +: 1 .*ValueError: rank 1 has had enough", cause, re.DOTALL), cause
 
 

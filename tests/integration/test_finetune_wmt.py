@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hf_lngd.integrations.usage import UsageError
-from scripts.run_translation import parse
+from scripts.run_translation import main, parse
 from tests.hf_helpers import hf_pairs, hf_seq2seq_model, hf_tokenizer, hf_write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,12 +47,21 @@ def files(tmp_path: Path) -> dict[str, str]:
     return {part: str(tmp_path / f"{part}.json.gz") for part in ("train", "validation", "test")}
 
 
-def test_local_files_end_to_end(files: dict[str, str], tmp_path: Path) -> None:
+def test_local_files_end_to_end(files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it starts is noted, and runs in this process."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" > started\n", encoding="utf-8")
+    python.chmod(0o755)
     parts = [word for part, path in files.items() for word in (f"--{part}", path)]
     more = ["--", "--use_cpu", "--report_to", "none"]
     sizes = ["--model", "tiny-marian", "--steps", "2", "--batch", "8", "--accumulate", "2", "--lr", "0.01"]
-    done = run(*parts, *sizes, *more, cwd=tmp_path)
+    done = run(*parts, *sizes, *more, cwd=tmp_path, PYTHON=str(python))
     assert done.returncode == 0, done.stderr[-3000:]
+    started = (tmp_path / "started").read_text(encoding="utf-8").splitlines()
+    assert started[0] == str(ROOT / "scripts" / "run_translation.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", started)
+    main()
     output = tmp_path / "runs" / "tiny-marian-wmt-en-de"
     result = json.loads((output / "all_results.json").read_text(encoding="utf-8"))
     assert {"train_loss", "eval_bleu", "predict_bleu"} <= set(result)

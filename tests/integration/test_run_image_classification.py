@@ -259,6 +259,9 @@ def test_fine_tuning_evaluation_and_prediction_without_labels(
     first = tmp_path / "first"
     options = {"config_name": configs["vit"], "train_dir": folders["train_dir"], "output_dir": first}
     run({**options, "max_steps": 1}, "--do_train", "--use_cpu")
+    larger = {**options, "config_name": None, "model_name_or_path": first, "output_dir": tmp_path / "larger"}
+    last = refused({**larger, "image_size": 12}, "--do_train", "--use_cpu")
+    assert last.startswith("error: image_size: got images [3, 12, 12], which the model does not take")
     flat = tmp_path / "flat"
     flat.mkdir()
     for index in range(3):
@@ -399,16 +402,3 @@ def test_what_is_wrong_ends_it_before_training(case: str, configs: Files, tmp_pa
     last = refused(options, "--do_train", "--do_eval", "--use_cpu")
     assert last.startswith("error: " + words.format(root=tmp_path)), last
     assert not (tmp_path / "out" / "train_results.json").exists()
-
-
-@needs_image_processor
-def test_a_size_that_the_model_does_not_take(configs: Files, tmp_path: Path, run: Run, refused: Ends) -> None:
-    first, images = tmp_path / "first", write_folder(tmp_path / "train", 2)
-    run(
-        {"config_name": configs["vit"], "train_dir": images, "output_dir": first, "max_steps": 1},
-        "--do_train",
-        "--use_cpu",
-    )
-    options = {"model_name_or_path": first, "train_dir": images, "output_dir": tmp_path / "second"}
-    last = refused({**options, "image_size": 12}, "--do_train", "--use_cpu")
-    assert last.startswith("error: image_size: got images [3, 12, 12], which the model does not take")
