@@ -6,8 +6,8 @@
 Each variant runs on the same seeds as the default does with one flag, at AdamW's best rate
 (`benchmarks/results/TASK.json`; a task that was not tuned: where its search starts). Without `--variants` these are the
 task's own; directions and rates of another size then have a rate of their own for LNGD's layers, given in the table,
-which changes neither their weight decay nor the rate of all other parameters. Variants that are given, fields as in
-`--optim_args`, keep the default's rate. Rows go to `results/options-TASK.json`; what is there is not run again.
+which changes neither their weight decay nor the rate of all other parameters. Other variants that are given, fields as
+in `--optim_args`, keep the default's rate. Rows go to `results/options-TASK.json`; what is there is not run again.
 `--table` alone prints the table and needs no data.
 """
 
@@ -41,7 +41,11 @@ Variants = Mapping[str, float]
 # best on Multi30k.
 COMMON: Variants = {
     "": 1.0,
+    "whiten=inputs": 1.0,
+    "whiten=none": 1.0,
     "direction=natural,damping=0.3": 0.25,
+    "direction=natural,damping=0.3,fisher=sampled": 0.25,
+    "family=kfac,damping=0.3": 0.25,
     PAPER: 33.0,
     "damping=1000": 1.0,
     "bias=factor": 1.0,
@@ -66,15 +70,15 @@ def variants_of(task: str) -> Variants:
     return IMAGES if task.startswith("cifar10") else TRANSLATION
 
 
-def given_variants(texts: list[str]) -> Variants:
-    """Variants from the command line, after the default, at its rate.
+def given_variants(texts: list[str], own: Variants) -> Variants:
+    """Variants from the command line, after the default: at its rate where they are not the task's `own`.
 
     Raises:
         ValueError: an unknown field, or a value that it does not take.
     """
     for text in texts:
         variant(text, 1.0, Settings(1e-3, None))
-    return dict.fromkeys(["", *texts], 1.0)
+    return {text: own.get(text, 1.0) for text in ["", *texts]}
 
 
 def variant(fields: str, factor: float, base: Settings) -> Settings:
@@ -182,7 +186,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     spec = named(args.task)
     steps = checked_steps(args.steps, spec)
-    variants = given_variants(args.variants) if args.variants else variants_of(args.task)
+    variants = variants_of(args.task)
+    if args.variants:
+        variants = given_variants(args.variants, variants)
     results = Results(args.results or RESULTS / f"options-{args.task}.json")
     if args.lr is None:
         base = base_of(results, args.tuned or RESULTS / f"{args.task}.json", spec)

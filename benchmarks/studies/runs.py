@@ -52,12 +52,15 @@ def train(
     progress: Callable[[int, float], None],
     *,
     tuning: bool = False,
+    clip: float | None = CLIP,
+    evaluations: int = 4,
 ) -> Row:
     """Trains once and returns the row of results. Seconds are those of training: evaluation is left out.
 
     `name` is of `RIVALS`. The seed decides weights, order of the data and dropout, so rivals of one seed are paired.
     On one thread seconds are the process's own, so that other work on the machine does not count; on several they are
-    those on the wall.
+    those on the wall. `clip`: the largest norm of all gradients; None: any. `evaluations`: how many, the last at the
+    end.
     """
     clock = clock_here()
     now = time.process_time if clock["clock"] == "cpu" else time.perf_counter
@@ -68,7 +71,7 @@ def train(
         torch.optim.lr_scheduler.LambdaLR(one, lambda step: schedule(step, steps, warmup))
         for one in optimizer.optimizers
     ]
-    checkpoints = {round(steps * quarter / 4) for quarter in (1, 2, 3, 4)}
+    checkpoints = {round(steps * part / evaluations) for part in range(1, evaluations + 1)}
     stream = task.batches(seed)
     model.train()
     seconds, window, worst = 0.0, [], math.inf
@@ -82,7 +85,8 @@ def train(
         optimizer.fisher_pass(outputs.logits, batch["labels"])
         loss = outputs.loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         for one in scheduler:

@@ -31,7 +31,7 @@ Images = tuple[Tensor, Tensor]
 
 
 @cache
-def load(folder: Path, train: int = TRAIN) -> dict[str, Images]:
+def load(folder: Path, train: int) -> dict[str, Images]:
     """The images [N, 3, 32, 32] as bytes and labels [N] of each part: train (so many), tune, test.
 
     Raises:
@@ -125,6 +125,15 @@ def make_resnet(seed: int) -> nn.Module:
     return model
 
 
+def make_resnet18(seed: int) -> nn.Module:
+    """A ResNet-18 of half the width, 2.8 million parameters, its weights decided by the seed alone."""
+    torch.manual_seed(seed)
+    shape = {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(**shape, num_labels=CLASSES))
+    model.resnet.embedder.pooler = nn.Identity()
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
+
+
 def make_vit(seed: int) -> nn.Module:
     """A ViT of three layers on patches of 8 × 8, 0.6 million parameters, its weights decided by the seed alone."""
     torch.manual_seed(seed)
@@ -149,8 +158,9 @@ def _task(
     side: int = SIDE,
     batch: int = BATCH,
     count: int = HELD_OUT,
+    train: int | None = None,
 ) -> Task:
-    data = load(folder)
+    data = load(folder, train or TRAIN)
     return Task(
         name=name,
         make_model=make_model,
@@ -162,6 +172,11 @@ def _task(
 def resnet(folder: Path) -> Task:
     """A ResNet of three stages (0.7 million parameters) from scratch."""
     return _task("cifar10-resnet", folder, make_resnet)
+
+
+def resnet18(folder: Path) -> Task:
+    """A ResNet-18 of half the width (2.8 million parameters) from scratch, on 10,000 images."""
+    return _task("cifar10-resnet18", folder, make_resnet18, train=10_000)
 
 
 def vit(folder: Path) -> Task:
