@@ -137,10 +137,11 @@ def build(config: Any, task: str, device: str = "meta") -> tuple[nn.Module, dict
     """The model with random weights, in training mode, and a batch without labels; UsageError: it cannot be."""
     config.architectures = list(getattr(config, "architectures", None) or [])  # the Auto classes need a list
     config.apply_spec_augment = False  # of sound: reads where it masks
-    config._experts_implementation = "batched_mm"  # of experts: others read who goes where
-    # LNGD takes no weights of float16; sdpa looks into the masks, which the meta device has not got
+    # LNGD takes no weights of float16; others than these two look into masks and at which expert has what, and the meta
+    # device has no numbers
     half = getattr(config, "dtype", None) in (torch.float16, "float16")
-    options = {"attn_implementation": "eager", "trust_remote_code": False, **({"dtype": torch.float32} if half else {})}
+    implementations = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
+    options = {**implementations, "trust_remote_code": False, **({"dtype": torch.float32} if half else {})}
     with blame("model", f"got {config.model_type!r}, which cannot be built"), torch.device(device):
         model = FACTORIES[task].from_config(config, **options).train()
         is_ids = task not in ("image", "speech", "ctc", "audio")

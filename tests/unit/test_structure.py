@@ -47,12 +47,11 @@ FOREIGN = {
     "hf_lngd.linalg": "_foreach_norm",
     "hf_lngd.paper.chains": "_get_current_function_mode _pop_mode _push_mode",
     "hf_lngd.routing": "_parameters",
-    "benchmarks.cost.calibration": "_foreach_mul_ _foreach_sub_",
-    "benchmarks.cost.report": "_from_config",
     "benchmarks.cost.small_batches": "_schema",
     "benchmarks.cost.cases": "_from_config",
     "benchmarks.coverage.check": "_BatchNorm",
     "benchmarks.coverage.zoo": "_from_config",
+    "scripts.run_shared": "_model_mapping",
 }
 
 
