@@ -211,7 +211,8 @@ def test_overrides_a_split_and_another_optimizer(configs: Files, folders: Files,
 def test_a_type_of_model_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutoConfig, "from_pretrained", None)
     args = run_image_classification.ModelArguments(config_name="resnet", config_overrides="depths=[1,1,2]")
-    config = run_image_classification.run_shared.load_config(args)
+    factory = AutoModelForImageClassification
+    config = run_image_classification.run_shared.load_config(args, factory, "image classification")
     assert (config.model_type, config.depths, len(config.stage_names)) == ("resnet", [1, 1, 2], 4)
 
 
