@@ -118,7 +118,7 @@ READINGS = {
     "eighth": Method("Eq. 12-13 of every eighth image", "lngd", 0.03, PAPER, reading=readings.eighth),
     "part": Method("Eq. 12-13 of 16 images and every eighth other", "lngd", 0.03, PAPER, reading=readings.as_built),
     "relative-momentum-part": Method(
-        "the same, λ = tr/d without bounds, momentum inside the rate",
+        "λ without bounds, momentum inside the rate, 16 images and every eighth other",
         "lngd",
         0.1,
         RELATIVE_MOMENTUM,
