@@ -302,7 +302,7 @@ def markdown(result: dict[str, Any]) -> str:
         "Share: of the matrices and kernels, without embeddings and tables, that LNGD owns: in the tiny model, and in\n"
     )
     text += "one of the configuration's default size. "
-    text += f"Size: no entry moves by more than {LARGEST} learning rates in a step.\n\n"
+    text += f"Size: no entry moves by more than {LARGEST:.0f} learning rates in a step.\n\n"
     head = ["model", "class", "parameters", "share", "full size", *CHECKS, "left to AdamW", "remark"]
     text += table(head, [_cells(row) for row in rows])
     text += "\n## Not built\n\n"
